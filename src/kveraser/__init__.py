@@ -1,0 +1,33 @@
+"""kveraser: erase a span from a language model's context after it has been processed."""
+
+from kveraser.backbone import load_backbone
+from kveraser.edit import erase, restore
+from kveraser.erasable import ErasableContext
+from kveraser.eraser import KVEraser
+from kveraser.errors import (
+    BackboneError,
+    CacheMismatchError,
+    ContextError,
+    EraserMismatchError,
+    KVEraserError,
+    OptionError,
+    RestoreError,
+    SessionFileError,
+    SpanError,
+    UnsupportedCacheError,
+)
+from kveraser.methods import (
+    Auto,
+    DeleteAndShift,
+    EraseMethod,
+    EraseReceipt,
+    FullRecompute,
+    LocalSuffixRepair,
+    NoErase,
+    SelectiveRecompute,
+    Steering,
+    methods,
+)
+from kveraser.spans import Span
+
+__version__ = "0.1.0"

@@ -1,0 +1,133 @@
+"""What an edited cache must remember about itself: where it stopped being exact, and which slots are steered.
+
+Knows: slot numbers, and enough of the states to notice that a slot was overwritten. Does not know about ids or models.
+The marks travel with the cache object, so that a deep copy has them as well and no table of caches is kept anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from kveraser.spans import Span, remap
+
+_ATTRIBUTE = "kveraser_marks"
+
+
+@dataclass(frozen=True)
+class EditMark:
+    """One edit that can still be undone.
+
+    Attributes:
+        id: of its receipt.
+        length_after: the cache's length right after it.
+        in_place: whether every slot stayed where it was.
+        before, after: the first slot that may not be exact, before and after the edit (None: all are).
+    """
+
+    id: str
+    length_after: int
+    in_place: bool
+    before: int | None = None
+    after: int | None = None
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Slots that hold steering states; `probe` `(batch, head_dim)` is what layer 0's first value there looks like."""
+
+    span: Span
+    probe: Tensor = field(repr=False, compare=False)
+
+    @classmethod
+    def mark(cls, cache: Cache, span: Span) -> Steered:
+        """Mark slots that were just written."""
+        return cls(span, cache.layers[0].values[:, 0, span.start].clone())
+
+    def holds(self, cache: Cache) -> bool:
+        """Whether the steering states are still there: the slots may have been cropped and filled again since, while
+        rows of the batch may have been reordered, repeated or dropped."""
+        if self.span.end > cache.get_seq_length():
+            return False
+        row = cache.layers[0].values[0, 0, self.span.start]
+        return bool((self.probe.to(row) == row).all(-1).any())
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The state of an edited cache.
+
+    Attributes:
+        approximate_from: the first slot whose states may differ from a fresh prefill; None when all are exact.
+        steered: slots that hold steering states of erased tokens, in order.
+        edits: the edits that can still be undone, oldest first.
+    """
+
+    approximate_from: int | None = None
+    steered: tuple[Steered, ...] = ()
+    edits: tuple[EditMark, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the whole cache equals a fresh prefill of the tokens that remain."""
+        return self.approximate_from is None
+
+    @property
+    def steered_spans(self) -> tuple[Span, ...]:
+        """The steered slots."""
+        return tuple(entry.span for entry in self.steered)
+
+    def without_edits(self, undone: set[str]) -> Marks:
+        """These marks when the given in-place edits were undone although others followed them."""
+        gone = [index for index, edit in enumerate(self.edits) if edit.id in undone]
+        if not gone:
+            return self
+        kept = [edit for edit in self.edits if edit.id not in undone]
+        starts = [self.edits[gone[0]].before, *(edit.after for edit in self.edits[gone[0] :] if edit in kept)]
+        known = min((start for start in starts if start is not None), default=None)
+        return replace(self, approximate_from=known, edits=tuple(kept))
+
+    def contaminated(self, start: int) -> Marks:
+        """These marks with everything from slot `start` on no longer known to be exact."""
+        known = start if self.approximate_from is None else min(start, self.approximate_from)
+        return replace(self, approximate_from=known)
+
+    def steer(self, entries: tuple[Steered, ...]) -> Marks:
+        """These marks with more steered slots."""
+        return replace(self, steered=tuple(sorted((*self.steered, *entries), key=lambda entry: entry.span)))
+
+    def cut(self, spans: tuple[Span, ...]) -> Marks:
+        """These marks after the slots `spans` (sorted, disjoint; steered ones whole or not at all) were removed."""
+        steered = tuple(
+            replace(entry, span=remap(entry.span, spans))
+            for entry in self.steered
+            if not any(entry.span.overlaps(removed) for removed in spans)
+        )
+        start = self.approximate_from
+        if start is not None:
+            start -= sum(min(removed.end, start) - removed.start for removed in spans if removed.start < start)
+        return replace(self, approximate_from=start, steered=steered)
+
+    def truncate(self, length: int) -> Marks:
+        """These marks after the cache was cut to `length` slots."""
+        start = self.approximate_from
+        return replace(
+            self,
+            approximate_from=None if start is None or start >= length else start,
+            steered=tuple(entry for entry in self.steered if entry.span.end <= length),
+        )
+
+
+def get_marks(cache: Cache) -> Marks:
+    """The cache's marks; those of an untouched cache when it has none. Slots cropped since are forgotten."""
+    marks: Marks = getattr(cache, _ATTRIBUTE, Marks()).truncate(int(cache.get_seq_length()))
+    with torch.no_grad():
+        return replace(marks, steered=tuple(entry for entry in marks.steered if entry.holds(cache)))
+
+
+def set_marks(cache: Cache, marks: Marks) -> None:
+    """Attach marks to the cache."""
+    setattr(cache, _ATTRIBUTE, marks)

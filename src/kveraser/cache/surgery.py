@@ -1,0 +1,107 @@
+"""Surgery on transformers caches: read, write, cut and truncate slots, in all layers at once.
+
+Knows: `DynamicLayer` and `GrowableLayer` tensors `(batch, kv_heads, tokens, head_dim)`. Does not know about models or
+about what the states mean. Every function changes all layers or none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kveraser.cache.growable import GrowableLayer
+from kveraser.cache.support import writing
+from kveraser.spans import Span, gaps
+
+States = list[tuple[Tensor, Tensor]]
+"""Keys and values of some slots, one pair `(batch, kv_heads, tokens, head_dim)` per layer."""
+
+
+def cache_length(cache: Cache) -> int:
+    """Number of slots."""
+    return int(cache.get_seq_length())
+
+
+def read(cache: Cache, span: Span) -> States:
+    """Views of the states in `span`."""
+    return [(layer.keys[:, :, span.slice], layer.values[:, :, span.slice]) for layer in cache.layers]
+
+
+def snapshot(cache: Cache, span: Span) -> States:
+    """Copies of the states in `span`."""
+    with writing(cache):
+        return [(keys.clone(), values.clone()) for keys, values in read(cache, span)]
+
+
+def write(cache: Cache, start: int, states: States) -> int:
+    """Overwrite slots from `start` on with `states`, in place; returns the bytes written."""
+    written = 0
+    with writing(cache):
+        for layer, (keys, values) in zip(cache.layers, states, strict=True):
+            end = start + keys.shape[-2]
+            layer.keys[:, :, start:end] = keys
+            layer.values[:, :, start:end] = values
+            written += state_bytes([(keys, values)])
+    return written
+
+
+def append(cache: Cache, states: States) -> None:
+    """Add slots at the end."""
+    with writing(cache):
+        if all(isinstance(layer, GrowableLayer) for layer in cache.layers):
+            for layer, (keys, values) in zip(cache.layers, states, strict=True):
+                layer.reserve(layer.get_seq_length() + keys.shape[-2], keys, values)
+            for layer, (keys, values) in zip(cache.layers, states, strict=True):
+                layer.update(keys, values)
+            return
+        joined = [
+            (torch.cat([layer.keys, keys], -2), torch.cat([layer.values, values], -2))
+            for layer, (keys, values) in zip(cache.layers, states, strict=True)
+        ]
+        _assign(cache, joined)
+
+
+def cut(cache: Cache, spans: tuple[Span, ...]) -> None:
+    """Remove the slots `spans` (sorted, disjoint); the slots behind them move up. Keys are not re-rotated."""
+    length = cache_length(cache)
+    kept = gaps(spans, length)
+    if not spans:
+        return
+    first = spans[0].start
+    with writing(cache):
+        if all(isinstance(layer, GrowableLayer) for layer in cache.layers):
+            for layer in cache.layers:
+                at = first
+                for run in gaps(spans, length, first):
+                    for states in (layer.keys, layer.values):
+                        states[:, :, at : at + len(run)] = states[:, :, run.slice].clone()
+                    at += len(run)
+            truncate(cache, length - sum(len(span) for span in spans))
+            return
+        joined = []
+        for layer in cache.layers:
+            pair = [torch.cat([states[:, :, run.slice] for run in kept], -2) if kept else states[:, :, :0]
+                    for states in (layer.keys, layer.values)]  # fmt: skip
+            joined.append((pair[0], pair[1]))
+        _assign(cache, joined)
+
+
+def truncate(cache: Cache, length: int) -> None:
+    """Keep the first `length` slots; nothing is copied."""
+    drop = cache_length(cache) - length
+    if drop <= 0:
+        return
+    for layer in cache.layers:
+        layer.crop(-drop)
+
+
+def state_bytes(states: States) -> int:
+    """Bytes of the given states."""
+    return sum(tensor.numel() * tensor.element_size() for pair in states for tensor in pair)
+
+
+def _assign(cache: Cache, states: States) -> None:
+    for layer, (keys, values) in zip(cache.layers, states, strict=True):
+        assert isinstance(layer, DynamicLayer)
+        layer.keys, layer.values = keys, values

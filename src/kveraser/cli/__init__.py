@@ -1,0 +1,52 @@
+"""The command line: one file per command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="kveraser",
+    help="Erase a span from a language model's context after it has been processed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from kveraser import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _register() -> None:
+    from kveraser.cli.demo import demo_command
+    from kveraser.cli.doctor import doctor_command
+    from kveraser.cli.erase import erase_command
+    from kveraser.cli.methods import methods_command
+    from kveraser.cli.train import train_command
+
+    for name, command in (
+        ("demo", demo_command),
+        ("erase", erase_command),
+        ("methods", methods_command),
+        ("doctor", doctor_command),
+        ("train", train_command),
+    ):
+        app.command(name)(command)
+
+
+_register()

@@ -1,0 +1,81 @@
+"""What every command shares: loading with a word about it, errors and exit codes, JSON.
+
+Exit codes: 0 done, 1 the answer is no (a model that is not supported, say), 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kveraser.backbone import DEFAULT_BACKBONE, load_backbone
+from kveraser.errors import KVEraserError
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Embedded default, hub id, folder or .gguf file.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default CUDA where there is one.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 where the device computes in it.")
+]
+EraserOption = Annotated[str | None, typer.Option(help="Folder or hub id of an eraser; default the one that ships.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+DEFAULT_MODEL = DEFAULT_BACKBONE
+
+
+@contextmanager
+def reported(as_json: bool = False) -> Iterator[None]:
+    """Turn our errors into a message and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        yield
+    except KVEraserError as error:
+        if as_json:
+            print_json({"error": {"type": type(error).__name__, "message": str(error)}})
+        else:
+            stderr.print(f"[bold red]error[/] ({type(error).__name__}): ", end="")
+            stderr.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        stderr.print("\ninterrupted; nothing was left half-written")
+        raise typer.Exit(130) from None
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    sys.stdout.write("\n")
+
+
+def load(
+    model: str, device: str | None, dtype: str | None, quiet: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a backbone, saying so."""
+    note = " (the first time its weights are converted, up to a minute)" if model == DEFAULT_MODEL else ""
+    with stderr.status(f"loading {model}{note} ..."):
+        loaded = load_backbone(model, device=device, dtype=dtype)
+    if not quiet:
+        body = loaded[0]
+        stderr.print(f"[dim]{model} on {body.device}, {str(body.dtype).removeprefix('torch.')}[/]")
+    return loaded
+
+
+def progress_bar() -> Progress:
+    """A bar with the time left; it goes to standard error and disappears when done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+    )

@@ -1,0 +1,118 @@
+"""`kveraser demo`: four stories and a latency table, on a real model."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.panel import Panel
+from rich.table import Table
+
+from kveraser.cli.common import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    EraserOption,
+    JsonOption,
+    ModelOption,
+    load,
+    print_json,
+    progress_bar,
+    reported,
+    stdout,
+)
+from kveraser.cli.tables import results_table
+from kveraser.demo.latency import SUFFIXES, latency_methods, measure_latency
+from kveraser.demo.stories import stories
+from kveraser.demo.tell import PROTOCOLS, tell
+from kveraser.eraser import KVEraser
+from kveraser.evaluation import MethodResult, leaks
+from kveraser.methods import as_method, methods
+
+
+def demo_command(
+    model: ModelOption = DEFAULT_MODEL,
+    eraser: EraserOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    latency: Annotated[bool, typer.Option(help="Also measure how the cost grows with the suffix.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase spans from what a model has already read: four stories, every method, two ways to ask.
+
+    "Asked after": the question comes after the erase. "Question was cached": the question had been read, with the span
+    still there, when the span was erased; that is harder. KL is the distance to full recomputation, in nats per token
+    of its answer. An answer in red says what should be gone.
+
+    Example: kveraser demo --no-latency
+    """
+    with reported(as_json):
+        started = time.perf_counter()
+        backbone, tokenizer = load(model, device, dtype, quiet=as_json)
+        tool = KVEraser.from_pretrained(eraser, backbone) if eraser else KVEraser.for_model(backbone)
+        every = [as_method(name) for name in methods()]
+        told: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        with progress_bar() as bar:
+            steps = len(stories()) * len(every) * len(PROTOCOLS)
+            task = bar.add_task("stories", total=steps + latency * len(SUFFIXES) * len(latency_methods()))
+            for story in stories():
+                after, cached = (
+                    tell(story, backbone, tokenizer, tool, every, protocol, done=lambda _: bar.advance(task))
+                    for protocol in PROTOCOLS
+                )
+                told.append(_as_json(story.name, story.question, story.erased, after, cached))
+                if not as_json:
+                    said = f"[bold]{story.name}[/]: {story.use}\nerased: [italic]{story.span.strip()}[/]\nasked: {story.question}"
+                    bar.console.print()
+                    stdout.print(Panel(said, expand=False))
+                    stdout.print(results_table(after, cached, story.erased))
+            if latency:
+                bar.update(task, description="latency")
+                rows = measure_latency(backbone, tokenizer, tool, done=lambda _: bar.advance(task))
+        if as_json:
+            print_json({"model": model, "stories": told, "latency": rows})
+            return
+        if rows:
+            stdout.print("\n[bold]Milliseconds of an erase as the suffix grows[/] (64-token span, 256-token prefix)")
+            stdout.print(_latency_table(rows))
+        _verdict(told)
+        stdout.print(f"[dim]{time.perf_counter() - started:.0f} seconds in all[/]")
+
+
+def _as_json(
+    name: str, question: str, erased: str, after: list[MethodResult], cached: list[MethodResult]
+) -> dict[str, Any]:
+    return {
+        "story": name,
+        "question": question,
+        "erased": erased,
+        "query_after": [result.as_dict() for result in after],
+        "query_cached": [result.as_dict() for result in cached],
+    }
+
+
+def _latency_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column("method")
+    for suffix in SUFFIXES:
+        table.add_column(f"{suffix} tokens behind", justify="right")
+    table.add_column("growth", justify="right")
+    for method in latency_methods():
+        times = [row["milliseconds"] for row in rows if row["method"] == method.name]
+        table.add_row(method.name, *(f"{t:.0f}" for t in times), f"{times[-1] / times[0]:.1f}x")
+    return table
+
+
+def _verdict(told: list[dict[str, Any]]) -> None:
+    """Say for each method in how many of the answers the erased value still is."""
+    counts: dict[str, int] = {}
+    total = 0
+    for story in told:
+        for protocol in ("query_after", "query_cached"):
+            total += 1
+            for result in story[protocol]:
+                counts[result["method"]] = counts.get(result["method"], 0) + leaks(result["answer"], story["erased"])
+    said = ", ".join(f"{name} {count}" for name, count in counts.items())
+    stdout.print(f"\nAnswers with the erased value, of {total}: {said}")

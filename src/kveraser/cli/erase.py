@@ -1,0 +1,119 @@
+"""`kveraser erase`: erase a span from a context in a file and ask a question, by every method side by side."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kveraser.cli.common import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    EraserOption,
+    JsonOption,
+    ModelOption,
+    load,
+    print_json,
+    progress_bar,
+    reported,
+    stdout,
+)
+from kveraser.cli.tables import results_table
+from kveraser.erasable import ErasableContext
+from kveraser.eraser import KVEraser, shipped_eraser
+from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.evaluation import compare_methods
+from kveraser.methods import EraseMethod, as_method, methods
+from kveraser.spans import Span
+
+_RANGE = re.compile(r"(\d+):(\d+)")
+
+
+def read_context(file: str) -> str:
+    """The text of a file, or of standard input for `-`."""
+    if file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the context from {file}: {error}") from error
+
+
+def parse_span(text: str) -> Span | str:
+    """`START:END` in tokens, or a text that occurs in the context."""
+    match = _RANGE.fullmatch(text)
+    return Span(int(match[1]), int(match[2])) if match else text
+
+
+def chosen_methods(names: list[str] | None, eraser: bool) -> list[EraseMethod]:
+    """The named methods; all that can run when none is named."""
+    if names:
+        return [as_method(name) for name in names]
+    return [as_method(name) for name, method in methods().items() if eraser or not method.needs_eraser]
+
+
+def erase_command(
+    context: Annotated[str, typer.Option("--context", "-c", help="Text file with the context; - for standard input.")],
+    span: Annotated[str, typer.Option("--span", "-s", help="Text that occurs once in it, or START:END in tokens.")],
+    ask: Annotated[str, typer.Option("--ask", "-a", help="Question to ask behind the context.")],
+    method: Annotated[list[str] | None, typer.Option("--method", "-M", help="Method, repeatable; default all.")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    eraser: EraserOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    cached: Annotated[bool, typer.Option(help="The question is in the cache already when the span is erased.")] = False,
+    raw: Annotated[bool, typer.Option(help="Put the question as it is, not as 'Question: ... Answer:'.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="Erases per method; the time is their median.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase a span from a context and ask a question, by one or several methods.
+
+    Example: kveraser erase --context notes.txt --span "The code is 1234." --ask "What is the code?" -M kveraser
+    """
+    with reported(as_json):
+        text = read_context(context)
+        chosen_methods(method, True)  # an unknown name is an error before anything is loaded
+        where = parse_span(span)
+        backbone, tokenizer = load(model, device, dtype, quiet=as_json)
+        tool = KVEraser.from_pretrained(eraser, backbone) if eraser else _shipped(backbone)
+        chosen = chosen_methods(method, tool is not None)
+        live = ErasableContext(backbone, tokenizer, tool)
+        live.append(text)
+        found = live.locate(where)
+        question = ask if raw else f"\n\nQuestion: {ask}\nAnswer:"
+        if cached:
+            live.append(question)
+        with progress_bar() as bar:
+            task = bar.add_task("erasing", total=len(chosen))
+            results = compare_methods(
+                live, found, None if cached else question, chosen, max_new_tokens=max_new_tokens, repeats=repeats,
+                done=lambda _: bar.advance(task),
+            )  # fmt: skip
+        if as_json:
+            print_json(
+                {
+                    "model": model,
+                    "tokens": len(live),
+                    "span": [found.start, found.end],
+                    "erased": live.text_of(found),
+                    "question": ask,
+                    "protocol": "query_cached" if cached else "query_after",
+                    "results": [result.as_dict() for result in results],
+                }
+            )
+            return
+        stdout.print(f"{len(live)} tokens; erased {found}: ", end="")
+        stdout.print(repr(live.text_of(found)), markup=False)
+        stdout.print(results_table(results))
+
+
+def _shipped(backbone: object) -> KVEraser | None:
+    try:
+        return shipped_eraser(backbone)  # type: ignore[arg-type]
+    except EraserMismatchError:
+        return None

@@ -1,0 +1,38 @@
+"""`kveraser methods`: the registry as a table."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+
+from rich.table import Table
+
+from kveraser.cli.common import JsonOption, print_json, stdout
+from kveraser.methods import EraseMethod, methods
+
+
+def _options(method: type[EraseMethod]) -> dict[str, str]:
+    if not is_dataclass(method):
+        return {}
+    return {entry.name: repr(entry.default) for entry in fields(method) if entry.repr}
+
+
+def methods_command(as_json: JsonOption = False) -> None:
+    """List the erasing methods.
+
+    Example: kveraser methods --json
+    """
+    if as_json:
+        print_json(
+            {
+                name: {"summary": m.summary, "exact": m.exact, "needs_eraser": m.needs_eraser, "options": _options(m)}
+                for name, m in methods().items()
+            }
+        )
+        return
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in ("method", "what it does", "exact", "options"):
+        table.add_column(column)
+    for name, method in methods().items():
+        options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
+        table.add_row(name, method.summary, "yes" if method.exact else "", options)
+    stdout.print(table)

@@ -1,0 +1,1 @@
+"""The demo: stories, and a quick look at latency, on a real model."""

@@ -1,0 +1,55 @@
+"""How the cost of an erase grows with what follows the span.
+
+Knows: contexts and methods. A quick look for the demo; `benchmarks/` measures properly.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kveraser.demo.stories import pages
+from kveraser.erasable import ErasableContext
+from kveraser.eraser import KVEraser
+from kveraser.methods import DeleteAndShift, EraseMethod, FullRecompute, LocalSuffixRepair, Steering
+
+PREFIX, SPAN = 256, 64
+SUFFIXES = (256, 1024, 4096)
+
+
+def latency_methods() -> list[EraseMethod]:
+    """The methods that are timed."""
+    return [FullRecompute(), DeleteAndShift(), LocalSuffixRepair(), Steering()]
+
+
+def measure_latency(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eraser: KVEraser | None,
+    *,
+    done: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Milliseconds per method and suffix length, from one growing context; medians of three for the quick methods."""
+    context = ErasableContext(model, tokenizer, eraser)
+    text = context.encode("\n\n".join(pages()))
+    ids = (text * (1 + (PREFIX + SPAN + SUFFIXES[-1]) // len(text)))[: PREFIX + SPAN + SUFFIXES[-1]]
+    context.append(ids[:PREFIX])
+    span = context.append(ids[PREFIX : PREFIX + SPAN])
+    rows: list[dict[str, Any]] = []
+    at = PREFIX + SPAN
+    for suffix in SUFFIXES:
+        context.append(ids[at : PREFIX + SPAN + suffix])
+        at = PREFIX + SPAN + suffix
+        for method in latency_methods():
+            times = []
+            for _ in range(1 if method.exact and suffix > 512 else 3):
+                receipt = context.erase(span, method)
+                times.append(1000 * receipt.seconds)
+                context.restore(receipt)
+            rows.append({"method": method.name, "suffix": suffix, "milliseconds": statistics.median(times)})
+            if done:
+                done(method.name)
+    return rows

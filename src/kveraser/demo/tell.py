@@ -1,0 +1,41 @@
+"""Telling a story: the context is read, the span erased by each method, the question asked.
+
+Knows: stories, contexts, comparing. Does not know about the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kveraser.demo.stories import Story, ask
+from kveraser.erasable import ErasableContext
+from kveraser.eraser import KVEraser
+from kveraser.evaluation.compare import MethodResult, Protocol, compare_methods
+from kveraser.methods import EraseMethod
+
+PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
+
+
+def tell(
+    story: Story,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eraser: KVEraser | None,
+    methods: Sequence[EraseMethod],
+    protocol: Protocol,
+    *,
+    done: Callable[[str], None] | None = None,
+) -> list[MethodResult]:
+    """One story in one protocol, by the given methods."""
+    context = ErasableContext(model, tokenizer, eraser)
+    context.append(story.prefix)
+    span = context.append(story.span)
+    context.append(story.suffix)
+    question: str | None = ask(story.question)
+    if protocol == "query_cached":
+        assert question is not None
+        context.append(question)
+        question = None
+    return compare_methods(context, span, question, methods, repeats=2, done=done)

@@ -1,0 +1,188 @@
+"""`erase` and `restore` on a plain transformers cache, in place, for people with a generate loop of their own.
+
+Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kveraser.cache import (
+    Tokens,
+    cache_length,
+    check_cache,
+    check_editable,
+    count_positions,
+    extend,
+    get_marks,
+    truncate,
+)
+from kveraser.eraser import KVEraser, shipped_eraser
+from kveraser.errors import CacheMismatchError, EraserMismatchError, RestoreError
+from kveraser.interrupts import uninterrupted
+from kveraser.methods import EraseMethod, EraseReceipt, as_method, put_back
+from kveraser.methods.base import Edit, Plan, Undo
+from kveraser.model_view import as_batch, model_device
+from kveraser.spans import Span, merge_spans
+
+
+def _tokens(
+    cache: Cache,
+    token_ids: Tensor | list[int],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    length: int | None = None,
+) -> Tokens:
+    """Check ids, mask and positions against the cache (or the given length) and put them together."""
+    keys = cache.layers[0].keys
+    ids = as_batch(token_ids, keys.device)
+    expected = (keys.shape[0], cache_length(cache) if length is None else length)
+    if ids.shape != expected:
+        raise CacheMismatchError(
+            f"{expected[1]} tokens in {expected[0]} row(s) are needed, token_ids has shape {tuple(ids.shape)}; "
+            "give one id per cached token (after an earlier erase: receipt.token_ids(token_ids)); the last generated "
+            "token is not in the cache until it has been run"
+        )
+    mask = positions = None
+    if attention_mask is not None:
+        mask = torch.as_tensor(attention_mask, device=keys.device)
+        mask = mask.unsqueeze(0) if mask.ndim == 1 else mask
+        if mask.shape != expected:
+            raise CacheMismatchError(f"attention_mask has shape {tuple(mask.shape)}, the cache needs {expected}")
+        if bool((mask != 0).all()):
+            mask = None
+        else:
+            positions = count_positions(mask)
+    if position_ids is not None:
+        positions = as_batch(position_ids, keys.device)
+        if positions.shape[-1] != expected[1]:
+            raise CacheMismatchError(f"position_ids has shape {tuple(positions.shape)}, the cache needs {expected}")
+        positions = positions.expand(expected)
+    return Tokens(ids, positions, mask)
+
+
+def run_edit(
+    model: nn.Module,
+    cache: Cache,
+    tokens: Tokens,
+    spans: tuple[Span, ...],
+    method: EraseMethod,
+    eraser: KVEraser | None,
+    undo: bool,
+    commit: Callable[[EraseReceipt], None] | None = None,
+) -> EraseReceipt:
+    """Run one method on checked arguments. An eraser that ships for the model is found when one is needed."""
+    if method.needs_eraser and eraser is None and getattr(method, "eraser", None) is None:
+        try:
+            eraser = shipped_eraser(model)
+        except EraserMismatchError:
+            if method.name != "auto":  # auto falls back to exact recomputation
+                raise
+    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser)
+    with torch.no_grad():
+        return method.erase(edit, undo=undo, commit=commit)
+
+
+def erase(
+    model: nn.Module,
+    cache: Cache,
+    token_ids: Tensor | list[int],
+    span: Span | Iterable[Span],
+    method: str | EraseMethod | KVEraser = "kveraser",
+    attention_mask: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    eraser: KVEraser | None = None,
+    undo: bool = True,
+) -> EraseReceipt:
+    """Erase one or several spans from a live cache, in place.
+
+    Args:
+        model: the causal language model that filled the cache.
+        cache: a `DynamicCache` of `tokens` slots; batch rows share the span.
+        token_ids: `(tokens,)` or `(batch, tokens)`, one id per slot.
+        span: current cache positions; several are erased in one transaction.
+        method: a name (see `methods()`), an `EraseMethod` or a `KVEraser`.
+        attention_mask: `(batch, tokens)`, 0 for padding; positions are then counted as `model.generate` does.
+        position_ids: `(batch, tokens)`, when the cache was filled with other positions.
+        eraser: for `kveraser` and `auto`; None takes the one that ships for the model.
+        undo: keep what is needed for `restore` in the receipt.
+
+    Returns:
+        The receipt; `receipt.token_ids(token_ids)` are the ids that go with the cache now.
+
+    Raises:
+        SpanError, UnsupportedCacheError, CacheMismatchError, EraserMismatchError, OptionError: nothing was changed.
+    """
+    chosen = as_method(method)
+    if chosen.removes:
+        check_editable(model, cache)
+    else:
+        check_cache(cache)
+    if keys_elsewhere := _elsewhere(model, cache):
+        raise CacheMismatchError(keys_elsewhere)
+    tokens = _tokens(cache, token_ids, attention_mask, position_ids)
+    spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
+    return run_edit(model, cache, tokens, spans, chosen, eraser, undo)
+
+
+def _elsewhere(model: nn.Module, cache: Cache) -> str | None:
+    device, held = model_device(model), cache.layers[0].keys.device
+    return None if device == held else f"the cache is on {held} and the model on {device}; move one of them"
+
+
+def restore(
+    cache: Cache,
+    receipt: EraseReceipt,
+    *,
+    model: nn.Module | None = None,
+    token_ids: Tensor | list[int] | None = None,
+    attention_mask: Tensor | None = None,
+) -> int:
+    """Undo an erase. Bit-exact when nothing was appended since.
+
+    Tokens appended since saw the erased context. Given `model`, and `token_ids` and `attention_mask` of the cache as it
+    will be after restoring (the ids before the erase, then the later ones), they are kept and their states recomputed.
+
+    Returns:
+        How many later tokens were recomputed.
+
+    Raises:
+        RestoreError: tokens were appended and no model was given, or the receipt cannot be restored (says why).
+        CacheMismatchError: ids that do not fit. In every case the cache is left as it was.
+    """
+    check_cache_or_empty(cache)
+    marks = get_marks(cache)
+    after = next((edit.length_after for edit in marks.edits if edit.id == receipt.id), None)
+    later = 0 if after is None else cache_length(cache) - after
+    if later <= 0 or receipt.undo is None:
+        put_back(cache, receipt)
+        return 0
+    if model is None or token_ids is None:
+        raise RestoreError(
+            f"{later} token(s) were appended since the erase; give model= and token_ids= to keep and recompute "
+            f"them, or drop them first with cache.crop(-{later})"
+        )
+    length = receipt.undo.length + later
+    tokens = _tokens(cache, token_ids, attention_mask, None, length)
+    saved = Undo.take(cache, Plan(receipt.undo.layout_from, tuple(span for span, _ in receipt.undo.regions)), marks)
+    try:
+        put_back(cache, receipt)
+        truncate(cache, receipt.undo.length)
+        extend(model, cache, tokens)
+    except BaseException:
+        with uninterrupted():
+            saved.put_back(cache)
+        raise
+    return later
+
+
+def check_cache_or_empty(cache: Cache) -> None:
+    """`check_cache`, but an emptied cache passes: everything may have been erased."""
+    if isinstance(cache, Cache) and cache.layers and cache_length(cache) == 0:
+        return
+    check_cache(cache)

@@ -1,0 +1,319 @@
+"""The eraser: a LoRA on the user's own model, kept apart from it.
+
+Knows: PEFT's layers and file format, model views. Does not know about caches or spans.
+
+PEFT builds the LoRA layers on a throw-away skeleton of the model that shares its weights. They are then kept by module
+name, and stand in a *view* of the model during a pass (`model_view`). The user's model is never changed, not even for
+the time of a pass, so that other threads may go on using it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kveraser.cache import Window, check_model
+from kveraser.eraser.config import FILE_NAME, EraserConfig, Fingerprint
+from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.model_view import causal_lm, frozen, model_device, model_dtype, view
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+_ADAPTER = "eraser"
+_WEIGHTS = "adapter_model.safetensors"
+_KEY_PREFIX = "base_model.model."
+_REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
+
+
+class KVEraser:
+    """A LoRA eraser for one backbone.
+
+    Make one with `KVEraser.new` (to train it), `KVEraser.from_pretrained` (a PEFT folder or hub id with a
+    `kveraser.json`) or `KVEraser.for_model` (the one that ships for the model).
+
+    Attributes:
+        config: window, repair and the backbone's fingerprint.
+        lora_config: PEFT's configuration.
+        layers: module name in the backbone -> PEFT LoRA layer (without its base layer).
+    """
+
+    def __init__(self, config: EraserConfig, lora_config: LoraConfig, layers: dict[str, nn.Module]) -> None:
+        self.config = config
+        self.lora_config = lora_config
+        self.layers = layers
+        self._checked: ReferenceType[nn.Module] | None = None
+
+    def __repr__(self) -> str:
+        return f"KVEraser(rank={self.lora_config.r}, layers={len(self.layers)}, window={self.window}, repair={self.repair})"
+
+    # -- making one ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def new(
+        cls,
+        model: nn.Module,
+        *,
+        rank: int = 16,
+        alpha: int = 32,
+        window: Window | None = None,
+        repair: int = 0,
+        seed: int = 42,
+        target_modules: list[str] | None = None,
+    ) -> KVEraser:
+        """A fresh eraser, which changes nothing yet (LoRA B is zero).
+
+        Args:
+            model: the backbone.
+            rank, alpha: of the LoRA; 16 and 32 in the paper.
+            window: `(sink, local)` slots it attends to besides the span; None for the whole prefix.
+            repair: tokens behind the span to recompute after steering.
+            seed: of LoRA A's random start; the global random state is left alone.
+            target_modules: names of the linears to adapt; None for all of attention and MLP.
+
+        Raises:
+            UnsupportedCacheError: a model whose cache cannot be edited.
+        """
+        check_model(model)
+        if rank < 1 or repair < 0 or (window is not None and min(window) < 0):
+            raise OptionError(f"rank={rank} must be at least 1, repair={repair} and window={window} not negative")
+        lora_config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            target_modules=target_modules or target_linears(model),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=causal_lm(model).config._name_or_path or None,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers = _lora_layers(model, lora_config)
+        return cls(EraserConfig(Fingerprint.of(model), window, repair), lora_config, layers)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str], model: nn.Module, *, check_weights: bool = True) -> KVEraser:
+        """Load an eraser from a folder or a hub id.
+
+        Args:
+            path: PEFT folder or hub id that also holds a `kveraser.json`.
+            model: the backbone.
+            check_weights: False accepts a backbone of the same shape with other weights (a fine-tune of it).
+
+        Raises:
+            EraserMismatchError: not an eraser, damaged, or made for another backbone.
+        """
+        folder = _fetch(str(path))
+        config = EraserConfig.read(folder / FILE_NAME)
+        difference = config.fingerprint.difference(model)
+        if difference is not None and (check_weights or "weights" not in difference):
+            name = type(causal_lm(model)).__name__
+            raise EraserMismatchError(
+                f"the eraser in {path} was made for another model than this {name}: {difference}; {_REMEDY}"
+            )
+        try:
+            lora_config = PeftConfig.from_pretrained(str(folder))
+            weights = load_file(str(folder / _WEIGHTS))
+        except Exception as error:  # PEFT, safetensors and JSON raise their own kinds
+            raise EraserMismatchError(f"the adapter in {path} cannot be read, it may be damaged: {error}") from error
+        if not isinstance(lora_config, LoraConfig) or lora_config.use_dora or lora_config.modules_to_save:
+            raise EraserMismatchError(
+                f"the adapter in {path} is no plain LoRA ({lora_config.peft_type}); export it as one"
+            )
+        eraser = cls(config, lora_config, _lora_layers(model, lora_config))
+        eraser._load(weights, str(path))
+        if not check_weights:
+            eraser._checked = ref(causal_lm(model))
+        return eraser
+
+    @classmethod
+    def for_model(cls, model: nn.Module) -> KVEraser:
+        """The eraser that ships for this backbone.
+
+        Raises:
+            EraserMismatchError: none does.
+        """
+        from kveraser.eraser.shipped import shipped_eraser
+
+        return shipped_eraser(model)
+
+    # -- using it ------------------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> Window | None:
+        """`(sink, local)` slots it attends to besides the span; None for the whole prefix."""
+        return self.config.window
+
+    @property
+    def repair(self) -> int:
+        """Tokens behind the span to recompute after steering."""
+        return self.config.repair
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `EraserMismatchError` unless the eraser was made for `model`."""
+        base = causal_lm(model)
+        if self._checked is not None and self._checked() is base:
+            return
+        difference = self.config.fingerprint.difference(model)
+        if difference is not None:
+            raise EraserMismatchError(
+                f"the eraser was made for another model than this {type(base).__name__}: {difference}; {_REMEDY}"
+            )
+        self._checked = ref(base)
+
+    def attached(self, model: nn.Module) -> nn.Module:
+        """A view of `model` with the eraser active; `model` itself is left alone. Valid until the model changes."""
+        self.to(model_device(model), model_dtype(model), training_too=False)
+        attached: nn.Module = view(causal_lm(model), self.layers)
+        return attached
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """LoRA A and B by PEFT's names."""
+        for name, layer in self.layers.items():
+            for part in ("lora_A", "lora_B"):
+                yield f"{_KEY_PREFIX}{name}.{part}.weight", getattr(layer, part)[_ADAPTER].weight
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable weights."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def to(self, device: torch.device, dtype: torch.dtype, *, training_too: bool = True) -> KVEraser:
+        """Move the weights; those that are being trained only when `training_too`."""
+        for _, parameter in self.named_parameters():
+            wanted = parameter.dtype if parameter.requires_grad and not training_too else dtype
+            if parameter.device != device or parameter.dtype != wanted:
+                parameter.data = parameter.data.to(device, wanted)
+        return self
+
+    def train(self, mode: bool = True) -> KVEraser:
+        """Make the weights trainable (float32) or not."""
+        for _, parameter in self.named_parameters():
+            parameter.requires_grad_(mode)
+            if mode:
+                parameter.data = parameter.data.float()
+        return self
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """LoRA A and B by PEFT's names, on the CPU."""
+        return {name: parameter.detach().cpu().contiguous() for name, parameter in self.named_parameters()}
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], *, dtype: torch.dtype = torch.float16, notes: dict[str, Any] | None = None
+    ) -> Path:
+        """Write PEFT's adapter files and `kveraser.json` into `folder`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.lora_config.save_pretrained(str(target))
+        _tidy(target / "adapter_config.json")
+        save_file({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, str(target / _WEIGHTS))
+        config = self.config
+        if notes:
+            config = EraserConfig(config.fingerprint, config.window, config.repair, {**config.notes, **notes})
+        config.write(target)
+        return target
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to the Hugging Face hub; returns the URL of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def _load(self, weights: dict[str, Tensor], source: str) -> None:
+        own = dict(self.named_parameters())
+        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        if missing or extra:
+            raise EraserMismatchError(
+                f"the adapter in {source} lacks {len(missing)} and has {len(extra)} tensors too many for this model "
+                f"(first: {(missing + extra)[0]}); {_REMEDY}"
+            )
+        for name, parameter in own.items():
+            if weights[name].shape != parameter.shape:
+                raise EraserMismatchError(
+                    f"{name} in {source} has shape {tuple(weights[name].shape)}, rank {self.lora_config.r} on this model "
+                    f"needs {tuple(parameter.shape)}; adapter_config.json and {_WEIGHTS} do not belong together"
+                )
+            parameter.data = weights[name].to(parameter)
+
+
+def target_linears(model: nn.Module) -> list[str]:
+    """The names of all linear layers of attention and MLP (seven on Llama)."""
+    found = set()
+    for name, module in causal_lm(model).named_modules():
+        parts = name.split(".")
+        if isinstance(module, nn.Linear) and any(part.isdigit() for part in parts) and "lora_" not in name:
+            found.add(parts[-2] if parts[-1] == "base_layer" else parts[-1])
+    return sorted(found)
+
+
+def _lora_layers(model: nn.Module, lora_config: LoraConfig) -> dict[str, nn.Module]:
+    """PEFT's LoRA layers for the model, by module name, made on a skeleton of it that shares its weights."""
+    skeleton = frozen(causal_lm(model))
+    _without_adapters(skeleton)
+    inject_adapter_in_model(lora_config, skeleton, adapter_name=_ADAPTER)
+    layers: dict[str, Any] = {}
+    for name, module in skeleton.named_modules():
+        if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
+            layers[name] = module
+    if not layers:
+        raise EraserMismatchError(
+            f"the adapter's target modules {lora_config.target_modules} do not occur in this model"
+        )
+    for layer in layers.values():
+        del layer._modules["base_layer"]
+        for parameter in layer.parameters():  # type: ignore[attr-defined]
+            parameter.requires_grad_(False)
+    return layers  # type: ignore[return-value]
+
+
+def _without_adapters(module: nn.Module) -> None:
+    """Take the user's own adapters out of a view."""
+    for name, child in module._modules.items():
+        while isinstance(child, BaseTunerLayer):
+            child = child.get_base_layer()
+        module._modules[name] = child
+        if child is not None:
+            _without_adapters(child)
+
+
+def _fetch(path: str) -> Path:
+    """The local folder of a path or hub id."""
+    folder = Path(path)
+    if (folder / FILE_NAME).is_file():
+        return folder
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise EraserMismatchError(
+            f"{path} holds no {FILE_NAME}, so it is not an eraser; give a folder or hub id made by kveraser"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise EraserMismatchError(
+            f"{path} is neither a folder with a {FILE_NAME} nor a reachable hub id: {error}"
+        ) from error
+
+
+def _tidy(file: Path) -> None:
+    """Sort PEFT's target modules (a set), so that the same eraser always gives the same file."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(data.get("target_modules"), list):
+        data["target_modules"] = sorted(data["target_modules"])
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

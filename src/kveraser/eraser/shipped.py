@@ -1,0 +1,47 @@
+"""The erasers that come with the package.
+
+Knows: the folder `shipped/`, one PEFT folder per backbone. Does not know how they were trained (their cards say).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from kveraser.eraser.config import FILE_NAME, EraserConfig
+from kveraser.eraser.eraser import KVEraser
+from kveraser.errors import EraserMismatchError
+from kveraser.model_view import causal_lm
+
+FOLDER = Path(__file__).parent / "shipped"
+
+_loaded: WeakKeyDictionary[nn.Module, KVEraser] = WeakKeyDictionary()
+
+
+def shipped_erasers() -> dict[str, Path]:
+    """Name of the backbone -> folder of its eraser."""
+    return {file.parent.name: file.parent for file in sorted(FOLDER.glob(f"*/{FILE_NAME}"))}
+
+
+def shipped_eraser(model: nn.Module) -> KVEraser:
+    """The eraser that ships for a model, recognised by its weights; loaded once per model.
+
+    Raises:
+        EraserMismatchError: none ships for it.
+    """
+    base = causal_lm(model)
+    if base not in _loaded:
+        for folder in shipped_erasers().values():
+            if EraserConfig.read(folder / FILE_NAME).fingerprint.difference(base) is None:
+                _loaded[base] = KVEraser.from_pretrained(folder, base)
+                break
+        else:
+            name = base.config._name_or_path or type(base).__name__
+            raise EraserMismatchError(
+                f"no eraser ships for {name} (there is one for: {', '.join(shipped_erasers()) or 'none'}); "
+                "use method='full-recompute', give one with eraser=KVEraser.from_pretrained(...), "
+                "or train one with `kveraser train`"
+            )
+    return _loaded[base]

@@ -1,0 +1,47 @@
+"""The errors that kveraser raises, all below `KVEraserError`.
+
+Knows: names and what each one means. Does not know who raises them; the messages, with the offending value and the
+remedy, are written where the mistake is found.
+"""
+
+
+class KVEraserError(Exception):
+    """Base of every error that kveraser raises on purpose."""
+
+
+class SpanError(KVEraserError, ValueError):
+    """A span that cannot be erased: out of range, empty, reversed, overlapping another or an already erased one,
+    or a text that does not occur, or occurs more than once."""
+
+
+class UnsupportedCacheError(KVEraserError, TypeError):
+    """A model or cache whose states cannot be edited in place (sliding window, quantised, linear attention, MLA,
+    cross-attention, dynamic-NTK and LongRoPE position scaling, ...)."""
+
+
+class CacheMismatchError(KVEraserError, ValueError):
+    """Model, cache, token ids, attention mask and position ids that do not belong together."""
+
+
+class EraserMismatchError(KVEraserError, ValueError):
+    """An eraser that was made for another model, is damaged, or does not exist for this model."""
+
+
+class RestoreError(KVEraserError, ValueError):
+    """A receipt that cannot be restored: of another cache, restored before, purged, or with later edits on top."""
+
+
+class ContextError(KVEraserError, ValueError):
+    """A context that cannot do what was asked of it: empty, no tokenizer, a chat template that is not prefix-stable."""
+
+
+class SessionFileError(KVEraserError, ValueError):
+    """A saved session that is missing, truncated, altered, of a newer format, or of another model."""
+
+
+class BackboneError(KVEraserError, RuntimeError):
+    """A backbone that cannot be found, converted or loaded."""
+
+
+class OptionError(KVEraserError, ValueError):
+    """An option with an impossible value, or the name of a method or task that does not exist."""

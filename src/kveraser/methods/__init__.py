@@ -1,0 +1,72 @@
+"""The registry of erasing methods.
+
+To add one: write `methods/your_method.py` with a frozen dataclass below `EraseMethod`, and add it to `_METHODS`. Every
+test, table and plot then covers it.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from kveraser.eraser import KVEraser
+from kveraser.errors import OptionError
+from kveraser.methods.auto import Auto
+from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan, Undo, put_back
+from kveraser.methods.delete_and_shift import DeleteAndShift
+from kveraser.methods.full_recompute import FullRecompute
+from kveraser.methods.local_suffix_repair import LocalSuffixRepair
+from kveraser.methods.no_erase import NoErase
+from kveraser.methods.selective_recompute import SelectiveRecompute
+from kveraser.methods.steering import Steering
+
+_METHODS: tuple[type[EraseMethod], ...] = (
+    NoErase,
+    FullRecompute,
+    DeleteAndShift,
+    LocalSuffixRepair,
+    SelectiveRecompute,
+    Steering,
+    Auto,
+)
+
+
+def methods() -> dict[str, type[EraseMethod]]:
+    """Every erasing method by name, in the order of the tables."""
+    return {method.name: method for method in _METHODS}
+
+
+def as_method(method: str | EraseMethod | KVEraser) -> EraseMethod:
+    """The method meant by a name, a method, or an eraser (steering with it).
+
+    Raises:
+        OptionError: an unknown name.
+    """
+    if isinstance(method, EraseMethod):
+        return method
+    if isinstance(method, KVEraser):
+        return Steering(method)
+    if method in methods():
+        return methods()[method]()
+    close = difflib.get_close_matches(str(method), methods(), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    raise OptionError(f"there is no erasing method {method!r}{hint} there are: {', '.join(methods())}")
+
+
+__all__ = [
+    "Auto",
+    "DeleteAndShift",
+    "Edit",
+    "EraseMethod",
+    "EraseReceipt",
+    "FullRecompute",
+    "LocalSuffixRepair",
+    "NoErase",
+    "Outcome",
+    "Plan",
+    "SelectiveRecompute",
+    "Steering",
+    "Undo",
+    "as_method",
+    "methods",
+    "put_back",
+]

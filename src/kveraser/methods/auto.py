@@ -1,0 +1,64 @@
+"""Auto: exact recomputation where it is as cheap as steering, else steering.
+
+Right behind a span, or after a short suffix, recomputing costs no more than steering, and is exact. A cost model that is
+measured once per machine tells which is which; the receipt names the method that was used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from kveraser.eraser import KVEraser
+from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan
+from kveraser.methods.cost_model import CostModel, cost_model
+from kveraser.methods.full_recompute import FullRecompute
+from kveraser.methods.steering import Steering
+
+
+@dataclass(frozen=True)
+class Auto(EraseMethod):
+    """Choose between `full-recompute` and `kveraser` by predicted time.
+
+    Args:
+        eraser: as for `Steering`.
+        patience: how much slower exact recomputation may be and still be preferred.
+        costs: the cost model; None takes the one measured on this machine.
+    """
+
+    eraser: KVEraser | None = None
+    patience: float = 1.0
+    costs: CostModel | None = field(default=None, repr=False)
+
+    name: ClassVar[str] = "auto"
+    summary: ClassVar[str] = "full-recompute where it is as cheap as kveraser, else kveraser"
+    needs_eraser: ClassVar[bool] = True
+
+    def choose(self, edit: Edit) -> EraseMethod:
+        """The method that this edit will use."""
+        steering = Steering(self.eraser)
+        eraser = self.eraser or edit.eraser
+        if eraser is None or not edit.spans:
+            return FullRecompute()
+        eraser.check_model(edit.model)
+        costs = self.costs or cost_model(edit.model, eraser.attached(edit.model))
+        start = min(edit.spans[0].start, edit.length if edit.marks.exact else edit.marks.approximate_from or 0)
+        removed = sum(len(span) for span in (*edit.spans, *edit.marks.steered_spans))
+        exact = costs.recompute(start, max(edit.length - removed, start))
+        quick = sum(costs.steer(span, eraser.window) for span in edit.spans)
+        if eraser.repair:
+            quick += sum(costs.plain.seconds(len(run), run.start) for run in edit.runs_behind(eraser.repair))
+        return FullRecompute() if exact <= quick * self.patience else steering
+
+    def plan(self, edit: Edit) -> Plan:
+        return self.choose(edit).plan(edit)
+
+    def apply(self, edit: Edit) -> Outcome:
+        return self.choose(edit).apply(edit)
+
+    def erase(
+        self, edit: Edit, *, undo: bool = True, commit: Callable[[EraseReceipt], None] | None = None
+    ) -> EraseReceipt:
+        """Erase with the chosen method; its name is the receipt's."""
+        return self.choose(edit).erase(edit, undo=undo, commit=commit)

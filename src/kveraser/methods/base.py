@@ -1,0 +1,377 @@
+"""What every erasing method shares: the edit it is given, the transaction around it, the receipt it leaves.
+
+Knows: caches, spans, token ids. Does not know about text, ledgers, or how any method works.
+
+A method is one small frozen dataclass. It says beforehand which slots it will overwrite (`plan`), and then overwrites
+them (`apply`). `EraseMethod.erase` does the rest for all of them: checks before anything is touched, keeps the old
+states, crops spans that end the context, puts everything back when `apply` fails or is interrupted, and writes the receipt.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kveraser.cache import (
+    EditMark,
+    Marks,
+    States,
+    Tokens,
+    append,
+    cache_length,
+    get_marks,
+    set_marks,
+    snapshot,
+    truncate,
+    write,
+    writing,
+)
+from kveraser.errors import RestoreError, SpanError
+from kveraser.interrupts import uninterrupted
+from kveraser.spans import Span, gaps
+
+if TYPE_CHECKING:
+    from kveraser.eraser import KVEraser
+
+Ids = TypeVar("Ids", Tensor, list[int], list[list[int]])
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An erase to be done.
+
+    Attributes:
+        model: the user's model.
+        cache: its cache, `tokens.length` slots; edited in place.
+        tokens: ids, positions and mask of the slots.
+        spans: slots to erase: sorted, disjoint, none of them steered, none at the very end of the cache. May be empty
+            for a method that also mends what earlier edits left.
+        marks: the cache's marks before the edit.
+        eraser: the LoRA eraser, for the methods that need one.
+    """
+
+    model: nn.Module
+    cache: Cache
+    tokens: Tokens
+    spans: tuple[Span, ...]
+    marks: Marks
+    eraser: KVEraser | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of slots before the edit."""
+        return self.tokens.length
+
+    def runs_behind(self, count: int) -> tuple[Span, ...]:
+        """The first `count` live slots behind each of the spans, as disjoint runs in order."""
+        runs: list[Span] = []
+        at, budget = self.spans[0].start, 0
+        blocks = sorted((*self.spans, *(steered for steered in self.marks.steered_spans if steered.start > at)))
+        for block in (*blocks, Span(self.length, self.length + 1)):
+            taken = min(block.start - at, budget)
+            if taken > 0:
+                runs.append(Span(at, at + taken))
+                budget -= taken
+            if block in self.spans:
+                budget = count
+            at = block.end
+        return tuple(runs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which slots an edit will change: `in_place` keeps their positions, from slot `layout_from` on they may move."""
+
+    layout_from: int
+    in_place: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an edit did. `removed` slots are gone, `steered` ones hold steering states (both in slots before the edit)."""
+
+    marks: Marks
+    removed: tuple[Span, ...] = ()
+    steered: tuple[Span, ...] = ()
+    tokens_recomputed: int = 0
+    bytes_written: int = 0
+
+
+@dataclass
+class Undo:
+    """The states an edit replaced. Lives as long as its receipt; `clear()` overwrites and frees them."""
+
+    length: int
+    layout_from: int
+    marks: Marks
+    regions: list[tuple[Span, States]]
+    cleared: bool = False
+
+    @classmethod
+    def take(cls, cache: Cache, plan: Plan, marks: Marks) -> Undo:
+        """Copy what the plan says will change."""
+        length = cache_length(cache)
+        spans = [span for span in plan.in_place if span.end <= plan.layout_from]
+        if plan.layout_from < length:
+            spans.append(Span(plan.layout_from, length))
+        return cls(length, plan.layout_from, marks, [(span, snapshot(cache, span)) for span in spans])
+
+    def put_back(self, cache: Cache) -> None:
+        """Bring the cache back to what it was, bit for bit; slots that were added later are dropped."""
+        truncate(cache, self.layout_from)
+        for span, states in self.regions:
+            if span.start == self.layout_from:
+                append(cache, states)
+            else:
+                write(cache, span.start, states)
+        set_marks(cache, self.marks)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held."""
+        return sum(t.numel() * t.element_size() for _, states in self.regions for pair in states for t in pair)
+
+    def clear(self) -> None:
+        """Overwrite the kept states with zeros and let go of them."""
+        for _, states in self.regions:
+            for pair in states:
+                for tensor in pair:
+                    with torch.inference_mode(tensor.is_inference()):
+                        tensor.zero_()
+        self.regions, self.cleared = [], True
+
+
+@dataclass(frozen=True)
+class EraseReceipt:
+    """What an erase did, and what is needed to undo it.
+
+    Attributes:
+        method: name of the method.
+        spans: what was erased, sorted: cache positions before the edit from `kv.erase`, ledger positions from a context.
+        exact: whether the *whole* cache now equals a fresh prefill of the tokens that remain.
+        tokens_removed: number of erased tokens.
+        tokens_recomputed: tokens that were run through the model.
+        bytes_written: bytes of keys and values that were computed or moved into the cache.
+        seconds: wall-clock time.
+        positions_kept: whether every remaining token is still at its old position.
+        removed, steered: slots (before the edit) that are gone, or hold steering states now.
+        id: identifies the edit.
+    """
+
+    method: str
+    spans: tuple[Span, ...]
+    exact: bool
+    tokens_removed: int
+    tokens_recomputed: int
+    bytes_written: int
+    seconds: float
+    positions_kept: bool
+    removed: tuple[Span, ...] = field(default=(), repr=False)
+    steered: tuple[Span, ...] = field(default=(), repr=False)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
+    undo: Undo | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def span(self) -> Span:
+        """The erased span; with several, the range from the first to the last."""
+        return Span(self.spans[0].start, self.spans[-1].end)
+
+    def token_ids(self, token_ids: Ids) -> Ids:
+        """The ids that go with the cache now, from the ids that went with it before the edit.
+
+        Removed tokens are dropped. Steered slots keep a place, filled with the id of a neighboring token that was not
+        erased, so that no logits processor or prompt look-up ever sees an erased id.
+
+        Args:
+            token_ids: `(tokens,)` or `(batch, tokens)`, a tensor or lists; the same kind is returned.
+        """
+        if isinstance(token_ids, Tensor):
+            ids = token_ids.clone()
+            for span in self.steered:
+                ids[..., span.slice] = ids[..., self.stand_in(span), None]
+            keep = [index for run in gaps(self.removed, ids.shape[-1]) for index in run]
+            return ids[..., keep] if self.removed else ids
+        return self.token_ids(torch.as_tensor(token_ids)).tolist()
+
+    def attention_mask(self, attention_mask: Ids) -> Ids:
+        """The attention mask that goes with the cache now, from the one that went with it before the edit."""
+        return replace(self, steered=()).token_ids(attention_mask)
+
+    def stand_in(self, span: Span) -> int:
+        """The slot whose id fills a steered span: the nearest one that this edit left, before the span or behind it."""
+        taken = sorted(self.steered)
+        before = span.start
+        for other in reversed(taken):
+            if other.end == before or other == span:
+                before = other.start
+        if before > 0:
+            return before - 1
+        after = span.end
+        for other in taken:
+            if other.start == after:
+                after = other.end
+        return after
+
+
+def split_tail(spans: tuple[Span, ...], length: int, marks: Marks) -> tuple[tuple[Span, ...], int]:
+    """Take the spans that end the cache off the others; returns these and where the cache is to be cropped.
+
+    Steered slots that would then be last are cropped with them: a context ends with a live token.
+    """
+    end = length
+    rest = list(spans)
+    steered = list(marks.steered_spans)
+    while end > 0:
+        if rest and rest[-1].end == end:
+            end = rest.pop().start
+        elif end < length and steered and steered[-1].end >= end:
+            last = steered.pop()
+            end = min(end, last.start) if last.end == end else end
+        else:
+            break
+    return tuple(rest), end
+
+
+class EraseMethod(ABC):
+    """One way to erase spans from a cache. Subclasses are frozen dataclasses; their fields are the method's options."""
+
+    name: ClassVar[str]
+    """The name in the registry, in tables and plots."""
+    summary: ClassVar[str]
+    """One line for tables and `--help`."""
+    exact: ClassVar[bool] = False
+    """Whether the result always equals a fresh prefill."""
+    needs_eraser: ClassVar[bool] = False
+    """Whether `Edit.eraser` must be given."""
+    removes: ClassVar[bool] = True
+    """Whether the spans are erased at all."""
+    mends: ClassVar[bool] = False
+    """Whether `apply` also repairs what earlier edits left, so that it has work to do even without spans."""
+
+    @abstractmethod
+    def plan(self, edit: Edit) -> Plan:
+        """Which slots `apply` will change. Must not change anything itself; raises when the edit cannot be done."""
+
+    @abstractmethod
+    def apply(self, edit: Edit) -> Outcome:
+        """Do it. Slots outside the plan must not be touched; on an exception the caller puts everything back."""
+
+    def erase(
+        self, edit: Edit, *, undo: bool = True, commit: Callable[[EraseReceipt], None] | None = None
+    ) -> EraseReceipt:
+        """Erase `edit.spans` (here they may end the cache) in one transaction.
+
+        Args:
+            undo: keep the replaced states in the receipt.
+            commit: called with the receipt once the cache is edited, as part of the transaction: the caller's own
+                records change together with the cache or not at all.
+
+        Raises:
+            SpanError: a span holds slots that are erased already.
+        """
+        started = time.perf_counter()
+        self._check(edit)
+        rest, end = split_tail(edit.spans, edit.length, edit.marks) if self.removes else (edit.spans, edit.length)
+        inner = replace(edit, spans=rest, tokens=edit.tokens.head(end), marks=edit.marks.truncate(end))
+        busy = bool(rest) or (self.mends and not inner.marks.exact)
+        plan = self.plan(inner) if busy else Plan(end)
+        saved = Undo.take(edit.cache, plan, edit.marks)
+        committed = False
+        try:
+            truncate(edit.cache, end)
+            with writing(edit.cache):
+                outcome = self.apply(inner) if busy else Outcome(inner.marks)
+            receipt = EraseReceipt(
+                method=self.name,
+                spans=edit.spans,
+                exact=outcome.marks.exact and self.removes,
+                tokens_removed=sum(len(span) for span in edit.spans) if self.removes else 0,
+                tokens_recomputed=outcome.tokens_recomputed,
+                bytes_written=outcome.bytes_written,
+                seconds=time.perf_counter() - started,
+                positions_kept=not outcome.removed,
+                removed=(*outcome.removed, Span(end, edit.length)) if end < edit.length else outcome.removed,
+                steered=outcome.steered,
+                undo=saved if undo else None,
+            )
+            after = outcome.marks.approximate_from
+            length = cache_length(edit.cache)
+            mark = EditMark(receipt.id, length, plan.layout_from >= edit.length, edit.marks.approximate_from, after)
+            with uninterrupted():
+                if commit is not None:
+                    commit(receipt)
+                set_marks(edit.cache, replace(outcome.marks, edits=(*edit.marks.edits, mark)))
+                committed = True
+        except BaseException:
+            if not committed:
+                with uninterrupted():
+                    saved.put_back(edit.cache)
+            raise
+        if not undo:
+            saved.clear()
+        return receipt
+
+    @staticmethod
+    def _check(edit: Edit) -> None:
+        for span in edit.spans:
+            for steered in edit.marks.steered_spans:
+                if span.overlaps(steered):
+                    raise SpanError(f"span {span} overlaps {steered}, which is erased already; restore that one first")
+
+    def options(self) -> dict[str, Any]:
+        """The method's options, for tables and files."""
+        return {name: getattr(self, name) for name in getattr(self, "__dataclass_fields__", {})}
+
+
+def put_back(cache: Cache, receipt: EraseReceipt) -> int:
+    """Undo an edit by the states its receipt kept; returns the length the cache had right after the edit.
+
+    Allowed for the newest edit, and for an older one when it and all later ones left every slot in its place.
+
+    Raises:
+        RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped since, or
+            later edits are in the way.
+    """
+    marks = get_marks(cache)
+    ids = [mark.id for mark in marks.edits]
+    if receipt.id not in ids:
+        raise RestoreError(
+            f"this cache knows no {receipt.method} edit of {receipt.span} with that receipt: it was restored before, "
+            "made final, or belongs to another cache"
+        )
+    if receipt.undo is None or receipt.undo.cleared:
+        raise RestoreError(f"the {receipt.method} edit of {receipt.span} kept no states (undo=False, or purged)")
+    index = ids.index(receipt.id)
+    mark, later = marks.edits[index], marks.edits[index + 1 :]
+    if cache_length(cache) < mark.length_after:
+        raise RestoreError(
+            f"the cache was cropped to {cache_length(cache)} tokens after the edit left {mark.length_after}; "
+            "what was cropped cannot be put back"
+        )
+    if not later:
+        with uninterrupted():
+            receipt.undo.put_back(cache)
+            undone = {edit.id for edit in receipt.undo.marks.edits} - set(ids)
+            set_marks(cache, receipt.undo.marks.without_edits(undone))
+        return mark.length_after
+    if not (mark.in_place and all(other.in_place for other in later)):
+        raise RestoreError(
+            f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
+            "restore the later ones first, newest to oldest"
+        )
+    if cache_length(cache) != mark.length_after:
+        raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
+    with uninterrupted():
+        steered = [entry for entry in marks.steered if entry.span not in receipt.steered]
+        for span, states in receipt.undo.regions:
+            write(cache, span.start, states)
+        set_marks(cache, replace(marks, steered=tuple(steered)).without_edits({receipt.id}))
+    return mark.length_after

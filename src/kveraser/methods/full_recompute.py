@@ -1,0 +1,56 @@
+"""Full recomputation: keep the prefix, drop the span, run the whole suffix again. Exact, and the teacher of all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from kveraser.cache import PREFILL_CHUNK, cut, recompute
+from kveraser.errors import OptionError
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.spans import Span, merge_spans
+
+
+@dataclass(frozen=True)
+class FullRecompute(EraseMethod):
+    """Recompute everything behind the first place that is not exact, in chunks as a long prefill does.
+
+    Afterwards the cache equals a fresh prefill of the tokens that remain, whatever earlier edits had left.
+
+    Args:
+        chunk: tokens per forward.
+    """
+
+    chunk: int = PREFILL_CHUNK
+
+    name: ClassVar[str] = "full-recompute"
+    summary: ClassVar[str] = "recompute the whole suffix (exact)"
+    exact: ClassVar[bool] = True
+    mends: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise OptionError(f"chunk={self.chunk} must be at least 1 token")
+
+    def _start(self, edit: Edit) -> int:
+        starts = [span.start for span in edit.spans]
+        if edit.marks.approximate_from is not None:
+            starts.append(edit.marks.approximate_from)
+        return min(starts)
+
+    def plan(self, edit: Edit) -> Plan:
+        return Plan(self._start(edit))
+
+    def apply(self, edit: Edit) -> Outcome:
+        start = self._start(edit)
+        removed = merge_spans((*edit.spans, *edit.marks.steered_spans), edit.length)
+        cut(edit.cache, removed)
+        tokens = edit.tokens.without(removed)
+        suffix = Span(start, tokens.length) if start < tokens.length else None
+        written = recompute(edit.model, edit.cache, tokens, suffix, self.chunk) if suffix else 0
+        return Outcome(
+            marks=replace(edit.marks, approximate_from=None, steered=()),
+            removed=removed,
+            tokens_recomputed=len(suffix) if suffix else 0,
+            bytes_written=written,
+        )

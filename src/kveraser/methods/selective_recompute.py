@@ -1,0 +1,75 @@
+"""Selective recomputation: delete-and-shift, then recompute the suffix tokens that deviate most.
+
+The idea of CacheBlend (Yao et al., EuroSys 2025, arXiv 2405.16444) carried over to erasing. Layer 0's keys and values
+depend on the token alone, so layer 1 is the first where a cached token can deviate from what a fresh prefill would give
+it. The tokens with the largest deviation there are run again through all layers, each attending to the whole cache, in
+which its fellow selected tokens are already new. Finding them costs one layer over the whole suffix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kveraser.cache import Tokens, cache_length, look, recompute, rewrite_slots
+from kveraser.errors import OptionError
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.delete_and_shift import check_movable, delete_spans
+from kveraser.spans import Span, gaps
+
+
+@dataclass(frozen=True)
+class SelectiveRecompute(EraseMethod):
+    """Drop the spans, close the gaps and recompute the `ratio` of suffix tokens that deviate most in layer 1.
+
+    The last token is always among them. With `ratio=1` it equals `full-recompute` and is exact.
+    """
+
+    ratio: float = 0.15
+
+    name: ClassVar[str] = "selective-recompute"
+    summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise OptionError(f"ratio={self.ratio} must be above 0 and at most 1")
+
+    def plan(self, edit: Edit) -> Plan:
+        check_movable(edit)
+        return Plan(edit.spans[0].start)
+
+    def apply(self, edit: Edit) -> Outcome:
+        start = edit.spans[0].start
+        tokens, written = delete_spans(edit)
+        suffix = Span(start, cache_length(edit.cache))
+        steered = tuple(span for span in edit.marks.cut(edit.spans).steered_spans if span.start >= start)
+        live = torch.cat([torch.arange(run.start, run.end) for run in gaps(steered, suffix.end, start)])
+        count = min(math.ceil(self.ratio * len(live)), len(live))
+        marks = edit.marks.cut(edit.spans).contaminated(start)
+        if count == len(suffix):
+            written += recompute(edit.model, edit.cache, tokens, suffix)
+            if marks.approximate_from == start:
+                marks = replace(marks, approximate_from=None)
+        else:
+            chosen = self._choose(edit, tokens, suffix, live, count)
+            written += rewrite_slots(edit.model, edit.cache, tokens, chosen.to(tokens.ids.device))
+        return Outcome(marks, removed=edit.spans, tokens_recomputed=count, bytes_written=written)
+
+    @staticmethod
+    def _choose(edit: Edit, tokens: Tokens, suffix: Span, live: Tensor, count: int) -> Tensor:
+        """The slots to recompute, sorted, `(count,)`: the mean over the batch of ||new - cached||, keys plus values."""
+        layer = min(1, len(edit.cache.layers) - 1)
+        fresh = look(edit.model, edit.cache, tokens, suffix, layer)
+        held = (edit.cache.layers[layer].keys, edit.cache.layers[layer].values)
+        deviation = sum(
+            (new.float() - old[:, :, suffix.slice].float()).pow(2).sum((1, 3)).mean(0)
+            for new, old in zip(fresh, held, strict=True)
+        )
+        assert isinstance(deviation, Tensor)
+        scores = deviation.cpu()[live - suffix.start]
+        scores[-1] = torch.inf
+        return live[scores.topk(count).indices].sort().values

@@ -1,0 +1,75 @@
+"""KVEraser: replace the span's keys and values with steering states made by a LoRA on the same model.
+
+Li et al., "KVEraser: Learning to Steer KV Cache for Efficient Localized Context Erasing" (arXiv 2606.17034). Nothing
+outside the span is touched: the suffix keeps its positions and its contaminated states, and the steering states correct
+for them when later tokens attend to both. The cost depends on the span, and with a window not even on the prefix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kveraser.cache import Steered, Window, rewrite_range
+from kveraser.eraser import KVEraser
+from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+
+
+@dataclass(frozen=True)
+class Steering(EraseMethod):
+    """Re-encode the spans with the eraser active and write the states into their own slots.
+
+    Args:
+        eraser: the LoRA eraser; None takes the one of the context or the one that ships for the model.
+        window: `(sink, local)` slots the eraser attends to; None takes what the eraser was trained with. A window of
+            (0, 0) shows it the span alone.
+        full_prefix: attend to the whole prefix, whatever the eraser was trained with.
+        repair: afterwards recompute the first `repair` live tokens behind each span with the unchanged model (constant
+            cost); None takes what the eraser was trained with.
+    """
+
+    eraser: KVEraser | None = None
+    window: Window | None = None
+    full_prefix: bool = False
+    repair: int | None = None
+
+    name: ClassVar[str] = "kveraser"
+    summary: ClassVar[str] = "replace the span's states with learned steering states"
+    needs_eraser: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.window is not None and min(self.window) < 0:
+            raise OptionError(f"window={self.window} must be two counts (sink, local) of at least 0")
+        if self.repair is not None and self.repair < 0:
+            raise OptionError(f"repair={self.repair} must be at least 0 tokens")
+
+    def _eraser(self, edit: Edit) -> KVEraser:
+        eraser = self.eraser or edit.eraser
+        if eraser is None:
+            raise EraserMismatchError(
+                "no eraser was given for this model; use method='full-recompute', or train one with `kveraser train`"
+            )
+        return eraser
+
+    def _repair(self, edit: Edit) -> int:
+        return self._eraser(edit).repair if self.repair is None else self.repair
+
+    def plan(self, edit: Edit) -> Plan:
+        self._eraser(edit).check_model(edit.model)
+        return Plan(edit.length, (*edit.spans, *edit.runs_behind(self._repair(edit))))
+
+    def apply(self, edit: Edit) -> Outcome:
+        eraser = self._eraser(edit)
+        window = None if self.full_prefix else eraser.window if self.window is None else self.window
+        steering_model = eraser.attached(edit.model)
+        written = recomputed = 0
+        for span in edit.spans:
+            written += rewrite_range(steering_model, edit.cache, edit.tokens, span, window)
+            recomputed += len(span)
+        for run in edit.runs_behind(self._repair(edit)):
+            written += rewrite_range(edit.model, edit.cache, edit.tokens, run)
+            recomputed += len(run)
+        steered = tuple(Steered.mark(edit.cache, span) for span in edit.spans)
+        marks = edit.marks.contaminated(edit.spans[0].start).steer(steered)
+        return Outcome(marks, steered=edit.spans, tokens_recomputed=recomputed, bytes_written=written)

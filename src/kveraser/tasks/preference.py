@@ -1,0 +1,39 @@
+"""Preference: a user's preference that was taken back, or replaced by another one."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.filler import Filler
+from kveraser.tasks.needle import make_fact, surround
+from kveraser.tasks.splits import Split
+
+_PREFERENCES = halves(
+    [
+        "{person}'s favourite food is {value}.|What is {person}'s favourite food?|FOODS",
+        "{person} always wants to drink {value}.|What does {person} want to drink?|DRINKS",
+        "{person}'s favourite color is {value}.|What is {person}'s favourite color?|COLORS",
+        "{person} would like to spend the holidays in {value}.|Where would {person} like to spend the holidays?|PLACES",
+        "{person} prefers to have {value} for dinner.|What does {person} prefer to have for dinner?|FOODS",
+        "{person} wants to be called {value}.|What does {person} want to be called?|PEOPLE",
+        "{person} asked for a room that is painted {value}.|In which color should {person}'s room be painted?|COLORS",
+        "For breakfast {person} likes {value} best.|What does {person} like best for breakfast?|DRINKS",
+        "{person} wishes to work in {value}.|Where does {person} wish to work?|PLACES",
+    ]
+)
+
+
+class Preference(Task):
+    """The erased span is the old preference; a new one stands elsewhere, or none."""
+
+    name: ClassVar[str] = "preference"
+
+    def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
+        fact = make_fact(rng, _PREFERENCES, split)
+        replaced = rng.random() < 0.7
+        parts = surround(rng, filler, sizes, split, fact.wrong, fact.right if replaced else None)
+        return EraseExample(
+            *parts[:3], fact.question, fact.right_value if replaced else None, fact.wrong_value, parts[3]
+        )

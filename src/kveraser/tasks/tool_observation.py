@@ -1,0 +1,60 @@
+"""Tool observation: an agent's transcript in which one tool result was wrong and a later call gave the right one."""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+from kveraser.tasks import words
+from kveraser.tasks.base import EraseExample, Sizes, Task, draw, halves
+from kveraser.tasks.filler import Filler
+from kveraser.tasks.needle import make_fact
+from kveraser.tasks.splits import Split
+
+_RESULTS = halves(
+    [
+        "weather({place}): {value}|What does the weather service say about {place}?|WEATHER",
+        "stock({firm}): {value} pieces left|How many pieces does {firm} have left?|NUMBERS",
+        "lookup(order of {person}): ships from {value}|Where does the order of {person} ship from?|PLACES",
+        "price({firm} ticket): {value} euros|How many euros does the {firm} ticket cost?|NUMBERS",
+        "seat({person}): {value}|Which seat does {person} have?|CODES",
+        "owner({firm}): {value}|Who owns {firm}?|PEOPLE",
+        "tracking({person}): parcel is in {value}|Where is the parcel of {person}?|PLACES",
+        "battery(device of {person}): {value} percent|How many percent is the battery of {person}'s device at?|NUMBERS",
+        "color(badge of {person}): {value}|What color is the badge of {person}?|COLORS",
+    ]
+)
+_LEADS = halves(["Tool result: ", "Observation: ", "[tool] ", "Result of the call: ", "Function output: ", "OUTPUT > "])
+_AGAIN = halves(
+    [
+        "Assistant: That may be out of date, I will ask again.\n",
+        "Assistant: Let me check this once more.\n",
+        "Assistant: The service had a fault; calling it again.\n",
+    ]
+)
+
+
+class ToolObservation(Task):
+    """The erased span is the first, wrong result; with or without a second one."""
+
+    name: ClassVar[str] = "tool-observation"
+
+    def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
+        fact = make_fact(rng, _RESULTS, split)
+        lead = rng.choice(_LEADS(split))
+        repeated = rng.random() < 0.75
+        suffix = "Assistant: Thank you, that is noted.\n"
+        if repeated:
+            suffix = f"{rng.choice(_AGAIN(split))}{lead}{fact.right}\n"
+        page = filler.text(rng, draw(rng, sizes.prefix), split)
+        more = filler.text(rng, draw(rng, sizes.suffix), split)
+        person = rng.choice(words.PEOPLE(split))
+        return EraseExample(
+            prefix=f"User: I am {person}. Read this page first.\n{lead}page: {page}\nAssistant: Now I call the service.\n",
+            span=f"{lead}{fact.wrong}\n",
+            suffix=f"{suffix}User: Please read this page too.\n{lead}page: {more}\n",
+            question=fact.question,
+            gold=fact.right_value if repeated else None,
+            erased=fact.wrong_value,
+            continuation=filler.text(rng, 24, split),
+        )

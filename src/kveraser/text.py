@@ -1,0 +1,67 @@
+"""Finding spans by text.
+
+Knows: tokenizers. Does not know about caches or models.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+from kveraser.errors import SpanError
+from kveraser.spans import Span
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ids as it was written: special tokens kept, nothing tidied up."""
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text if isinstance(text, str) else "".join(text)
+
+
+def occurrences(tokenizer: PreTrainedTokenizerBase, ids: list[int], needle: str) -> list[Span]:
+    """Every place of `needle` in the text of `ids`, as the smallest spans of whole tokens that hold it.
+
+    Token borders are found by decoding prefixes (about 20 of them), which works with every tokenizer, also where a
+    character takes several tokens. A token that holds a part of the text belongs to the span as a whole.
+    """
+    text = decode(tokenizer, ids)
+    lengths: dict[int, int] = {}
+
+    def characters(count: int) -> int:
+        if count not in lengths:
+            lengths[count] = len(decode(tokenizer, ids[:count]))
+        return lengths[count]
+
+    spans = []
+    at = text.find(needle)
+    while at >= 0:
+        end = bisect_left(range(len(ids) + 1), at + len(needle), key=characters)
+        start = bisect_left(range(len(ids) + 1), at + 1, key=characters) - 1
+        spans.append(Span(max(start, 0), max(end, start + 1)))
+        at = text.find(needle, at + 1)
+    return spans
+
+
+def find_text(tokenizer: PreTrainedTokenizerBase, runs: Iterable[tuple[Span, list[int]]], needle: str) -> Span:
+    """The one place of a text in runs of live tokens (a text that reaches over an erased span is not found).
+
+    Raises:
+        SpanError: empty, not found, or found more than once.
+    """
+    if not needle:
+        raise SpanError("the text to erase is empty")
+    found = [span.shift(run.start) for run, ids in runs for span in occurrences(tokenizer, ids, needle)]
+    shown = needle if len(needle) <= 60 else f"{needle[:57]}..."
+    if not found:
+        raise SpanError(
+            f"the text {shown!r} is not in the context (and there is no message with that id); check spaces and line "
+            "breaks, or give a Span"
+        )
+    if len(found) > 1:
+        places = ", ".join(str(span) for span in found[:5])
+        raise SpanError(
+            f"the text {shown!r} occurs {len(found)} times, at {places}; give a longer text or one of these spans"
+        )
+    return found[0]

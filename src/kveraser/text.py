@@ -30,16 +30,24 @@ def occurrences(tokenizer: PreTrainedTokenizerBase, ids: list[int], needle: str)
     lengths: dict[int, int] = {}
 
     def characters(count: int) -> int:
+        """Whole characters in the first `count` tokens; a character that is cut decodes to something else."""
         if count not in lengths:
-            lengths[count] = len(decode(tokenizer, ids[:count]))
+            start = decode(tokenizer, ids[:count])
+            length = min(len(start), len(text))
+            while length and start[length - 1] != text[length - 1]:
+                length -= 1
+            lengths[count] = length
         return lengths[count]
 
     spans = []
+    counts = range(len(ids) + 1)
     at = text.find(needle)
     while at >= 0:
-        end = bisect_left(range(len(ids) + 1), at + len(needle), key=characters)
-        start = bisect_left(range(len(ids) + 1), at + 1, key=characters) - 1
-        spans.append(Span(max(start, 0), max(end, start + 1)))
+        start = bisect_left(counts, at, key=characters)
+        if characters(start) > at:  # the text begins inside a token
+            start -= 1
+        end = bisect_left(counts, at + len(needle), key=characters)
+        spans.append(Span(start, max(end, start + 1)))
         at = text.find(needle, at + 1)
     return spans
 

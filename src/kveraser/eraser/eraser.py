@@ -265,6 +265,7 @@ def target_linears(model: nn.Module) -> list[str]:
 def _lora_layers(model: nn.Module, lora_config: LoraConfig) -> dict[str, nn.Module]:
     """PEFT's LoRA layers for the model, by module name, made on a skeleton of it that shares its weights."""
     skeleton = frozen(causal_lm(model))
+    skeleton.__dict__.pop("peft_config", None)
     _without_adapters(skeleton)
     inject_adapter_in_model(lora_config, skeleton, adapter_name=_ADAPTER)
     layers: dict[str, Any] = {}

@@ -351,6 +351,11 @@ def put_back(cache: Cache, receipt: EraseReceipt) -> int:
         raise RestoreError(f"the {receipt.method} edit of {receipt.span} kept no states (undo=False, or purged)")
     index = ids.index(receipt.id)
     mark, later = marks.edits[index], marks.edits[index + 1 :]
+    if later and not (mark.in_place and all(other.in_place for other in later)):
+        raise RestoreError(
+            f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
+            "restore the later ones first, newest to oldest"
+        )
     if cache_length(cache) < mark.length_after:
         raise RestoreError(
             f"the cache was cropped to {cache_length(cache)} tokens after the edit left {mark.length_after}; "
@@ -362,11 +367,6 @@ def put_back(cache: Cache, receipt: EraseReceipt) -> int:
             undone = {edit.id for edit in receipt.undo.marks.edits} - set(ids)
             set_marks(cache, receipt.undo.marks.without_edits(undone))
         return mark.length_after
-    if not (mark.in_place and all(other.in_place for other in later)):
-        raise RestoreError(
-            f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
-            "restore the later ones first, newest to oldest"
-        )
     if cache_length(cache) != mark.length_after:
         raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
     with uninterrupted():

@@ -160,7 +160,7 @@ def student_loss(
     example: Prepared,
     *,
     window: Window | None,
-    cross_entropy_weight: float = 0.3,
+    cross_entropy_weight: float = 0.0,
 ) -> Tensor:
     """The loss of one example; gradients flow into the eraser alone.
 

@@ -1,0 +1,55 @@
+"""The cost model, and what `auto` makes of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kveraser as kv
+from conftest import prefill, random_eraser, tiny, token_ids
+from kveraser.methods.cost_model import CostModel, PassCost, cost_model, fit
+from kveraser.paths import cache_folder
+
+
+@given(st.floats(1e-4, 1e-1), st.floats(1e-6, 1e-2), st.floats(1e-9, 1e-5))
+def test_fitting_exact_samples_finds_their_costs(base, token, pair):
+    truth = PassCost(base, token, pair)
+    found = fit([(n, c, truth.seconds(n, c)) for n, c in ((8, 0), (128, 0), (512, 0), (64, 960), (512, 512))])
+    for tokens, cached in ((16, 100), (300, 4000)):
+        assert found.seconds(tokens, cached) == pytest.approx(truth.seconds(tokens, cached), rel=1e-2)
+
+
+def test_fitted_costs_are_never_negative():
+    cost = fit([(8, 0, 0.9), (128, 0, 0.5), (512, 0, 0.4), (64, 960, 0.3), (512, 512, 0.2)])
+    assert min(cost.base, cost.token, cost.pair) >= 0
+
+
+@pytest.mark.parametrize(("suffix", "chosen"), [(5, "full-recompute"), (60, "kveraser")])
+def test_auto_recomputes_short_suffixes_and_steers_before_long_ones(suffix, chosen):
+    model = tiny()
+    ids = token_ids(30 + suffix)
+    costs = CostModel(PassCost(0, 1e-3, 0), PassCost(0, 2e-3, 0))
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids, kv.Span(20, 30), method=kv.Auto(costs=costs), eraser=random_eraser(model))
+    assert receipt.method == chosen
+    assert receipt.exact == (chosen == "full-recompute")
+
+
+def test_auto_without_an_eraser_recomputes():
+    model, ids = tiny(), token_ids(40)
+    assert kv.erase(model, prefill(model, ids), ids, kv.Span(5, 9), method="auto").method == "full-recompute"
+
+
+def test_the_cost_model_is_measured_once_and_kept():
+    model = tiny()
+    steering = random_eraser(model).attached(model)
+    first = cost_model(model, steering)
+    files = list((cache_folder() / "cost").glob("*.json"))
+    assert len(files) == 1
+    assert cost_model(model, steering) == first
+    files[0].write_text("{damaged")
+    assert cost_model(model, steering) is not None
+    json.loads(files[0].read_text())

@@ -1,0 +1,260 @@
+"""`kv.erase` and `kv.restore` on plain caches: padded batches, several edits, bad input."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.cache_utils import DynamicCache
+
+import kveraser as kv
+from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
+from kveraser.cache import get_marks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@settings(max_examples=5)
+@given(
+    pads=st.lists(st.integers(0, 6), min_size=2, max_size=3),
+    start=st.integers(7, 12),
+    size=st.integers(1, 5),
+    behind=st.integers(8, 15),
+)
+def test_a_padded_row_is_edited_as_it_would_be_alone(family, method, side, pads, start, size, behind):
+    model = tiny(family)
+    length, rows = start + size + behind, len(pads)
+    ids = token_ids(length, rows)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        where = slice(0, pad) if side == "left" else slice(length - pad, length)
+        mask[row, where] = 0
+        ids[row, where] = 0
+    cache = prefill(model, ids, mask=mask)
+    eraser = random_eraser(model)
+    chosen = (
+        kv.SelectiveRecompute(ratio=1.0) if method == "selective-recompute" else method
+    )  # it ranks by the batch's mean
+    receipt = kv.erase(
+        model, cache, ids, kv.Span(start, start + size), method=chosen, attention_mask=mask, eraser=eraser
+    )
+    new_mask = receipt.attention_mask(mask)
+    for row in range(rows):
+        real = mask[row].bool()
+        alone_ids = ids[row : row + 1, real]
+        offset = pads[row] if side == "left" else 0
+        alone = prefill(model, alone_ids)
+        kv.erase(
+            model,
+            alone,
+            alone_ids,
+            kv.Span(start - offset, start - offset + size),
+            method=_fixed(chosen, receipt),
+            eraser=eraser,
+        )
+        kept = new_mask[row].bool()
+        got = [tensor[row : row + 1][:, :, kept] for tensor in states(cache)]
+        assert relative(got, states(alone)) < 1e-4
+
+
+def _fixed(method, receipt):
+    """What `auto` chose for the batch, for the row alone."""
+    return receipt.method if method == "auto" else method
+
+
+@given(st.integers(0, 4), st.integers(1, 5))
+def test_a_span_may_cover_padding_in_some_rows(pad, size):
+    model = tiny()
+    ids, mask = token_ids(25, 2), torch.ones(2, 25, dtype=torch.long)
+    mask[1, :pad] = 0
+    cache = prefill(model, ids, mask=mask)
+    receipt = kv.erase(model, cache, ids, kv.Span(1, 1 + size), method="full-recompute", attention_mask=mask)
+    fresh = prefill(model, receipt.token_ids(ids), mask=receipt.attention_mask(mask))
+    kept = receipt.attention_mask(mask)[1].bool()
+    got = [tensor[1:, :, kept] for tensor in states(cache)]
+    assert relative(got, [tensor[1:, :, kept] for tensor in states(fresh)]) < 1e-4
+    shifted = prefill(model, ids, mask=mask)
+    kv.erase(model, shifted, ids, kv.Span(1, 1 + size), method="delete-and-shift", attention_mask=mask)
+    assert relative([shifted.layers[0].keys[1:, :, kept]], [fresh.layers[0].keys[1:, :, kept]]) < 1e-4
+
+
+def test_position_ids_of_the_callers_own_are_respected():
+    model, ids = tiny(), token_ids(20)
+    positions = torch.arange(100, 120)[None]
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, position_ids=positions, past_key_values=cache)
+    kv.erase(model, cache, ids, kv.Span(5, 9), method="full-recompute", position_ids=positions)
+    fresh = DynamicCache()
+    short = torch.cat([ids[:, :5], ids[:, 9:]], 1)
+    with torch.no_grad():
+        model(short, position_ids=torch.arange(100, 116)[None], past_key_values=fresh)
+    assert relative(states(cache), states(fresh)) < 1e-5
+
+
+def test_plain_lists_of_ids_work():
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids[0].tolist(), kv.Span(3, 6), method="delete-and-shift")
+    assert receipt.token_ids(ids[0].tolist()) == ids[0, :3].tolist() + ids[0, 6:].tolist()
+
+
+BAD = {
+    "out of range": ({"span": (15, 40)}, kv.SpanError, "20 tokens"),
+    "overlapping": ({"span": [(1, 5), (4, 8)]}, kv.SpanError, "overlap"),
+    "no span": ({"span": []}, kv.SpanError, "no span"),
+    "too few ids": ({"ids": 12}, kv.CacheMismatchError, "20 tokens"),
+    "too many ids": ({"ids": 25}, kv.CacheMismatchError, "20 tokens"),
+    "a mask of another length": ({"mask": 12}, kv.CacheMismatchError, "attention_mask"),
+    "no eraser for this model": ({"method": "kveraser"}, kv.EraserMismatchError, "full-recompute.*kveraser train"),
+    "unknown method": ({"method": "forget"}, kv.OptionError, "forget"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_by_name_and_changes_nothing(case):
+    options, error, words = BAD[case]
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids)
+    before = states(cache)
+    span = options.get("span", (3, 6))
+    spans = [kv.Span(*pair) for pair in span] if isinstance(span, list) else kv.Span(*span)
+    mask = torch.ones(1, options["mask"]) if "mask" in options else None
+    with pytest.raises(error, match=f"(?s){words}"):
+        kv.erase(model, cache, token_ids(options.get("ids", 20)), spans, options.get("method", "full-recompute"), mask)
+    assert same(states(cache), before)
+
+
+def test_a_span_that_is_steered_already_is_refused():
+    model, ids = tiny(), token_ids(30)
+    eraser = random_eraser(model)
+    cache = prefill(model, ids)
+    first = kv.erase(model, cache, ids, kv.Span(5, 10), eraser=eraser)
+    before = states(cache)
+    with pytest.raises(kv.SpanError, match=r"\[5, 10\), which is erased already"):
+        kv.erase(model, cache, first.token_ids(ids), kv.Span(8, 14), eraser=eraser)
+    assert same(states(cache), before)
+
+
+def test_exactness_is_that_of_the_whole_cache():
+    model, ids = tiny(), token_ids(40)
+    eraser = random_eraser(model)
+    cache = prefill(model, ids)
+    first = kv.erase(model, cache, ids, kv.Span(5, 10), eraser=eraser)
+    ids = first.token_ids(ids)
+    second = kv.erase(model, cache, ids, kv.Span(20, 24), method="full-recompute")
+    assert not first.exact
+    assert second.exact
+    short = second.token_ids(ids)
+    assert short.shape[1] == cache.get_seq_length() == 31
+    assert relative(states(cache), states(prefill(model, short))) < 1e-5
+    cache = prefill(model, token_ids(40))
+    kv.erase(model, cache, token_ids(40), kv.Span(5, 10), method="delete-and-shift")
+    tail = kv.erase(model, cache, token_ids(35), kv.Span(30, 35), method="delete-and-shift")
+    assert not tail.exact
+
+
+def test_cropping_behind_an_edit_and_filling_again_forgets_it():
+    model, ids = tiny(), token_ids(30)
+    cache = prefill(model, ids)
+    kv.erase(model, cache, ids, kv.Span(5, 10), eraser=random_eraser(model))
+    assert not get_marks(cache).exact
+    cache.crop(-25)
+    prefilled = copy.deepcopy(cache)
+    assert get_marks(cache).exact
+    with torch.no_grad():
+        model(ids[:, 5:], past_key_values=cache)
+    assert get_marks(cache).steered == ()
+    assert kv.erase(model, cache, ids, kv.Span(6, 9), method="delete-and-shift").tokens_removed == 3
+    assert get_marks(prefilled).exact
+
+
+@given(st.permutations([0, 1, 2]), st.sampled_from(sorted(CACHES)))
+def test_steering_edits_can_be_restored_in_any_order(order, kind):
+    model, ids = tiny(), token_ids(40)
+    eraser = random_eraser(model)
+    cache = prefill(model, ids, cache=CACHES[kind]())
+    before = states(cache)
+    receipts = []
+    for start in (5, 15, 25):
+        receipts.append(kv.erase(model, cache, ids, kv.Span(start, start + 4), eraser=eraser))
+        ids = receipts[-1].token_ids(ids)
+    for index in order:
+        assert not get_marks(cache).exact
+        kv.restore(cache, receipts[index])
+    assert same(states(cache), before)
+    assert get_marks(cache).exact
+
+
+def test_edits_that_moved_the_suffix_are_restored_newest_first():
+    model, ids = tiny(), token_ids(40)
+    cache = prefill(model, ids)
+    before = states(cache)
+    first = kv.erase(model, cache, ids, kv.Span(5, 9), method="delete-and-shift")
+    second = kv.erase(model, cache, first.token_ids(ids), kv.Span(10, 14), method="delete-and-shift")
+    with pytest.raises(kv.RestoreError, match="newest to oldest"):
+        kv.restore(cache, first)
+    kv.restore(cache, second)
+    kv.restore(cache, first)
+    assert same(states(cache), before)
+
+
+def test_restore_says_why_it_cannot():
+    model, ids = tiny(), token_ids(30)
+    eraser = random_eraser(model)
+    cache = prefill(model, ids)
+    freed = kv.erase(model, cache, ids, kv.Span(20, 24), eraser=eraser, undo=False)
+    with pytest.raises(kv.RestoreError, match="kept no states"):
+        kv.restore(cache, freed)
+    receipt = kv.erase(model, cache, freed.token_ids(ids), kv.Span(5, 9), eraser=eraser)
+    with pytest.raises(kv.RestoreError, match="another cache"):
+        kv.restore(prefill(model, ids), receipt)
+    with torch.no_grad():
+        model(token_ids(3), past_key_values=cache)
+    before = states(cache)
+    with pytest.raises(kv.RestoreError, match=r"3 token\(s\) were appended.*crop\(-3\)"):
+        kv.restore(cache, receipt)
+    assert same(states(cache), before)
+    cache.crop(-3)
+    kv.restore(cache, receipt)
+    with pytest.raises(kv.RestoreError, match="restored before"):
+        kv.restore(cache, receipt)
+
+
+@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
+@given(start=st.integers(0, 15), more=st.integers(1, 9))
+def test_tokens_appended_since_are_kept_and_recomputed(method, start, more):
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids, kv.Span(start, start + 4), method=method, eraser=random_eraser(model))
+    later = token_ids(more, seed=3)
+    with torch.no_grad():
+        model(later, past_key_values=cache)
+    whole = torch.cat([ids, later], 1)
+    assert kv.restore(cache, receipt, model=model, token_ids=whole) == more
+    assert same(states(cache), states(prefill(model, whole, [20])))
+
+
+def test_a_restore_that_fails_leaves_the_cache_as_it_was():
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids, kv.Span(3, 7), method="delete-and-shift")
+    with torch.no_grad():
+        model(token_ids(5), past_key_values=cache)
+    before, marks = states(cache), get_marks(cache)
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="stop"):
+            kv.restore(cache, receipt, model=model, token_ids=torch.cat([ids, token_ids(5)], 1))
+    finally:
+        hook.remove()
+    assert same(states(cache), before)
+    assert get_marks(cache) == marks

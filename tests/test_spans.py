@@ -1,0 +1,120 @@
+"""Spans and the ledger."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kveraser as kv
+from kveraser.spans import Span, SpanLedger, gaps, merge_spans, remap
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "word"),
+    [
+        (3, 3, "empty"),
+        (5, 2, "reversed"),
+        (-1, 4, "before position 0"),
+        (1.5, 2, "two integers"),
+        ("a", 2, "two integers"),
+    ],
+)
+def test_a_span_that_makes_no_sense_is_refused_with_its_values(start, end, word):
+    with pytest.raises(kv.SpanError, match=word) as caught:
+        Span(start, end)
+    assert str(start) in str(caught.value)
+
+
+def test_spans_are_values():
+    assert Span(2, 5) == Span(2, 5)
+    assert len({Span(2, 5), Span(2, 5)}) == 1
+    assert list(Span(2, 5)) == [2, 3, 4]
+    assert 4 in Span(2, 5)
+    assert 5 not in Span(2, 5)
+    assert str(Span(2, 5)) == "[2, 5)"
+
+
+def test_adjacent_spans_are_joined_and_sorted():
+    assert merge_spans([Span(8, 9), Span(2, 4), Span(4, 6)], 10) == (Span(2, 6), Span(8, 9))
+
+
+@pytest.mark.parametrize(
+    ("spans", "word"),
+    [([], "no span"), ([Span(2, 11)], "10 tokens"), ([Span(1, 4), Span(3, 5)], "overlap")],
+)
+def test_spans_that_do_not_fit_together_are_refused(spans, word):
+    with pytest.raises(kv.SpanError, match=word):
+        merge_spans(spans, 10)
+
+
+cuts = (
+    st.lists(st.integers(0, 40), min_size=0, max_size=8, unique=True)
+    .map(sorted)
+    .map(lambda edges: [Span(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False)])
+)
+
+
+@given(cuts, st.integers(0, 10))
+def test_gaps_are_what_spans_leave(spans, start):
+    covered = {p for span in spans for p in span}
+    assert [p for gap in gaps(spans, 40, start) for p in gap] == [p for p in range(start, 40) if p not in covered]
+
+
+@given(cuts, st.integers(0, 35), st.integers(1, 4))
+def test_remap_counts_what_was_cut_out_before(spans, start, size):
+    span = Span(start, start + size)
+    if any(span.overlaps(cut) for cut in spans):
+        return
+    kept = [p for p in range(60) if not any(p in cut for cut in spans)]
+    assert remap(span, spans).start == kept.index(start)
+
+
+class Model:
+    """What a ledger should be: a list of flags."""
+
+    def __init__(self, length):
+        self.state = ["live"] * length
+
+    def slots(self):
+        return [p for p, state in enumerate(self.state) if state != "removed"]
+
+
+@given(
+    st.integers(5, 40),
+    st.lists(st.tuples(st.integers(0, 39), st.integers(1, 6), st.booleans(), st.integers(0, 3)), max_size=12),
+)
+def test_a_ledger_translates_positions_as_a_plain_list_would(length, operations):
+    ledger, model = SpanLedger(length), Model(length)
+    for start, size, in_cache, what in operations:
+        if what == 0:
+            assert ledger.append(size) == Span(len(model.state), len(model.state) + size)
+            model.state += ["live"] * size
+            continue
+        if what == 1 and ledger.erased:
+            entry = ledger.erased[start % len(ledger.erased)]
+            ledger.unmark(entry.span)
+            model.state[entry.span.slice] = ["live"] * len(entry.span)
+        elif start + size <= ledger.length:
+            span = Span(start, start + size)
+            if all(state == "live" for state in model.state[span.slice]):
+                ledger.check_live(span)
+                ledger.mark(span, in_cache=in_cache)
+                model.state[span.slice] = ["steered" if in_cache else "removed"] * size
+            else:
+                with pytest.raises(kv.SpanError, match="erased already"):
+                    ledger.check_live(span)
+        assert ledger.cache_length == len(model.slots())
+        for slot, position in enumerate(model.slots()):
+            assert ledger.to_cache(position) == slot
+        live = [p for p, state in enumerate(model.state) if state == "live"]
+        assert [p for run in ledger.live() for p in run] == live
+
+
+def test_dropping_slots_tells_which_erased_spans_lost_theirs():
+    ledger = SpanLedger(20)
+    ledger.mark(Span(2, 4), in_cache=False)
+    ledger.mark(Span(8, 10), in_cache=True)
+    ledger.mark(Span(14, 15), in_cache=True)
+    assert ledger.drop_slots([Span(6, 8)]) == (Span(8, 10),)
+    assert ledger.cache_length == 16

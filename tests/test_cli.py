@@ -13,7 +13,7 @@ from kveraser.cli import app
 from kveraser.demo import latency, stories
 
 runner = CliRunner()
-COMMANDS = ("demo", "erase", "methods", "doctor", "train")
+COMMANDS = ("demo", "erase", "eval", "methods", "doctor", "train")
 
 
 @pytest.fixture
@@ -169,3 +169,30 @@ def test_train_writes_an_eraser(tiny_backbone, tmp_path):
     )
     assert again.exit_code == 0, again.output
     assert run("train", "-o", str(tmp_path / "x"), "--window", "wide").exit_code == 2
+
+
+def test_eval_averages_every_method_over_held_out_examples(tiny_backbone, tmp_path, eraser_folder):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The car number {n} is blue and fast. It has a door with a code." for n in range(30)))
+    common = [
+        "eval",
+        "--limit",
+        "2",
+        "--text",
+        str(text),
+        "--prefix",
+        "4",
+        "12",
+        "--suffix",
+        "4",
+        "12",
+        "--eraser",
+        eraser_folder,
+    ]
+    data = json.loads(run(*common, "--json").stdout)
+    rows = [row for row in data["rows"] if row["task"] == "all" and row["protocol"] == "query_after"]
+    assert [row["method"] for row in rows] == list(kv.methods())
+    assert all(row["examples"] == 8 for row in rows)
+    table = run(*common, "-t", "needle", "-M", "full-recompute")
+    assert "query_cached" in table.output
+    assert run(*common, "-t", "haystack").exit_code == 2

@@ -13,7 +13,7 @@ import torch
 import kveraser as kv
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import PROTOCOLS, tell
-from kveraser.eraser import shipped_erasers
+from kveraser.eraser import shipped_eraser, shipped_erasers
 from kveraser.evaluation import leaks
 from kveraser.methods import FullRecompute, NoErase
 
@@ -24,7 +24,7 @@ README = Path(__file__).parent.parent / "README.md"
 @pytest.fixture(scope="module")
 def told(smollm):
     model, tokenizer = smollm
-    eraser = kv.KVEraser.for_model(model)
+    eraser = shipped_eraser(model)
     methods = [NoErase(), FullRecompute(), kv.Steering(), kv.DeleteAndShift()]
     return {
         (story.name, protocol): (story, {r.method: r for r in tell(story, model, tokenizer, eraser, methods, protocol)})

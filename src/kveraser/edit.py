@@ -21,12 +21,12 @@ from kveraser.cache import (
     get_marks,
     truncate,
 )
-from kveraser.eraser import KVEraser, shipped_eraser
-from kveraser.errors import CacheMismatchError, EraserMismatchError, RestoreError
+from kveraser.eraser import KVEraser
+from kveraser.errors import CacheMismatchError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseMethod, EraseReceipt, as_method, put_back
 from kveraser.methods.base import Edit, Plan, Undo
-from kveraser.model_view import as_batch, model_device
+from kveraser.model_view import as_batch
 from kveraser.spans import Span, merge_spans
 
 
@@ -75,13 +75,7 @@ def run_edit(
     undo: bool,
     commit: Callable[[EraseReceipt], None] | None = None,
 ) -> EraseReceipt:
-    """Run one method on checked arguments. An eraser that ships for the model is found when one is needed."""
-    if method.needs_eraser and eraser is None and getattr(method, "eraser", None) is None:
-        try:
-            eraser = shipped_eraser(model)
-        except EraserMismatchError:
-            if method.name != "auto":  # auto falls back to exact recomputation
-                raise
+    """Run one method on checked arguments."""
     edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser)
     with torch.no_grad():
         return method.erase(edit, undo=undo, commit=commit)
@@ -123,16 +117,9 @@ def erase(
         check_editable(model, cache)
     else:
         check_cache(cache)
-    if keys_elsewhere := _elsewhere(model, cache):
-        raise CacheMismatchError(keys_elsewhere)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
     return run_edit(model, cache, tokens, spans, chosen, eraser, undo)
-
-
-def _elsewhere(model: nn.Module, cache: Cache) -> str | None:
-    device, held = model_device(model), cache.layers[0].keys.device
-    return None if device == held else f"the cache is on {held} and the model on {device}; move one of them"
 
 
 def restore(

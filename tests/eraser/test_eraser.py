@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import kveraser as kv
 from conftest import FAMILIES, build, make_config, prefill, random_eraser, same, states, tiny, token_ids
+from kveraser.eraser import shipped_eraser
 
 
 def erased(model, eraser, ids=None):
@@ -212,7 +213,7 @@ def test_a_damaged_eraser_is_refused(tmp_path, damage, words):
 
 def test_a_model_for_which_none_ships_is_told_what_to_do():
     with pytest.raises(kv.EraserMismatchError, match=r"full-recompute.*kveraser train"):
-        kv.KVEraser.for_model(tiny())
+        shipped_eraser(tiny())
 
 
 def test_making_an_eraser_leaves_the_random_state_alone():

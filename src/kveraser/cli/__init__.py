@@ -36,12 +36,14 @@ def _register() -> None:
     from kveraser.cli.demo import demo_command
     from kveraser.cli.doctor import doctor_command
     from kveraser.cli.erase import erase_command
+    from kveraser.cli.eval import eval_command
     from kveraser.cli.methods import methods_command
     from kveraser.cli.train import train_command
 
     for name, command in (
         ("demo", demo_command),
         ("erase", erase_command),
+        ("eval", eval_command),
         ("methods", methods_command),
         ("doctor", doctor_command),
         ("train", train_command),

@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.backbone import DEFAULT_BACKBONE, load_backbone
-from kveraser.errors import KVEraserError
+from kveraser.eraser import KVEraser, shipped_eraser
+from kveraser.errors import EraserMismatchError, KVEraserError
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -66,6 +67,16 @@ def load(
         body = loaded[0]
         stderr.print(f"[dim]{model} on {body.device}, {str(body.dtype).removeprefix('torch.')}[/]")
     return loaded
+
+
+def find_eraser(path: str | None, model: PreTrainedModel) -> KVEraser | None:
+    """The eraser in a folder or on the hub; without a path the one that ships for the model, or None."""
+    if path:
+        return KVEraser.from_pretrained(path, model)
+    try:
+        return shipped_eraser(model)
+    except EraserMismatchError:
+        return None
 
 
 def progress_bar() -> Progress:

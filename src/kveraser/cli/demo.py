@@ -26,7 +26,7 @@ from kveraser.cli.tables import results_table
 from kveraser.demo.latency import SUFFIXES, latency_methods, measure_latency
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import PROTOCOLS, tell
-from kveraser.eraser import KVEraser
+from kveraser.eraser import KVEraser, shipped_eraser
 from kveraser.evaluation import MethodResult, leaks
 from kveraser.methods import as_method, methods
 
@@ -50,7 +50,7 @@ def demo_command(
     with reported(as_json):
         started = time.perf_counter()
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
-        tool = KVEraser.from_pretrained(eraser, backbone) if eraser else KVEraser.for_model(backbone)
+        tool = KVEraser.from_pretrained(eraser, backbone) if eraser else shipped_eraser(backbone)
         every = [as_method(name) for name in methods()]
         told: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []

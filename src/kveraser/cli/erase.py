@@ -16,6 +16,7 @@ from kveraser.cli.common import (
     EraserOption,
     JsonOption,
     ModelOption,
+    find_eraser,
     load,
     print_json,
     progress_bar,
@@ -24,11 +25,11 @@ from kveraser.cli.common import (
 )
 from kveraser.cli.tables import results_table
 from kveraser.erasable import ErasableContext
-from kveraser.eraser import KVEraser, shipped_eraser
-from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.errors import OptionError
 from kveraser.evaluation import compare_methods
 from kveraser.methods import EraseMethod, as_method, methods
 from kveraser.spans import Span
+from kveraser.tasks.base import frame_question
 
 _RANGE = re.compile(r"(\d+):(\d+)")
 
@@ -80,12 +81,12 @@ def erase_command(
         chosen_methods(method, True)  # an unknown name is an error before anything is loaded
         where = parse_span(span)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
-        tool = KVEraser.from_pretrained(eraser, backbone) if eraser else _shipped(backbone)
+        tool = find_eraser(eraser, backbone)
         chosen = chosen_methods(method, tool is not None)
         live = ErasableContext(backbone, tokenizer, tool)
         live.append(text)
         found = live.locate(where)
-        question = ask if raw else f"\n\nQuestion: {ask}\nAnswer:"
+        question = ask if raw else frame_question(ask)
         if cached:
             live.append(question)
         with progress_bar() as bar:
@@ -110,10 +111,3 @@ def erase_command(
         stdout.print(f"{len(live)} tokens; erased {found}: ", end="")
         stdout.print(repr(live.text_of(found)), markup=False)
         stdout.print(results_table(results))
-
-
-def _shipped(backbone: object) -> KVEraser | None:
-    try:
-        return shipped_eraser(backbone)  # type: ignore[arg-type]
-    except EraserMismatchError:
-        return None

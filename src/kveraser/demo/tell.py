@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.demo.stories import Story, ask
+from kveraser.demo.stories import Story
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.evaluation.compare import MethodResult, Protocol, compare_methods
 from kveraser.methods import EraseMethod
+from kveraser.tasks.base import frame_question
 
 PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
 
@@ -33,7 +34,7 @@ def tell(
     context.append(story.prefix)
     span = context.append(story.span)
     context.append(story.suffix)
-    question: str | None = ask(story.question)
+    question: str | None = frame_question(story.question)
     if protocol == "query_cached":
         assert question is not None
         context.append(question)

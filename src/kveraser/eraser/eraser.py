@@ -39,8 +39,8 @@ _REMEDY = "use method='full-recompute', or train an eraser for this model with `
 class KVEraser:
     """A LoRA eraser for one backbone.
 
-    Make one with `KVEraser.new` (to train it), `KVEraser.from_pretrained` (a PEFT folder or hub id with a
-    `kveraser.json`) or `KVEraser.for_model` (the one that ships for the model).
+    Make one with `KVEraser.new` (to train it) or `KVEraser.from_pretrained` (a PEFT folder or hub id with a
+    `kveraser.json`).
 
     Attributes:
         config: window, repair and the backbone's fingerprint.
@@ -134,17 +134,6 @@ class KVEraser:
         if not check_weights:
             eraser._checked = ref(causal_lm(model))
         return eraser
-
-    @classmethod
-    def for_model(cls, model: nn.Module) -> KVEraser:
-        """The eraser that ships for this backbone.
-
-        Raises:
-            EraserMismatchError: none does.
-        """
-        from kveraser.eraser.shipped import shipped_eraser
-
-        return shipped_eraser(model)
 
     # -- using it ------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from kveraser.eraser import KVEraser
-from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan
+from kveraser.eraser import KVEraser, shipped_eraser
+from kveraser.errors import EraserMismatchError
+from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan, split_tail
 from kveraser.methods.cost_model import CostModel, cost_model
 from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.steering import Steering
@@ -38,8 +39,12 @@ class Auto(EraseMethod):
     def choose(self, edit: Edit) -> EraseMethod:
         """The method that this edit will use."""
         steering = Steering(self.eraser)
-        eraser = self.eraser or edit.eraser
-        if eraser is None or not edit.spans:
+        rest, _ = split_tail(edit.spans, edit.length, edit.marks)
+        if not rest:  # only to be cropped, which is free; mending what earlier edits left is not
+            return FullRecompute() if edit.marks.exact else steering
+        try:
+            eraser = self.eraser or edit.eraser or shipped_eraser(edit.model)
+        except EraserMismatchError:
             return FullRecompute()
         eraser.check_model(edit.model)
         costs = self.costs or cost_model(edit.model, eraser.attached(edit.model))

@@ -55,7 +55,7 @@ class Edit:
         spans: slots to erase: sorted, disjoint, none of them steered, none at the very end of the cache. May be empty
             for a method that also mends what earlier edits left.
         marks: the cache's marks before the edit.
-        eraser: the LoRA eraser, for the methods that need one.
+        eraser: the LoRA eraser, for the methods that need one; None leaves them to find the one that ships.
     """
 
     model: nn.Module
@@ -250,7 +250,7 @@ class EraseMethod(ABC):
     exact: ClassVar[bool] = False
     """Whether the result always equals a fresh prefill."""
     needs_eraser: ClassVar[bool] = False
-    """Whether `Edit.eraser` must be given."""
+    """Whether it works by an eraser."""
     removes: ClassVar[bool] = True
     """Whether the spans are erased at all."""
     mends: ClassVar[bool] = False

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kveraser.cache import Steered, Window, rewrite_range
-from kveraser.eraser import KVEraser
-from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.eraser import KVEraser, shipped_eraser
+from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 
 
@@ -45,12 +45,7 @@ class Steering(EraseMethod):
             raise OptionError(f"repair={self.repair} must be at least 0 tokens")
 
     def _eraser(self, edit: Edit) -> KVEraser:
-        eraser = self.eraser or edit.eraser
-        if eraser is None:
-            raise EraserMismatchError(
-                "no eraser was given for this model; use method='full-recompute', or train one with `kveraser train`"
-            )
-        return eraser
+        return self.eraser or edit.eraser or shipped_eraser(edit.model)
 
     def _repair(self, edit: Edit) -> int:
         return self._eraser(edit).repair if self.repair is None else self.repair

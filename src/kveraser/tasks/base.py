@@ -53,6 +53,11 @@ class Sizes:
     suffix: tuple[int, int] = (32, 256)
 
 
+def frame_question(question: str) -> str:
+    """The form in which questions are put behind a context."""
+    return f"\n\nQuestion: {question}\nAnswer:"
+
+
 class Task(ABC):
     """A maker of examples, deterministic by seed."""
 

@@ -26,6 +26,7 @@ from kveraser.cache import Window, window_spans
 from kveraser.model_view import causal_lm, decoder, evaluating, model_device
 from kveraser.spans import Span
 from kveraser.tasks import EraseExample
+from kveraser.tasks.base import frame_question
 from kveraser.training.losses import distillation_loss
 
 Pieces = list[tuple[Tensor, Tensor]]
@@ -71,11 +72,6 @@ class Prepared:
     answer: list[int]
     gold: bool
     continuation: list[int]
-
-
-def frame_question(question: str) -> str:
-    """The form in which questions are put behind a context."""
-    return f"\n\nQuestion: {question}\nAnswer:"
 
 
 def prepare(example: EraseExample, encode: Callable[[str], list[int]]) -> Prepared:

@@ -1,0 +1,137 @@
+"""Making a context exact again, beside the cache that goes on being used; and making an erase final.
+
+Knows: recomputing from the ledger. Does not know how the erases were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kveraser.cache import (
+    PREFILL_CHUNK,
+    GrowableLayer,
+    Tokens,
+    append,
+    cache_length,
+    extend,
+    get_marks,
+    growable_cache,
+    snapshot,
+)
+from kveraser.context.state import PURGED, ContextState, Repair
+from kveraser.errors import RestoreError
+from kveraser.interrupts import uninterrupted
+from kveraser.methods import EraseReceipt
+from kveraser.model_view import model_device
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class RepairProgress:
+    """How far a repair is, in tokens."""
+
+    done: int
+    total: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the context is exact now."""
+        return self.done >= self.total
+
+
+class Repairing(ContextState):
+    """`repair` and `purge`."""
+
+    @torch.no_grad()
+    def repair(
+        self,
+        *,
+        chunk: int = PREFILL_CHUNK,
+        max_chunks: int | None = None,
+        progress: Callable[[RepairProgress], None] | None = None,
+    ) -> RepairProgress:
+        """Recompute exactly what approximate erases left, beside the cache, and swap when done.
+
+        The context can be used between calls with `max_chunks`; appended tokens are taken along, another erase or
+        restore starts the repair over. Ends bit-equal to `full-recompute` with the same chunks.
+
+        Args:
+            chunk: tokens per forward.
+            max_chunks: forwards to run now; None runs to the end.
+            progress: called after every chunk.
+        """
+        with self._lock:
+            return self._repair_now(chunk, max_chunks, progress)
+
+    def _repair_now(
+        self,
+        chunk: int = PREFILL_CHUNK,
+        max_chunks: int | None = None,
+        progress: Callable[[RepairProgress], None] | None = None,
+        wipe: bool = False,
+    ) -> RepairProgress:
+        marks = get_marks(self.cache)
+        if marks.exact:
+            return RepairProgress(0, 0)
+        ledger = self._ledger.copy()
+        ledger.set_in_cache([entry.span for entry in ledger.erased], False)
+        ids = self._slot_ids(ledger)
+        if self._repair is None or self._repair.chunk != chunk:
+            start = marks.approximate_from or 0
+            beside = growable_cache()
+            if start:
+                prefix = snapshot(self.cache, Span(0, start))
+                beside.layers.extend(GrowableLayer() for _ in prefix)
+                append(beside, prefix)
+            self._repair = Repair(beside, start, chunk)
+        work = self._repair
+        state = RepairProgress(cache_length(work.cache) - work.start, len(ids) - work.start)
+        while not state.finished and (max_chunks is None or max_chunks > 0):
+            end = min(cache_length(work.cache) + chunk, len(ids))
+            device = model_device(self.model)
+            extend(self.model, work.cache, Tokens(torch.tensor([ids[:end]], device=device)), chunk)
+            max_chunks = None if max_chunks is None else max_chunks - 1
+            state = RepairProgress(cache_length(work.cache) - work.start, len(ids) - work.start)
+            if progress:
+                progress(state)
+        if state.finished:
+            with uninterrupted():
+                for layer, new in zip(self.cache.layers, work.cache.layers, strict=True):
+                    layer.take_over(new)
+                    if wipe:
+                        new.crop(-new.get_seq_length())
+                        new.wipe_spare()
+                self._became_exact(ledger)
+        return state
+
+    def purge(self, receipt: EraseReceipt) -> None:
+        """Make an erase final: repair exactly, then leave no id and no state of the span anywhere in this object.
+
+        States kept for undoing *any* edit are freed, since they may have seen the span; those edits can still be
+        restored by recomputing. The span's ledger positions stay, its ids are gone.
+
+        Raises:
+            RestoreError: a receipt of another context, restored before, or purged before.
+        """
+        with self._lock:
+            record = self._record(receipt)
+            if not record.receipt.tokens_removed:
+                raise RestoreError(f"the {record.receipt.method} edit of {record.receipt.span} erased nothing to purge")
+            self._repair_now(wipe=True)
+            with uninterrupted():
+                for entry in self._records.values():
+                    if (undo := entry.undo()) is not None:
+                        undo.clear()
+                for span in record.erased:
+                    self._ids.view[span.slice] = PURGED
+                for layer in self.cache.layers:
+                    layer.wipe_spare()
+                record.purged = True
+                self._became_exact(self._ledger)
+                self._forget(record.erased)
+
+    def _forget(self, spans: tuple[Span, ...]) -> None:
+        """Hook: drop what else is known of purged spans (text, files)."""

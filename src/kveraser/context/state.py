@@ -1,0 +1,193 @@
+"""What a context consists of: cache, ledger, ids, records of edits; and growing it.
+
+Knows: how these stay in step. Does not know how spans are erased or tokens generated.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from kveraser.cache import (
+    Marks,
+    Tokens,
+    check_model,
+    extend,
+    get_marks,
+    growable_cache,
+    set_marks,
+)
+from kveraser.eraser import KVEraser
+from kveraser.errors import ContextError, RestoreError
+from kveraser.ids import IdBuffer
+from kveraser.interrupts import uninterrupted
+from kveraser.methods import EraseReceipt
+from kveraser.methods.base import Undo
+from kveraser.model_view import causal_lm, model_device
+from kveraser.spans import Span, SpanLedger
+
+PURGED = -1
+"""What the ledger holds in place of the ids of a purged span."""
+
+
+@dataclass
+class EditRecord:
+    """What a context remembers of one edit. The replaced states live in the user's receipt and are only referred to."""
+
+    receipt: EraseReceipt
+    dropped: tuple[Span, ...] = ()
+    purged: bool = False
+    undo: Callable[[], Undo | None] = field(default=lambda: None, repr=False)
+
+    @property
+    def erased(self) -> tuple[Span, ...]:
+        """Ledger spans that the edit took out of the context (none for `no-erase`)."""
+        return self.receipt.spans if self.receipt.tokens_removed else ()
+
+
+@dataclass
+class Repair:
+    """An exact copy in the making, beside the cache that goes on being used."""
+
+    cache: DynamicCache
+    start: int
+    chunk: int
+
+
+class ContextState:
+    """The parts of a live context, and what every operation on them shares. Guarded by one lock."""
+
+    def __init__(self, model: PreTrainedModel, eraser: KVEraser | None = None) -> None:
+        check_model(model)
+        if eraser is not None:
+            eraser.check_model(model)
+        self.model = model
+        self.eraser = eraser
+        self.cache = growable_cache()
+        self._ledger = SpanLedger()
+        self._ids = IdBuffer()
+        self._slots = IdBuffer(device=model_device(model))
+        self._records: dict[str, EditRecord] = {}
+        self._repair: Repair | None = None
+        self._lock = threading.RLock()
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Tokens ever appended: the end of the ledger."""
+        return self._ledger.length
+
+    @property
+    def token_ids(self) -> Tensor:
+        """The ids that go with the cache, `(slots,)`; steered slots show the id of a kept neighbor."""
+        return self._slots.view.clone()
+
+    @property
+    def live_ids(self) -> list[int]:
+        """The ids that are in the context: appended and not erased."""
+        return [int(token) for run in self._ledger.live() for token in self._ids.view[run.slice].tolist()]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the whole cache equals a fresh prefill of the live ids."""
+        return get_marks(self.cache).exact
+
+    @property
+    def erased(self) -> tuple[Span, ...]:
+        """Ledger spans that are erased."""
+        return tuple(entry.span for entry in self._ledger.erased)
+
+    @property
+    def receipts(self) -> tuple[EraseReceipt, ...]:
+        """Receipts of the edits that can be restored, oldest first."""
+        return tuple(replace(r.receipt, undo=r.undo()) for r in self._records.values() if not r.purged)
+
+    # -- growing -------------------------------------------------------------------------------------------------
+
+    def append_ids(self, ids: Sequence[int] | Tensor) -> Span:
+        """Process tokens at the end of the context; returns their ledger span.
+
+        Raises:
+            ContextError: no token, or an id outside the vocabulary.
+        """
+        with self._lock:
+            new = self._checked_ids(ids)
+            if len(new) == 0:
+                raise ContextError("nothing to append: the text has no tokens")
+            self._extend(new)
+            return self._register(new)
+
+    def _checked_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
+        new = torch.as_tensor(ids, dtype=torch.long).reshape(-1)
+        vocabulary = causal_lm(self.model).get_input_embeddings().num_embeddings
+        if len(new) and not (int(new.min()) >= 0 and int(new.max()) < vocabulary):
+            bad = next(int(token) for token in new if not 0 <= int(token) < vocabulary)
+            raise ContextError(f"token id {bad} is outside the model's vocabulary of {vocabulary}")
+        return new
+
+    @torch.no_grad()
+    def _extend(self, new: Tensor) -> None:
+        slots = self._slots.view
+        extend(self.model, self.cache, Tokens(torch.cat([slots, new.to(slots.device)])[None]))
+
+    def _register(self, new: Tensor) -> Span:
+        """Enter tokens whose states are in the cache already."""
+        with uninterrupted():
+            self._ids.append(new)
+            self._slots.append(new.to(self._slots.view.device))
+            return self._ledger.append(len(new))
+
+    # -- records
+
+    def _record(self, receipt: EraseReceipt) -> EditRecord:
+        record = self._records.get(receipt.id)
+        if record is None:
+            raise RestoreError(
+                f"this context knows no {receipt.method} edit of {receipt.span} with that receipt: it was restored "
+                "before, or belongs to another context"
+            )
+        if record.purged:
+            raise RestoreError(f"the edit of {receipt.span} was made final by purge; append the text again instead")
+        return record
+
+    # -- slots
+
+    def _extend_cache(self, ids: list[int]) -> None:
+        device = model_device(self.model)
+        extend(self.model, self.cache, Tokens(torch.tensor([ids], device=device)))
+
+    def _became_exact(self, ledger: SpanLedger) -> None:
+        """Enter that the cache now holds exactly the live tokens; states kept for undoing older edits are freed."""
+        set_marks(self.cache, Marks())
+        self._ledger = ledger
+        self._repair = None
+        for record in self._records.values():
+            if (undo := record.undo()) is not None:
+                undo.clear()
+            record.dropped = ()
+        self._rebuild_slots()
+
+    def _slot_ids(self, ledger: SpanLedger) -> list[int]:
+        """The id of every slot; steered ones take that of the live token before (or behind) them."""
+        ids: list[int] = []
+        waiting = 0
+        runs = sorted(
+            [*((run, True) for run in ledger.live()), *((e.span, False) for e in ledger.erased if e.in_cache)]
+        )
+        for run, live in runs:
+            if not live:
+                waiting, ids = (waiting, ids + [ids[-1]] * len(run)) if ids else (waiting + len(run), ids)
+                continue
+            tokens = self._ids.view[run.slice].tolist()
+            ids += [tokens[0]] * waiting + tokens
+            waiting = 0
+        return ids
+
+    def _rebuild_slots(self) -> None:
+        self._slots = IdBuffer(self._slot_ids(self._ledger), self._slots.view.device)

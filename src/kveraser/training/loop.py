@@ -201,7 +201,8 @@ def _save(eraser: KVEraser, folder: Path, config: TrainConfig, notes: dict[str, 
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    eraser.save_pretrained(fresh, notes={"training": asdict(config), **notes})
+    settings = {**asdict(config), "text": config.text and Path(config.text).name}  # no path of this machine
+    eraser.save_pretrained(fresh, notes={"training": settings, **notes})
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)

@@ -122,6 +122,19 @@ def test_spans_stay_valid_when_a_method_moves_the_suffix(method):
     assert context.erased == (first, second)
 
 
+@pytest.mark.parametrize("later", METHODS)
+def test_an_id_that_stood_in_for_erased_ones_goes_when_its_token_is_erased(later):
+    context, spans = filled(10, 3, 4, 3, 9)
+    context.erase_spans(spans[2])
+    assert set(context.token_ids[13:17].tolist()) == {int(context._ids.view[12])}
+    context.erase_spans(spans[1], later)
+    assert len(context.token_ids) == context.cache.get_seq_length()
+    context.erase_spans(spans[0], "kveraser")
+    live = context._ids.view[17:].tolist()
+    assert set(context.token_ids.tolist()) <= set(live)
+    assert context.live_ids == live
+
+
 def test_several_spans_go_in_one_call():
     context, spans = filled(10, 6, 8, 5, 9)
     before = states(context.cache)

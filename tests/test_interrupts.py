@@ -10,6 +10,14 @@ import pytest
 from kveraser.interrupts import uninterrupted
 
 
+@pytest.fixture(autouse=True)
+def _python_handles_ctrl_c():
+    """Also where the tests themselves run in the background, with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_is_delivered_when_the_block_is_done():
     steps = []
 

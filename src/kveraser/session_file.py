@@ -180,5 +180,6 @@ def _record_from_json(entry: dict[str, Any]) -> EditRecord:
     fields = dict(entry["receipt"])
     for name in ("spans", "removed", "steered"):
         fields[name] = tuple(Span(**span) for span in fields[name])
+    fields["stand_ins"] = tuple((Span(**span), source) for span, source in fields["stand_ins"])
     dropped = tuple(Span(**span) for span in entry["dropped"])
     return EditRecord(EraseReceipt(**fields), dropped, entry["purged"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,20 +12,20 @@ from hypothesis import strategies as st
 
 import kveraser as kv
 from conftest import CACHES, FAMILIES, next_logits, prefill, random_eraser, relative, same, states, tiny, token_ids
+from kveraser.spans import merge_spans
 
 ERASING = [name for name in kv.methods() if name != "no-erase"]
 
 
 @st.composite
 def cases(draw, least_suffix=0):
-    """Architecture, type, heads, batch, cache, context length and one to three spans anywhere in it."""
+    """Architecture, type, heads, batch, cache, context length, and one to four spans anywhere in it, also adjacent."""
     family = draw(st.sampled_from(FAMILIES))
     length = draw(st.integers(6, 60))
-    count = draw(st.integers(1, 3))
-    cuts = sorted(
-        draw(st.lists(st.integers(0, length - least_suffix), min_size=2 * count, max_size=2 * count, unique=True))
-    )
-    spans = [kv.Span(a, b) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
+    last = length - least_suffix
+    edges = sorted(draw(st.sets(st.integers(0, last), min_size=2, max_size=6)))
+    runs = [kv.Span(a, b) for a, b in pairwise(edges)]
+    spans = draw(st.lists(st.sampled_from(runs), min_size=1, max_size=4, unique=True).map(sorted))
     return {
         "model": tiny(family, draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([torch.float32, torch.bfloat16]))),
         "ids": token_ids(length, draw(st.integers(1, 3)), draw(st.integers(0, 9))),
@@ -34,7 +35,8 @@ def cases(draw, least_suffix=0):
 
 
 def borders(spans):
-    return [edge for span in spans for edge in (span.start, span.end)]
+    """Chunk borders at the borders of the spans (adjacent ones are erased as one)."""
+    return [edge for span in merge_spans(spans, 99) for edge in (span.start, span.end)]
 
 
 def kept(ids, spans):

@@ -85,11 +85,10 @@ class Erasing(ContextState):
 
     def _follow(self, receipt: EraseReceipt) -> None:
         """Keep the slot ids in step with the cache."""
+        for span, source in receipt.stand_ins:
+            self._slots.view[span.slice] = self._slots.view[source]
         if receipt.removed:
-            self._slots = IdBuffer(receipt.token_ids(self._slots.view), self._slots.view.device)
-        else:
-            for span in receipt.steered:
-                self._slots.view[span.slice] = self._slots.view[receipt.stand_in(span)]
+            self._slots = IdBuffer(replace(receipt, stand_ins=()).token_ids(self._slots.view), self._slots.view.device)
 
     @torch.no_grad()
     def restore(self, receipt: EraseReceipt) -> RestoreReport:

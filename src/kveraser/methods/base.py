@@ -36,7 +36,7 @@ from kveraser.cache import (
 )
 from kveraser.errors import RestoreError, SpanError
 from kveraser.interrupts import uninterrupted
-from kveraser.spans import Span, gaps
+from kveraser.spans import Span, gaps, merge_spans
 
 if TYPE_CHECKING:
     from kveraser.eraser import KVEraser
@@ -163,6 +163,7 @@ class EraseReceipt:
         seconds: wall-clock time.
         positions_kept: whether every remaining token is still at its old position.
         removed, steered: slots (before the edit) that are gone, or hold steering states now.
+        stand_ins: steered slots, and the slot whose id is shown in their place.
         id: identifies the edit.
     """
 
@@ -176,6 +177,7 @@ class EraseReceipt:
     positions_kept: bool
     removed: tuple[Span, ...] = field(default=(), repr=False)
     steered: tuple[Span, ...] = field(default=(), repr=False)
+    stand_ins: tuple[tuple[Span, int], ...] = field(default=(), repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
     undo: Undo | None = field(default=None, repr=False, compare=False)
 
@@ -187,7 +189,7 @@ class EraseReceipt:
     def token_ids(self, token_ids: Ids) -> Ids:
         """The ids that go with the cache now, from the ids that went with it before the edit.
 
-        Removed tokens are dropped. Steered slots keep a place, filled with the id of a neighboring token that was not
+        Removed tokens are dropped. Steered slots keep a place, filled with the id of the nearest token that is not
         erased, so that no logits processor or prompt look-up ever sees an erased id.
 
         Args:
@@ -195,30 +197,30 @@ class EraseReceipt:
         """
         if isinstance(token_ids, Tensor):
             ids = token_ids.clone()
-            for span in self.steered:
-                ids[..., span.slice] = ids[..., self.stand_in(span), None]
+            for span, source in self.stand_ins:
+                ids[..., span.slice] = token_ids[..., source, None]
             keep = [index for run in gaps(self.removed, ids.shape[-1]) for index in run]
             return ids[..., keep] if self.removed else ids
         return self.token_ids(torch.as_tensor(token_ids)).tolist()
 
     def attention_mask(self, attention_mask: Ids) -> Ids:
         """The attention mask that goes with the cache now, from the one that went with it before the edit."""
-        return replace(self, steered=()).token_ids(attention_mask)
+        return replace(self, stand_ins=()).token_ids(attention_mask)
 
-    def stand_in(self, span: Span) -> int:
-        """The slot whose id fills a steered span: the nearest one that this edit left, before the span or behind it."""
-        taken = sorted(self.steered)
-        before = span.start
-        for other in reversed(taken):
-            if other.end == before or other == span:
-                before = other.start
-        if before > 0:
-            return before - 1
-        after = span.end
-        for other in taken:
-            if other.start == after:
-                after = other.end
-        return after
+
+def find_stand_ins(
+    erased: tuple[Span, ...], removed: tuple[Span, ...], steered: tuple[Span, ...], length: int
+) -> tuple[tuple[Span, int], ...]:
+    """For steered slots next to what was erased, the nearest slot that stays: before the run of gone tokens, else behind.
+
+    Older steered slots are among them when the token that stood in for them has gone now.
+    """
+    found = []
+    for run in merge_spans((*removed, *steered), length) if removed or steered else ():
+        if any(span.overlaps(run) for span in erased):
+            source = run.start - 1 if run.start else run.end
+            found += [(span, source) for span in steered if span.overlaps(run) and source < length]
+    return tuple(found)
 
 
 def split_tail(spans: tuple[Span, ...], length: int, marks: Marks) -> tuple[tuple[Span, ...], int]:
@@ -289,6 +291,9 @@ class EraseMethod(ABC):
             truncate(edit.cache, end)
             with writing(edit.cache):
                 outcome = self.apply(inner) if busy else Outcome(inner.marks)
+            removed = (*outcome.removed, Span(end, edit.length)) if end < edit.length else outcome.removed
+            still = (entry for entry in edit.marks.steered_spans if not any(entry.overlaps(cut) for cut in removed))
+            steered = (*outcome.steered, *still)
             receipt = EraseReceipt(
                 method=self.name,
                 spans=edit.spans,
@@ -298,8 +303,9 @@ class EraseMethod(ABC):
                 bytes_written=outcome.bytes_written,
                 seconds=time.perf_counter() - started,
                 positions_kept=not outcome.removed,
-                removed=(*outcome.removed, Span(end, edit.length)) if end < edit.length else outcome.removed,
+                removed=removed,
                 steered=outcome.steered,
+                stand_ins=find_stand_ins(edit.spans, removed, steered, edit.length),
                 undo=saved if undo else None,
             )
             after = outcome.marks.approximate_from

@@ -92,12 +92,15 @@ def test_messages_are_rendered_as_the_template_does_and_found_by_id():
     assert receipt.span == span
 
 
-@pytest.mark.parametrize("content", ["plain", "  spaces around  ", "two\nlines\n", "çödé ✓ 🎈", "</s> inside"])
+@pytest.mark.parametrize(
+    "content", ["plain", "  spaces around  ", "two\nlines\n", "çödé ✓ 🎈", "</s> inside", "s", "tool"]
+)
 def test_the_span_of_a_message_is_its_content_alone(content):
     ctx = context()
     ctx.append_message("user", "hello")
     span = ctx.append_message("tool", content)
     assert content.strip() in ctx.text_of(span)
+    assert ctx.text_of(kv.Span(span.start - 5, span.start)).endswith("tool\n")
     assert "<s>" not in ctx.text_of(span)
 
 

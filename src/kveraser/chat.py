@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kveraser.errors import ContextError
 
+_MARK = "kveraser-content-goes-here"
+
 
 @dataclass(frozen=True)
 class Message:
@@ -62,9 +64,13 @@ def added_by(tokenizer: PreTrainedTokenizerBase, before: Sequence[Message], mess
     """
     old, new = render(tokenizer, before), render(tokenizer, [*before, message])
     text = _difference(old, new, message.role)
-    content = message.content if message.content in text else message.content.strip()
-    start = text.rfind(content)
-    if start < 0:
+    # Where the content stands is read off a mark in its place: the content itself may occur in the markup as well.
+    marked = _difference(old, render(tokenizer, [*before, Message(message.role, _MARK)]), message.role)
+    start = marked.find(_MARK)
+    content = next(
+        (c for c in (message.content, message.content.strip()) if start >= 0 and text.startswith(c, start)), None
+    )
+    if content is None:
         raise ContextError(
             f"the chat template changes the content of {message.role!r} messages; use append(text) instead"
         )

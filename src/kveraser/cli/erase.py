@@ -21,6 +21,7 @@ from kveraser.cli.common import (
     print_json,
     progress_bar,
     reported,
+    stderr,
     stdout,
 )
 from kveraser.cli.tables import results_table
@@ -84,7 +85,8 @@ def erase_command(
         tool = find_eraser(eraser, backbone)
         chosen = chosen_methods(method, tool is not None)
         live = ErasableContext(backbone, tokenizer, tool)
-        live.append(text)
+        with stderr.status("reading the context ..."):
+            live.append(text)
         found = live.locate(where)
         question = ask if raw else frame_question(ask)
         if cached:

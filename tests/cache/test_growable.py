@@ -43,14 +43,12 @@ def test_any_sequence_of_operations_gives_what_the_plain_layer_gives(operations)
         elif empty or (name in ("repeat",) and rows > 8):
             continue
         elif name == "reset":
-            plain.reset()
+            plain = DynamicCache()  # older transformers keep zeroed slots on reset
             growable.reset()
             rows = 2
         elif name == "crop":
             for cache in (plain, growable):
-                cache.crop(
-                    -min(value, plain.get_seq_length()) if cache is plain else -min(value, growable.get_seq_length())
-                )
+                cache.crop(-min(value, cache.get_seq_length()))
         elif name == "reorder":
             order = torch.randint(0, rows, (rows,), generator=generator)
             for cache in (plain, growable):

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the answer is no (a model that is not supported, say), 2 b
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from kveraser.backbone import DEFAULT_BACKBONE, load_backbone
 from kveraser.eraser import KVEraser, shipped_eraser
 from kveraser.errors import EraserMismatchError, KVEraserError
 
-stdout = Console()
+# A pipe or a file has no width; tables need some.
+stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 stderr = Console(stderr=True)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Embedded default, hub id, folder or .gguf file.")]

@@ -43,7 +43,7 @@ def demo_command(
 
     "Asked after": the question comes after the erase. "Question was cached": the question had been read, with the span
     still there, when the span was erased; that is harder. KL is the distance to full recomputation, in nats per token
-    of its answer. An answer in red says what should be gone.
+    of its answer; "run" is the number of tokens run through the model. An answer in red says what should be gone.
 
     Example: kveraser demo --no-latency
     """
@@ -65,7 +65,7 @@ def demo_command(
                 told.append(_as_json(story.name, story.question, story.erased, after, cached))
                 if not as_json:
                     said = f"[bold]{story.name}[/]: {story.use}\nerased: [italic]{story.span.strip()}[/]\nasked: {story.question}"
-                    bar.console.print()
+                    stdout.print()
                     stdout.print(Panel(said, expand=False))
                     stdout.print(results_table(after, cached, story.erased))
             if latency:
@@ -95,9 +95,9 @@ def _as_json(
 
 def _latency_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("method")
+    table.add_column("tokens behind the span", no_wrap=True)
     for suffix in SUFFIXES:
-        table.add_column(f"{suffix} tokens behind", justify="right")
+        table.add_column(str(suffix), justify="right")
     table.add_column("growth", justify="right")
     for method in latency_methods():
         times = [row["milliseconds"] for row in rows if row["method"] == method.name]

@@ -94,7 +94,8 @@ def erase_command(
         with progress_bar() as bar:
             task = bar.add_task("erasing", total=len(chosen))
             results = compare_methods(
-                live, found, None if cached else question, chosen, max_new_tokens=max_new_tokens, repeats=repeats,
+                live, found, None if cached else question, chosen, max_new_tokens=max_new_tokens, min_new_tokens=1,
+                repeats=repeats,
                 done=lambda _: bar.advance(task),
             )  # fmt: skip
         if as_json:

@@ -24,22 +24,22 @@ def results_table(
     after: list[MethodResult], cached: list[MethodResult] | None = None, erased: str | None = None
 ) -> Table:
     """One row per method; with `cached`, the answers and distances of the harder protocol beside."""
-    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False, header_style="bold")
     table.add_column("method", no_wrap=True)
-    table.add_column("answer" if cached is None else "asked after the erase", overflow="fold")
+    table.add_column("answer" if cached is None else "asked after the erase", overflow="fold", ratio=1)
     if cached is not None:
-        table.add_column("question was cached", overflow="fold")
+        table.add_column("question was cached", overflow="fold", ratio=1)
     table.add_column("cache", no_wrap=True)
-    table.add_column("tokens run", justify="right")
-    table.add_column("ms", justify="right")
-    table.add_column("KL" if cached is None else "KL after / cached", justify="right", no_wrap=True)
+    table.add_column("run", justify="right", no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("KL" if cached is None else "KL after/cached", justify="right", no_wrap=True)
     for index, result in enumerate(after):
         other = cached[index] if cached is not None else None
         cells: list[str | Text] = [method_name(result), answer_text(result.answer, erased)]
         if other is not None:
             cells.append(answer_text(other.answer, erased))
-        state = "untouched" if result.used == "no-erase" else "exact" if result.exact else "approximate"
+        state = "as it was" if result.used == "no-erase" else "exact" if result.exact else "approx."
         cells += [state, str(result.tokens_recomputed), f"{result.milliseconds:.0f}"]
-        cells.append(f"{result.kl:.3f}" if other is None else f"{result.kl:.3f} / {other.kl:.3f}")
+        cells.append(f"{result.kl:.3f}" if other is None else f"{result.kl:.3f}/{other.kl:.3f}")
         table.add_row(*cells)
     return table

@@ -39,4 +39,4 @@ def tell(
         assert question is not None
         context.append(question)
         question = None
-    return compare_methods(context, span, question, methods, repeats=2, done=done)
+    return compare_methods(context, span, question, methods, min_new_tokens=1, repeats=2, done=done)

@@ -60,6 +60,7 @@ def compare_methods(
     methods: Sequence[EraseMethod],
     *,
     max_new_tokens: int = 16,
+    min_new_tokens: int = 0,
     repeats: int = 1,
     done: Callable[[str], None] | None = None,
 ) -> list[MethodResult]:
@@ -68,12 +69,14 @@ def compare_methods(
     Args:
         question: asked behind the context after the erase (`query_after`); None when it is in the context already
             (`query_cached`: only its last token runs again).
+        max_new_tokens, min_new_tokens: length of every answer; at least 1 keeps a model from answering nothing.
         repeats: erases per method; the time is their median.
         done: called with each method's name when it is through.
     """
     ids = [] if question is None else context.encode(question)
     receipt = context.erase(span, FullRecompute())
-    answer = context.generate_ids(ids, max_new_tokens=max_new_tokens)
+    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    answer = context.generate_ids(ids, **lengths)
     teacher = _logits(context, ids, answer)
     context.restore(receipt)
     results = []
@@ -85,7 +88,7 @@ def compare_methods(
             context.restore(receipt)
         receipt = context.erase(span, method)
         times.append(receipt.seconds)
-        said = context.generate_ids(ids, max_new_tokens=max_new_tokens)
+        said = context.generate_ids(ids, **lengths)
         distance = kl_divergence(teacher, _logits(context, ids, answer)).mean().item()
         results.append(
             MethodResult(

@@ -31,3 +31,32 @@ from kveraser.methods import (
 from kveraser.spans import Span
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Auto",
+    "BackboneError",
+    "CacheMismatchError",
+    "ContextError",
+    "DeleteAndShift",
+    "ErasableContext",
+    "EraseMethod",
+    "EraseReceipt",
+    "EraserMismatchError",
+    "FullRecompute",
+    "KVEraser",
+    "KVEraserError",
+    "LocalSuffixRepair",
+    "NoErase",
+    "OptionError",
+    "RestoreError",
+    "SelectiveRecompute",
+    "SessionFileError",
+    "Span",
+    "SpanError",
+    "Steering",
+    "UnsupportedCacheError",
+    "erase",
+    "load_backbone",
+    "methods",
+    "restore",
+]

@@ -12,9 +12,10 @@ import torch
 
 import kveraser as kv
 from kveraser.demo.stories import stories
-from kveraser.demo.tell import PROTOCOLS, tell
+from kveraser.demo.tell import tell
 from kveraser.eraser import shipped_eraser, shipped_erasers
 from kveraser.evaluation import leaks
+from kveraser.evaluation.compare import PROTOCOLS
 from kveraser.methods import FullRecompute, NoErase
 
 pytestmark = pytest.mark.model

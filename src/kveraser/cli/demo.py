@@ -25,9 +25,10 @@ from kveraser.cli.common import (
 from kveraser.cli.tables import results_table
 from kveraser.demo.latency import SUFFIXES, latency_methods, measure_latency
 from kveraser.demo.stories import stories
-from kveraser.demo.tell import PROTOCOLS, tell
+from kveraser.demo.tell import tell
 from kveraser.eraser import KVEraser, shipped_eraser
 from kveraser.evaluation import MethodResult, leaks
+from kveraser.evaluation.compare import PROTOCOLS
 from kveraser.methods import as_method, methods
 
 

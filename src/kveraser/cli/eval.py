@@ -22,7 +22,8 @@ from kveraser.cli.common import (
     stdout,
 )
 from kveraser.cli.erase import chosen_methods
-from kveraser.evaluation.heldout import PROTOCOLS, averages, judge
+from kveraser.evaluation.compare import PROTOCOLS
+from kveraser.evaluation.heldout import averages, judge
 from kveraser.tasks import Filler, Sizes, as_task, read_passages, tasks
 
 

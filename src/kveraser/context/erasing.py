@@ -103,7 +103,7 @@ class Erasing(ContextState):
         with self._lock:
             started = time.perf_counter()
             record = self._record(receipt)
-            marks, length = get_marks(self.cache), cache_length(self.cache)
+            marks = get_marks(self.cache)
             try:
                 after = next(edit.length_after for edit in marks.edits if edit.id == receipt.id)
                 undo = record.undo()
@@ -127,7 +127,6 @@ class Erasing(ContextState):
             with uninterrupted():
                 self._unmark(record)
                 self._rebuild_slots()
-            assert length >= after
             return RestoreReport(not len(tail), self.exact, len(tail), time.perf_counter() - started)
 
     def _unmark(self, record: EditRecord) -> None:

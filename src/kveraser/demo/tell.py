@@ -12,11 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.demo.stories import Story
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
-from kveraser.evaluation.compare import MethodResult, Protocol, compare_methods
+from kveraser.evaluation.compare import MethodResult, Protocol, compare_methods, read_parts
 from kveraser.methods import EraseMethod
-from kveraser.tasks.base import frame_question
-
-PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
 
 
 def tell(
@@ -31,12 +28,5 @@ def tell(
 ) -> list[MethodResult]:
     """One story in one protocol, by the given methods."""
     context = ErasableContext(model, tokenizer, eraser)
-    context.append(story.prefix)
-    span = context.append(story.span)
-    context.append(story.suffix)
-    question: str | None = frame_question(story.question)
-    if protocol == "query_cached":
-        assert question is not None
-        context.append(question)
-        question = None
+    span, question = read_parts(context, story.prefix, story.span, story.suffix, story.question, protocol)
     return compare_methods(context, span, question, methods, min_new_tokens=1, repeats=2, done=done)

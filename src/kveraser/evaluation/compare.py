@@ -16,8 +16,10 @@ from kveraser.erasable import ErasableContext
 from kveraser.evaluation.metrics import kl_divergence
 from kveraser.methods import EraseMethod, FullRecompute
 from kveraser.spans import Span
+from kveraser.tasks.base import frame_question
 
 Protocol = Literal["query_after", "query_cached"]
+PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ class MethodResult:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+
+def read_parts(
+    context: ErasableContext, prefix: str, span: str, suffix: str, question: str, protocol: Protocol
+) -> tuple[Span, str | None]:
+    """Let an empty context read an example; returns the span, and the question where it is still to be asked."""
+    context.append(prefix)
+    where = context.append(span)
+    context.append(suffix)
+    framed = frame_question(question)
+    if protocol == "query_after":
+        return where, framed
+    context.append(framed)
+    return where, None
 
 
 def _logits(context: ErasableContext, question: list[int], answer: list[int]) -> Tensor:

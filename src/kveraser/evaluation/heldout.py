@@ -14,14 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
-from kveraser.evaluation.compare import MethodResult, Protocol, compare_methods
+from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.metrics import exact_match, leaks
 from kveraser.methods import EraseMethod
-from kveraser.spans import Span
-from kveraser.tasks import EraseExample, Filler, Sizes, as_task
-from kveraser.tasks.base import frame_question
-
-PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
+from kveraser.tasks import Filler, Sizes, as_task
 
 
 @dataclass(frozen=True)
@@ -42,22 +38,6 @@ class Judged:
     leaked: bool
 
 
-def read(
-    example: EraseExample, protocol: Protocol, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-    eraser: KVEraser | None,
-) -> tuple[ErasableContext, Span, str | None]:  # fmt: skip
-    """An example as a live context, with its span and what remains to be asked."""
-    context = ErasableContext(model, tokenizer, eraser)
-    context.append(example.prefix)
-    span = context.append(example.span)
-    context.append(example.suffix)
-    question = frame_question(example.question)
-    if protocol == "query_after":
-        return context, span, question
-    context.append(question)
-    return context, span, None
-
-
 def judge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,7 +56,9 @@ def judge(
     for name in names:
         for example in itertools.islice(as_task(name).examples(filler, sizes, "eval", seed), limit):
             for protocol in PROTOCOLS:
-                context, span, question = read(example, protocol, model, tokenizer, eraser)
+                context = ErasableContext(model, tokenizer, eraser)
+                parts = (example.prefix, example.span, example.suffix, example.question)
+                span, question = read_parts(context, *parts, protocol)
                 for result in compare_methods(context, span, question, methods, max_new_tokens=max_new_tokens):
                     matched = None if example.gold is None else exact_match(result.answer, example.gold)
                     leaked = example.erased is not None and leaks(result.answer, example.erased)

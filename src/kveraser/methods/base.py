@@ -14,7 +14,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -133,11 +133,6 @@ class Undo:
             else:
                 write(cache, span.start, states)
         set_marks(cache, self.marks)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory held."""
-        return sum(t.numel() * t.element_size() for _, states in self.regions for pair in states for t in pair)
 
     def clear(self) -> None:
         """Overwrite the kept states with zeros and let go of them."""
@@ -331,10 +326,6 @@ class EraseMethod(ABC):
             for steered in edit.marks.steered_spans:
                 if span.overlaps(steered):
                     raise SpanError(f"span {span} overlaps {steered}, which is erased already; restore that one first")
-
-    def options(self) -> dict[str, Any]:
-        """The method's options, for tables and files."""
-        return {name: getattr(self, name) for name in getattr(self, "__dataclass_fields__", {})}
 
 
 def put_back(cache: Cache, receipt: EraseReceipt) -> int:

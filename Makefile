@@ -4,13 +4,15 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint format clean help
+.PHONY: demo test test-oldest lint format results clean help
 
 help:
 	@echo "make demo     erase spans from what a real model has read, by every method (two minutes)"
 	@echo "make test     ruff, mypy, and all tests with coverage (five minutes)"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   format the code"
+	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
+	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "make test-oldest   the tests with the oldest supported transformers"
 
 $(STAMP): pyproject.toml requirements.txt
@@ -27,8 +29,8 @@ demo: $(STAMP)
 	$(BIN)/kveraser demo
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests docs benchmarks
+	$(BIN)/ruff check src tests docs benchmarks
 	$(BIN)/mypy
 
 test: lint
@@ -39,9 +41,23 @@ test-oldest:
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.16.0
 	.venv-oldest/bin/python -m pytest -m "not model"
 
+# What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
+LIMIT ?= 20
+LENGTHS ?= 256 1024 4096
+RESULTS ?= docs/results
+PAGES ?= README.md docs/results.md
+EVAL = $(BIN)/kveraser eval --limit $(LIMIT) $(addprefix --lengths ,$(LENGTHS)) $(if $(FRESH),--fresh)
+
+results: $(STAMP)
+	$(EVAL) --output $(RESULTS)/tasks
+	$(if $(DATA),$(EVAL) --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
+	mkdir -p $(RESULTS)/demo
+	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
+	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))
+
 format: $(STAMP)
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests docs benchmarks
+	$(BIN)/ruff check --fix src tests docs benchmarks
 
 clean:
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import itertools
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -27,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import kveraser as kv
 from kveraser.cache import growable_cache
+from kveraser.training import EraserOptions, Stage, TrainConfig
 
 settings.register_profile(
     "kveraser",
@@ -181,3 +183,26 @@ def _own_cache_folder(tmp_path_factory, monkeypatch, request):
 def smollm():
     """The embedded model, in its default type."""
     return kv.load_backbone()
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    file = tmp_path / "corpus.txt"
+    file.write_text(
+        "\n\n".join(
+            f"The car number {n} is blue and fast. It has a door with a code. The code is {n * 37}." for n in range(30)
+        )
+    )
+    return str(file)
+
+
+@pytest.fixture
+def short(corpus):
+    """Stages of a few steps on short contexts."""
+    stage = Stage(
+        ("span-neighbor",), steps=4, contexts=2, tokens=(24, 80), spacing=40, spans=2, learning_rate=5e-3, warmup=2,
+        average=0.5, validate_every=2, validation_contexts=2, checkpoint_every=1,
+    )  # fmt: skip
+    return TrainConfig(
+        EraserOptions(rank=2, alpha=4, window=(2, 16)), stage, replace(stage, tasks=("needle", "injection")), corpus
+    )

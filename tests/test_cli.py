@@ -11,6 +11,7 @@ import kveraser as kv
 from conftest import build, make_config, make_tokenizer, random_eraser, text_model
 from kveraser.cli import app
 from kveraser.demo import latency, stories
+from kveraser.evaluation import record
 
 runner = CliRunner()
 COMMANDS = ("demo", "erase", "eval", "methods", "doctor", "train")
@@ -63,6 +64,7 @@ def test_methods_are_listed_in_a_table_and_as_json():
     assert list(data) == list(kv.methods())
     assert all(name in table for name in data)
     assert data["local-suffix-repair"]["options"] == {"tokens": "32"}
+    assert data["kveraser"]["options"] == {"window": "none", "full_prefix": "false", "repair": "none"}
 
 
 def test_erase_compares_all_methods(tiny_backbone, context_file, eraser_folder):
@@ -76,6 +78,14 @@ def test_erase_compares_all_methods(tiny_backbone, context_file, eraser_folder):
     exact = next(row for row in data["results"] if row["method"] == "full-recompute")
     assert exact["exact"]
     assert exact["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_erase_takes_methods_with_options(tiny_backbone, context_file, eraser_folder):
+    chosen = ["kveraser:repair=2", "local-suffix-repair:tokens=3"]
+    common = ["erase", "-c", context_file, "-s", "2:5", "-a", "what?", "--eraser", eraser_folder, "--json"]
+    data = json.loads(run(*common, "-M", chosen[0], "-M", chosen[1]).stdout)
+    assert [row["method"] for row in data["results"]] == chosen
+    assert [row["tokens_recomputed"] for row in data["results"]] == [5, 3]
 
 
 def test_erase_prints_a_table_without_an_eraser_too(tiny_backbone, context_file):
@@ -100,6 +110,7 @@ def test_erase_reads_standard_input(tiny_backbone):
         (["-s", "7:3"], "SpanError"),
         (["-s", "blue"], "SpanError"),
         (["-s", "0:2", "-M", "forget"], "OptionError"),
+        (["-s", "0:2", "-M", "local-suffix-repair:tokens=0"], "OptionError"),
         (["-s", "0:2", "-M", "kveraser"], "EraserMismatchError"),
         (["-s", "0:2", "--eraser", "./nothing"], "EraserMismatchError"),
         (["-s", "0:2", "-m", "missing"], "BackboneError"),
@@ -150,49 +161,109 @@ def test_doctor_shows_the_environment_and_what_works(tiny_backbone):
     assert "dynamic-NTK" in " ".join(refused.output.split())
 
 
-def test_train_writes_an_eraser(tiny_backbone, tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The car number {n} is blue and fast. It has a door with a code." for n in range(30)))
-    result = run("train", "-o", str(tmp_path / "out"), "--examples", "4", "--text", str(text), "--window", "2,8")
-    assert result.exit_code == 0, result.output
-    assert kv.KVEraser.from_pretrained(tmp_path / "out" / "best", text_model()).window == (2, 8)
-    again = run(
-        "train",
-        "-o",
-        str(tmp_path / "more"),
-        "--examples",
-        "4",
-        "--text",
-        str(text),
-        "--start",
-        str(tmp_path / "out" / "best"),
-    )
-    assert again.exit_code == 0, again.output
-    assert run("train", "-o", str(tmp_path / "x"), "--window", "wide").exit_code == 2
-
-
-def test_eval_averages_every_method_over_held_out_examples(tiny_backbone, tmp_path, eraser_folder):
+@pytest.fixture
+def evaluate(tiny_backbone, tmp_path, eraser_folder):
+    """`kveraser eval` on short contexts, with the given options."""
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The car number {n} is blue and fast. It has a door with a code." for n in range(30)))
     common = [
         "eval",
         "--limit",
         "2",
+        "--lengths",
+        "80",
+        "--max-new-tokens",
+        "3",
         "--text",
         str(text),
-        "--prefix",
-        "4",
-        "12",
-        "--suffix",
-        "4",
-        "12",
         "--eraser",
         eraser_folder,
     ]
-    data = json.loads(run(*common, "--json").stdout)
-    rows = [row for row in data["rows"] if row["task"] == "all" and row["protocol"] == "query_after"]
-    assert [row["method"] for row in rows] == list(kv.methods())
-    assert all(row["examples"] == 8 for row in rows)
-    table = run(*common, "-t", "needle", "-M", "full-recompute")
-    assert "query_cached" in table.output
-    assert run(*common, "-t", "haystack").exit_code == 2
+    return lambda *more: run(*common, *more)
+
+
+def test_eval_compares_the_methods_on_the_same_examples(evaluate):
+    result = evaluate("-t", "needle", "-t", "injection", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    rows = [row for row in data["rows"] if row["task"] == "mean over tasks" and row["protocol"] == "query_cached"]
+    assert [row["method"] for row in rows] == [
+        "no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair", "selective-recompute", "kveraser",
+    ]  # fmt: skip
+    assert all(row["examples"] == 4 for row in rows)
+    assert rows[1]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert data["complete"]
+    assert data["options"]["tasks"] == ["needle", "injection"]
+    assert data["environment"]["kveraser"] == kv.__version__
+    assert data["eraser"]["rank"] == 4
+
+
+def test_eval_prints_a_table_of_means_and_on_request_one_for_every_task(evaluate):
+    options = ["-t", "needle", "-t", "injection", "-M", "kveraser:repair=2", "-M", "full-recompute"]
+    means = evaluate(*options)
+    assert means.exit_code == 0, means.output
+    assert "kveraser:repair=2" in means.output
+    assert "question in the cache when erasing (4 examples)" in means.output
+    assert "needle, about" not in means.output
+    assert "needle, about 80 tokens" in evaluate(*options, "--per-task", "--protocols", "query_after").output
+
+
+def test_eval_goes_on_where_it_was_interrupted(evaluate, tmp_path, monkeypatch):
+    options = ["-t", "needle", "-M", "no-erase", "-M", "delete-and-shift", "-o", str(tmp_path / "out")]
+    lines = tmp_path / "out" / "examples.jsonl"
+    add = record.RunLog.add
+
+    def stop(self, entry):
+        add(self, entry)
+        if len(self.records) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(record.RunLog, "add", stop)
+    interrupted = evaluate(*options)
+    assert interrupted.exit_code == 130
+    assert "3 of 8" in interrupted.output
+    assert not json.loads((tmp_path / "out" / "results.json").read_text())["complete"]
+    begun = lines.read_text()
+    monkeypatch.setattr(record.RunLog, "add", add)
+    assert evaluate(*options).exit_code == 0
+    assert lines.read_text().startswith(begun)
+    assert len(lines.read_text().splitlines()) == 8
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["complete"]
+    assert {file.suffix for file in (tmp_path / "out").iterdir()} == {".json", ".jsonl", ".md", ".png"}
+    other = evaluate(*options, "--seed", "5")
+    assert other.exit_code == 2
+    assert "--fresh" in other.output
+    assert evaluate(*options, "--seed", "5", "--fresh").exit_code == 0
+
+
+def test_eval_adds_the_questions_of_a_file(evaluate, tmp_path):
+    file = tmp_path / "questions.json"
+    entry = {
+        "question": "Who built the hall?",
+        "answer": "Wagner",
+        "context": [["Hall", ["The hall was built by Wagner."]], ["Town", ["The town is old."]]],
+        "supporting_facts": [["Hall", 0]],
+    }
+    file.write_text(json.dumps([entry, {**entry, "answer": "Bauer"}]))
+    result = evaluate("-t", "needle", "--data", str(file), "-M", "no-erase", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["options"]["tasks"] == ["needle", "document-qa=questions.json"]
+    assert str(tmp_path) not in json.dumps(data["options"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["-t", "haystack"], "OptionError"),
+        (["-M", "kveraser:size=3"], "OptionError"),
+        (["--protocols", "never"], "OptionError"),
+        (["--lengths", "99999"], "OptionError"),
+        (["--data", "/no/such/file"], "OptionError"),
+        (["-M", "no-erase", "-M", "no-erase"], "OptionError"),
+    ],
+)
+def test_eval_names_what_is_wrong_with_its_options(evaluate, arguments, error):
+    result = evaluate(*arguments, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["type"] == error

@@ -13,23 +13,29 @@ from kveraser.tasks import (
     Filler,
     Sizes,
     as_task,
+    ask,
+    coreference,
+    document_qa,
+    facts,
+    in_context,
     injection,
     needle,
     preference,
     read_passages,
     tasks,
     tool_observation,
+    tool_selection,
     words,
 )
 
 
 def filler():
-    return Filler([f"Passage {n} is about things. It has {n} sentences of some length. They go on for a while." for n in range(30)],
-                  lambda text: len(text.split()))  # fmt: skip
+    return Filler([f"Passage {n} is about things of {1900 + n}. It has {n} sentences of some length. They go on for a while in the town."
+                   for n in range(40)], lambda text: len(text.split()))  # fmt: skip
 
 
-def take(name, split, count=20, seed=0):
-    return list(itertools.islice(as_task(name).examples(filler(), Sizes(), split, seed), count))
+def take(name, split, count=20, seed=0, sizes=Sizes()):  # noqa: B008
+    return list(itertools.islice(as_task(name).examples(filler(), sizes, split, seed), count))
 
 
 @pytest.mark.parametrize("name", tasks())
@@ -40,27 +46,128 @@ def test_the_same_seed_gives_the_same_examples(name):
 
 @pytest.mark.parametrize("name", tasks())
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_the_erased_answer_is_supported_by_the_span_alone(name, split):
+def test_the_erased_answer_is_supported_by_the_spans_alone(name, split):
+    labels = name == "in-context"  # there it is a label, right elsewhere
     for example in take(name, split, 60):
-        assert example.erased in example.span
+        spans = [text for text, erased in example.parts if erased]
+        kept = "".join(text for text, erased in example.parts if not erased)
+        assert all(spans)
+        assert spans[0] == example.span
+        assert labels or all(example.erased in span for span in spans)
         assert example.question
         if example.gold is not None:
-            assert example.gold in example.prefix + example.suffix
             assert example.gold != example.erased
+            assert labels or example.gold.split()[0] in kept
         assert example.answer
 
 
-@pytest.mark.parametrize("source", [words, needle, tool_observation, preference, injection])
+def test_needles_are_sometimes_said_twice_and_both_are_erased():
+    counts = {sum(erased for _, erased in example.parts) for example in take("needle", "train", 60)}
+    assert counts == {1, 2}
+
+
+@pytest.mark.parametrize("name", tasks())
+@pytest.mark.parametrize("tokens", [128, 1024])
+def test_contexts_have_about_the_length_that_was_asked_for(name, tokens):
+    for example in take(name, "eval", 10, sizes=Sizes.context(tokens)):
+        found = sum(len(text.split()) for text, _ in example.parts)
+        assert 0.6 * tokens - 40 < found < 1.7 * tokens + 80
+
+
+def test_in_context_demonstrations_are_mislabelled_in_the_span_and_right_behind_it():
+    for example in take("in-context", "train", 30):
+        form = example.question.strip().split("\n")[-1]
+        assert form.endswith((":", "->", "?"))
+        assert example.gold in example.suffix or example.gold in example.prefix + example.span
+
+
+def test_a_span_neighbor_is_cued_with_the_left_neighbor_and_goes_on_with_the_right_one():
+    for example in take("span-neighbor", "train", 30):
+        assert example.prefix.strip().endswith(example.question.strip())
+        assert example.suffix.startswith(example.gold)
+        assert example.span.startswith(example.erased)
+
+
+def test_questions_may_begin_the_answer():
+    assert ask("Who?") == "\n\nQuestion: Who?\nAnswer:"
+    assert ask("Who?", "It was") == "\n\nQuestion: Who?\nAnswer: It was"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [words, facts, needle, tool_observation, preference, injection, coreference, tool_selection, document_qa],
+)
 def test_templates_names_and_values_of_the_two_splits_are_disjoint(source):
     pools = [
         value for value in vars(source).values() if callable(value) and getattr(value, "__name__", "") == "<lambda>"
     ]
     assert pools
     for pool in pools:
-        train, held_out = pool("train"), pool("eval")
+        train, held_out = (set(pool(split)) - {""} for split in ("train", "eval"))
         assert train
         assert held_out
-        assert not set(train) & set(held_out)
+        assert not train & held_out
+
+
+def test_labellings_of_the_two_splits_are_disjoint():
+    forms = {split: {labelling.form for labelling in in_context._LABELLINGS[split]} for split in ("train", "eval")}
+    labels = {
+        split: {label for labelling in in_context._LABELLINGS[split] for label in labelling.items} for split in forms
+    }
+    assert not forms["train"] & forms["eval"]
+    assert not labels["train"] & labels["eval"]
+
+
+QUESTIONS = [
+    {"question": f"Who built tower {n}?", "answer": name, "supporting_facts": [[f"Tower {n}", 0]],
+     "context": [[f"Tower {n}", [f"Tower {n} was built by {name}.", " It is tall."]], ["River", ["A river flows."]],
+                 ["Hill", ["A hill rises."]]]}
+    for n, name in enumerate(["Anna", "Berta", "Clara"])
+]  # fmt: skip
+
+
+def test_questions_come_from_files_of_hotpotqa_and_of_musique(tmp_path):
+    hotpot, musique = tmp_path / "hotpot.json", tmp_path / "musique.jsonl"
+    hotpot.write_text(json.dumps(QUESTIONS))
+    entries = [
+        {"question": q["question"], "answer": q["answer"],
+         "paragraphs": [{"title": t, "paragraph_text": "".join(s), "is_supporting": t.startswith("Tower")} for t, s in q["context"]]}
+        for q in QUESTIONS
+    ]  # fmt: skip
+    musique.write_text("\n".join(map(json.dumps, entries)))
+    assert document_qa.read_documents(hotpot) == document_qa.read_documents(musique)
+    for file in (hotpot, musique):
+        examples = take(f"document-qa={file}", "eval", 10, sizes=Sizes.context(200))
+        assert len(examples) == 3
+        for example, entry in zip(examples, QUESTIONS, strict=True):
+            assert example.gold == entry["answer"]
+            assert example.erased in example.span
+            assert example.gold in example.prefix + example.suffix
+            assert entry["question"] in example.question
+
+
+def test_a_file_of_questions_is_never_trained_on(tmp_path):
+    file = tmp_path / "hotpot.json"
+    file.write_text(json.dumps(QUESTIONS))
+    with pytest.raises(kv.OptionError, match="for evaluation only"):
+        take(f"document-qa={file}", "train", 1)
+
+
+def test_files_that_are_no_questions_are_named(tmp_path):
+    for text in ("", "[{}]", "nothing"):
+        (tmp_path / "bad.json").write_text(text)
+        if text:
+            with pytest.raises(kv.OptionError, match="cannot be read as a HotpotQA"):
+                as_task(f"document-qa={tmp_path / 'bad.json'}")
+    with pytest.raises(kv.OptionError, match="cannot be read"):
+        as_task(f"document-qa={tmp_path / 'none.json'}")
+    with pytest.raises(kv.OptionError, match="takes no file"):
+        as_task("needle=x.json")
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(kv.OptionError, match="1 <= least"):
+        Sizes(20, 10)
 
 
 def test_passages_of_the_two_splits_are_disjoint():
@@ -83,19 +190,48 @@ def test_filler_has_about_the_length_that_was_asked_for():
 def test_text_comes_from_files_folders_or_python_itself(tmp_path):
     (tmp_path / "a.txt").write_text("One passage.\n\nAnother passage.")
     (tmp_path / "b.json").write_text(json.dumps([{"text": "A third."}]))
+    (tmp_path / "c.jsonl").write_text('{"text": "A fourth."}\n"A fifth."\n')
     assert read_passages(tmp_path / "a.txt") == ["One passage.", "Another passage."]
-    assert read_passages(tmp_path) == ["One passage.", "Another passage."]
+    assert read_passages(tmp_path) == ["One passage.", "Another passage.", "A third.", "A fourth.", "A fifth."]
     assert read_passages(tmp_path / "b.json") == ["A third."]
     assert len(read_passages()) > 500
 
 
+def test_text_comes_from_hugging_face_data_sets(monkeypatch):
+    import sys
+    import types
+
+    class Rows(list):
+        def take(self, count):
+            return self[:count]
+
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return Rows([{"text": "One.", "body": "Two."}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_passages("hf:some/set") == ["One."]
+    assert read_passages("hf:some/set:test:body") == ["Two."]
+    assert asked == [("some/set", "train", True), ("some/set", "test", True)]
+    with pytest.raises(kv.OptionError, match="cannot read hf:some/set"):
+        read_passages("hf:some/set:train:nothing")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(kv.OptionError, match="pip install datasets"):
+        read_passages("hf:some/set")
+
+
 def test_bad_sources_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "few.txt").write_text("One sentence that is long enough.")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    for name, words_ in (("none.txt", "no text source"), ("bytes.txt", "cannot read")):
-        with pytest.raises(kv.OptionError, match=words_):
+    (tmp_path / "number.json").write_text("[3]")
+    for name, said in (("none.txt", "no text source"), ("bytes.txt", "cannot read"), ("empty.txt", "holds no text"),
+                       ("number.json", "found int")):  # fmt: skip
+        with pytest.raises(kv.OptionError, match=said):
             read_passages(tmp_path / name)
     with pytest.raises(kv.OptionError, match="usable passages"):
-        Filler(read_passages(tmp_path / "empty.txt"), len)
+        Filler(read_passages(tmp_path / "few.txt"), len)
     with pytest.raises(kv.OptionError, match="no task 'x'"):
         as_task("x")

@@ -45,3 +45,7 @@ class BackboneError(KVEraserError, RuntimeError):
 
 class OptionError(KVEraserError, ValueError):
     """An option with an impossible value, or the name of a method or task that does not exist."""
+
+
+class TrainingError(KVEraserError):
+    """A training run that cannot go on: a checkpoint of another run, a full disk, a loss that is no number."""

@@ -176,10 +176,10 @@ def _always_steer():
     return CostModel(PassCost(10.0, 1.0, 0.0), PassCost(0.0, 0.0, 0.0))
 
 
-@given(st.integers(0, 20))
-def test_repair_recomputes_the_first_tokens_behind_the_span_with_the_plain_model(tokens):
+@given(st.integers(0, 20), st.sampled_from([None, (0, 3), (2, 8), (4, 30)]))
+def test_repair_recomputes_the_first_tokens_behind_the_span_with_the_plain_model_in_the_same_window(tokens, window):
     model, ids, span = tiny(), token_ids(30), kv.Span(8, 14)
-    eraser = random_eraser(model)
+    eraser = random_eraser(model, window=window)
     plain, repaired = prefill(model, ids), prefill(model, ids)
     kv.erase(model, plain, ids, span, method=kv.Steering(eraser))
     receipt = kv.erase(model, repaired, ids, span, method=kv.Steering(eraser, repair=tokens))
@@ -191,8 +191,14 @@ def test_repair_recomputes_the_first_tokens_behind_the_span_with_the_plain_model
     if count:
         past = copy.deepcopy(plain)
         past.crop(14 - past.get_seq_length())
+        visible = torch.zeros(count, 14 + count, dtype=torch.bool)
+        for run in window_spans(window, 14):
+            visible[:, run.slice] = True
+        visible[:, 14:] = torch.ones(count, count, dtype=torch.bool).tril()
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+        where = torch.arange(14, 14 + count)[None]
         with torch.no_grad():
-            model(ids[:, 14 : 14 + count], position_ids=torch.arange(14, 14 + count)[None], past_key_values=past)
+            model(ids[:, 14 : 14 + count], position_ids=where, past_key_values=past, attention_mask=mask)
         got = [tensor[:, :, 14 : 14 + count] for tensor in states(repaired)]
         assert relative(got, [tensor[:, :, 14:] for tensor in states(past)]) < 1e-5
 

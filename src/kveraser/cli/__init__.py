@@ -38,7 +38,7 @@ def _register() -> None:
     from kveraser.cli.erase import erase_command
     from kveraser.cli.eval import eval_command
     from kveraser.cli.methods import methods_command
-    from kveraser.cli.train import train_command
+    from kveraser.cli.train import app as train_app
 
     for name, command in (
         ("demo", demo_command),
@@ -46,9 +46,9 @@ def _register() -> None:
         ("eval", eval_command),
         ("methods", methods_command),
         ("doctor", doctor_command),
-        ("train", train_command),
     ):
         app.command(name)(command)
+    app.add_typer(train_app, name="train")
 
 
 _register()

@@ -31,6 +31,10 @@ DtypeOption = Annotated[
     str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 where the device computes in it.")
 ]
 EraserOption = Annotated[str | None, typer.Option(help="Folder or hub id of an eraser; default the one that ships.")]
+MethodsOption = Annotated[
+    list[str] | None,
+    typer.Option("--methods", "-M", help="Method, or NAME:OPTION=VALUE,...; repeatable; see `kveraser methods`."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 DEFAULT_MODEL = DEFAULT_BACKBONE
 

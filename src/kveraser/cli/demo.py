@@ -27,8 +27,7 @@ from kveraser.demo.latency import SUFFIXES, latency_methods, measure_latency
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import tell
 from kveraser.eraser import KVEraser, shipped_eraser
-from kveraser.evaluation import MethodResult, leaks
-from kveraser.evaluation.compare import PROTOCOLS
+from kveraser.evaluation import PROTOCOLS, MethodResult, leaks
 from kveraser.methods import as_method, methods
 
 

@@ -15,6 +15,7 @@ from kveraser.cli.common import (
     DtypeOption,
     EraserOption,
     JsonOption,
+    MethodsOption,
     ModelOption,
     find_eraser,
     load,
@@ -28,9 +29,10 @@ from kveraser.cli.tables import results_table
 from kveraser.erasable import ErasableContext
 from kveraser.errors import OptionError
 from kveraser.evaluation import compare_methods
-from kveraser.methods import EraseMethod, as_method, methods
+from kveraser.methods import EraseMethod, as_method
+from kveraser.methods import methods as all_methods
 from kveraser.spans import Span
-from kveraser.tasks.base import frame_question
+from kveraser.tasks import ask as framed
 
 _RANGE = re.compile(r"(\d+):(\d+)")
 
@@ -55,14 +57,14 @@ def chosen_methods(names: list[str] | None, eraser: bool) -> list[EraseMethod]:
     """The named methods; all that can run when none is named."""
     if names:
         return [as_method(name) for name in names]
-    return [as_method(name) for name, method in methods().items() if eraser or not method.needs_eraser]
+    return [as_method(name) for name, method in all_methods().items() if eraser or not method.needs_eraser]
 
 
 def erase_command(
     context: Annotated[str, typer.Option("--context", "-c", help="Text file with the context; - for standard input.")],
     span: Annotated[str, typer.Option("--span", "-s", help="Text that occurs once in it, or START:END in tokens.")],
     ask: Annotated[str, typer.Option("--ask", "-a", help="Question to ask behind the context.")],
-    method: Annotated[list[str] | None, typer.Option("--method", "-M", help="Method, repeatable; default all.")] = None,
+    methods: MethodsOption = None,
     model: ModelOption = DEFAULT_MODEL,
     eraser: EraserOption = None,
     device: DeviceOption = None,
@@ -79,16 +81,16 @@ def erase_command(
     """
     with reported(as_json):
         text = read_context(context)
-        chosen_methods(method, True)  # an unknown name is an error before anything is loaded
+        chosen_methods(methods, True)  # an unknown name is an error before anything is loaded
         where = parse_span(span)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
-        chosen = chosen_methods(method, tool is not None)
+        chosen = chosen_methods(methods, tool is not None)
         live = ErasableContext(backbone, tokenizer, tool)
         with stderr.status("reading the context ..."):
             live.append(text)
         found = live.locate(where)
-        question = ask if raw else frame_question(ask)
+        question = ask if raw else framed(ask)
         if cached:
             live.append(question)
         with progress_bar() as bar:

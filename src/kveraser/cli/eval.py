@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
-from rich.table import Table
+from transformers import PreTrainedModel
 
+from kveraser.backbone import digest
 from kveraser.cli.common import (
     DEFAULT_MODEL,
     DeviceOption,
     DtypeOption,
     EraserOption,
     JsonOption,
+    MethodsOption,
     ModelOption,
     find_eraser,
     load,
     print_json,
     progress_bar,
     reported,
+    stderr,
     stdout,
 )
-from kveraser.cli.erase import chosen_methods
-from kveraser.evaluation.compare import PROTOCOLS
-from kveraser.evaluation.heldout import averages, judge
-from kveraser.tasks import Filler, Sizes, as_task, read_passages, tasks
+from kveraser.cli.tables import summary_table
+from kveraser.eraser import KVEraser
+from kveraser.evaluation import PROTOCOLS, Protocol
+from kveraser.evaluation.provenance import environment, eraser_facts, placement, text_digest
+from kveraser.evaluation.record import Record, RunLog
+from kveraser.evaluation.report import results, tables, write_report
+from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate
+from kveraser.evaluation.summary import ASKED, OVERALL, task_names
+from kveraser.methods import as_method
+from kveraser.tasks import Filler, read_passages
+from kveraser.tasks import tasks as all_tasks
+from kveraser.tasks.document_qa import DocumentQA
 
 
 def eval_command(
-    task: Annotated[list[str] | None, typer.Option("--task", "-t", help="Task, repeatable; default all.")] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", "-M", help="Method, repeatable; default all.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Examples per task.")] = 10,
-    prefix: Annotated[tuple[int, int], typer.Option(help="Least and most tokens before the span.")] = Sizes.prefix,
-    suffix: Annotated[tuple[int, int], typer.Option(help="Least and most tokens behind the span.")] = Sizes.suffix,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", "-t", help="Task, or document-qa=FILE; repeatable; default all.")
+    ] = None,
+    lengths: Annotated[list[int] | None, typer.Option(help="Tokens in the contexts, repeatable; default 256.")] = None,
+    protocols: Annotated[
+        list[str] | None, typer.Option(help="query_after or query_cached, repeatable; default both.")
+    ] = None,
+    methods: MethodsOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="Examples per task and length.")] = EvalOptions.limit,
+    data: Annotated[
+        Path | None, typer.Option(help="Also evaluate document-qa with this HotpotQA, 2WikiMultiHopQA or MuSiQue file.")
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Text for the surroundings; default Python's documentation.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the examples and of the intervals.")] = EvalOptions.seed,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = EvalOptions.max_new_tokens,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for results, examples, tables and plots.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, whatever is in the folder.")] = False,
+    per_task: Annotated[bool, typer.Option("--per-task", help="Also print a table for every task.")] = False,
     model: ModelOption = DEFAULT_MODEL,
     eraser: EraserOption = None,
     device: DeviceOption = None,
@@ -43,38 +68,77 @@ def eval_command(
 ) -> None:
     """Compare methods on the same held-out examples, asked after the erase and with the question cached.
 
-    KL is the distance to full recomputation in nats per token of its answer; match and leak are shares of the answers.
+    With --output, a run that was interrupted goes on where it stopped when the same command is given again.
 
-    Example: kveraser eval --limit 5 --task needle -M kveraser -M delete-and-shift
+    KL: distance to full recomputation in nats per token of its answer, with its 95 % interval; KL ratio: over that of
+    delete-and-shift; kveraser minus it: below zero where kveraser is nearer; top-1: share of tokens predicted alike; EM, F1,
+    leak: of the answers; margin: how much likelier the erased answer is than by full recomputation; run, ms: the cost.
+
+    Example: kveraser eval --limit 5 -t needle -t injection -M kveraser -M local-suffix-repair:tokens=64 --output results
     """
     with reported(as_json):
-        names = list(task or tasks())
-        for name in names:
-            as_task(name)
-        chosen_methods(method, True)
+        named = [as_method(name) for name in methods or ()]
+        wanted = [*(tasks or all_tasks()), *([f"{DocumentQA.name}={data}"] if data else ())]
+        asked = cast("tuple[Protocol, ...]", tuple(protocols or PROTOCOLS))
+
+        def options_with(chosen: list[Any]) -> EvalOptions:
+            return EvalOptions(
+                tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens
+            )
+
+        options_with(named or default_methods(None))  # what is wrong with the options is said before anything is loaded
         passages = read_passages(text)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
+        options = options_with(named or default_methods(tool))
+        header = _header(options, model, backbone, tool, passages)
+        log = RunLog(header, output, fresh)
         filler = Filler(passages, lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
-        with progress_bar() as bar:
-            work = bar.add_task("judging", total=len(names) * limit * len(PROTOCOLS))
-            judged = list(
-                judge(
-                    backbone, tokenizer, tool, names, chosen_methods(method, tool is not None), filler,
-                    sizes=Sizes(prefix, suffix), limit=limit, seed=seed, done=lambda: bar.advance(work),
-                )
-            )  # fmt: skip
-        rows = averages(judged)
+        examples = draw(options, filler)
+        total = len(examples) * len(options.protocols) * len(options.methods)
+        try:
+            with progress_bar() as bar:
+                work = bar.add_task("evaluating", total=total, completed=len(log.records))
+
+                def keep(record: Record) -> None:
+                    log.add(record)
+                    bar.advance(work)
+
+                evaluate(backbone, tokenizer, tool, options, examples, keep, list(log.records))
+        except KeyboardInterrupt:
+            if output is not None:
+                write_report(output, header, log.records, complete=False)
+                stderr.print(f"{len(log.records)} of {total} are in {output}; the same command goes on from there")
+            raise
+        if output is not None:
+            write_report(output, header, log.records, complete=True)
+        document, rows = results(header, log.records, complete=True)
         if as_json:
-            print_json({"model": model, "seed": seed, "limit": limit, "prefix": prefix, "suffix": suffix, "rows": rows})
+            print_json(document)
             return
-        table = Table(box=None, padding=(0, 1), header_style="bold")
-        for column in ("task", "protocol", "method"):
-            table.add_column(column, no_wrap=True)
-        for column in ("KL", "match", "leak", "ms"):
-            table.add_column(column, justify="right")
-        for row in rows:
-            match = "" if row["exact_match"] is None else f"{row['exact_match']:.2f}"
-            cells = [f"{row['kl']:.4f}", match, f"{row['leak']:.2f}", f"{row['milliseconds']:.0f}"]
-            table.add_row(row["task"], row["protocol"], row["method"], *cells)
-        stdout.print(table)
+        for task, length, protocol, chosen in tables(rows, [OVERALL, *(task_names(rows) if per_task else ())]):
+            stdout.print(f"\n[bold]{task}[/], about {length} tokens, {ASKED[protocol]} ({chosen[0].examples} examples)")
+            stdout.print(summary_table(chosen))
+        if output is not None:
+            stdout.print(f"\n[dim]tables, plots and every example are in {output}[/]")
+
+
+def _header(
+    options: EvalOptions, name: str, model: PreTrainedModel, eraser: KVEraser | None, passages: list[str]
+) -> dict[str, Any]:
+    """What identifies a run, and where it is made."""
+    facts = eraser_facts(eraser)
+    files = [Path(task.partition("=")[2]) for task in options.tasks if "=" in task]
+    return {
+        "format": 1,
+        "options": {
+            **options.as_dict(),
+            "model": name,
+            **placement(model),
+            "eraser": facts and {name: facts[name] for name in ("sha256", "window", "repair")},
+            "text": text_digest(passages),
+            "files": {file.name: digest(file) for file in files},
+        },
+        "environment": environment(model),
+        "eraser": facts,
+    }

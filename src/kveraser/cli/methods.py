@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-
 from rich.table import Table
 
 from kveraser.cli.common import JsonOption, print_json, stdout
-from kveraser.methods import EraseMethod, methods
+from kveraser.methods import EraseMethod, methods, text_options, write_value
 
 
 def _options(method: type[EraseMethod]) -> dict[str, str]:
-    if not is_dataclass(method):
-        return {}
-    return {entry.name: repr(entry.default) for entry in fields(method) if entry.repr}
+    return {name: write_value(default) for name, default in text_options(method).items()}
 
 
 def methods_command(as_json: JsonOption = False) -> None:
     """List the erasing methods.
+
+    Wherever a method is named, options can be given: local-suffix-repair:tokens=64, kveraser:window=4,128,repair=32.
 
     Example: kveraser methods --json
     """

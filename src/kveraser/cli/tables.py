@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 from rich.text import Text
 
 from kveraser.evaluation import MethodResult, leaks
+from kveraser.evaluation.report import format_interval, format_mean
+from kveraser.evaluation.summary import DIFFERENCE, KL, METRICS, Row
 
 
 def answer_text(answer: str, erased: str | None) -> Text:
@@ -42,4 +46,18 @@ def results_table(
         cells += [state, str(result.tokens_recomputed), f"{result.milliseconds:.0f}"]
         cells.append(f"{result.kl:.3f}" if other is None else f"{result.kl:.3f}/{other.kl:.3f}")
         table.add_row(*cells)
+    return table
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """One row per method with all metrics; intervals where methods are told apart by them (the files have them all)."""
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column("method", no_wrap=True)
+    for metric in METRICS:
+        table.add_column(metric.title, justify="right")
+    for row in rows:
+        table.add_row(row.method, *(
+            (format_interval if metric in (KL, DIFFERENCE) else format_mean)(row.values[metric.name], metric.digits)
+            for metric in METRICS
+        ))  # fmt: skip
     return table

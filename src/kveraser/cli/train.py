@@ -1,8 +1,8 @@
-"""`kveraser train`: train an eraser for a model with the plain loop."""
+"""`kveraser train pretrain | finetune | all`: train an eraser for a model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,67 +10,129 @@ import typer
 
 from kveraser.cli.common import (
     DEFAULT_MODEL,
-    DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
     load,
+    print_json,
     progress_bar,
     reported,
+    stderr,
     stdout,
 )
-from kveraser.eraser import KVEraser
-from kveraser.errors import OptionError
-from kveraser.training import Progress, TrainConfig, train_eraser
+from kveraser.training import PRESETS, STAGES, StageName, read_config, train_eraser
+from kveraser.training import Progress as Step
+
+app = typer.Typer(
+    help="Train an eraser for a model: span-neighbor pre-training, then fine-tuning on tasks.\n\n"
+    "Example: kveraser train all -o my-eraser --preset tiny",
+    no_args_is_help=True,
+)
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the run; the result is in OUTPUT/eraser.")
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with any of the keys.")]
+PresetOption = Annotated[str, typer.Option(help=f"Configuration to start from: {', '.join(PRESETS)}.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="KEY=VALUE, such as finetune.steps=800; repeatable.")
+]
+TextOption = Annotated[
+    str | None,
+    typer.Option(help="Text around the spans: a file, a folder, hf:DATASET; default Python's documentation."),
+]
+SeedOption = Annotated[int | None, typer.Option(help="Of the LoRA's start and of all data.")]
+StartOption = Annotated[Path | None, typer.Option(help="An eraser to start from, instead of a new one.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; without it a run goes on from its checkpoint.")]
+CpuOption = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where Accelerate would take a GPU.")]
+HubOption = Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result as this repo.")]
 
 
-def parse_window(text: str) -> tuple[int, int] | None:
-    """`SINK,LOCAL`, or `none` for the whole prefix."""
-    if text == "none":
-        return None
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
-        raise OptionError(f"--window {text!r} is neither SINK,LOCAL (such as 4,128) nor none")
-    return int(parts[0]), int(parts[1])
+def _train(
+    stages: tuple[StageName, ...], output: Path, model: str, config: Path | None, preset: str,
+    changes: list[str] | None, text: str | None, seed: int | None, start: Path | None, fresh: bool, cpu: bool,
+    dtype: str | None, push_to_hub: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    from accelerate import Accelerator
 
-
-def train_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the log and the best eraser (best/).")],
-    model: ModelOption = DEFAULT_MODEL,
-    examples: Annotated[int, typer.Option(min=1, help="Training examples.")] = 400,
-    text: Annotated[str | None, typer.Option(help="Text for the surroundings; default Python's documentation.")] = None,
-    window: Annotated[str, typer.Option(help="SINK,LOCAL slots the eraser sees; none for the whole prefix.")] = "4,128",
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = TrainConfig.learning_rate,
-    batch: Annotated[int, typer.Option(min=1, help="Examples per step.")] = TrainConfig.batch,
-    cross_entropy: Annotated[float, typer.Option(min=0.0, help="Weight of the gold answers beside KL.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = TrainConfig.seed,
-    start: Annotated[Path | None, typer.Option(help="An eraser to go on from.")] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Train an eraser by self-distillation from full recomputation (about 1.5 s per example on two CPU cores).
-
-    The best eraser so far is in OUTPUT/best whenever the run ends, also by Ctrl-C; go on from it with --start.
-
-    Example: kveraser train --output my-eraser --examples 800 --text corpus.txt
-    """
-    with reported():
-        config = TrainConfig(
-            examples=examples, batch=batch, learning_rate=learning_rate, cross_entropy_weight=cross_entropy,
-            window=parse_window(window), text=text, seed=seed,
-        )  # fmt: skip
-        backbone, tokenizer = load(model, device, dtype)
-        first = KVEraser.from_pretrained(start, backbone) if start else None
-        if first is not None:
-            config = replace(config, window=first.window, rank=first.lora_config.r)
+    with reported(as_json):
+        given = [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]
+        settings = read_config(config, preset, given, text=text)
+        accelerator = Accelerator(cpu=cpu)
+        main = accelerator.is_main_process
+        backbone, tokenizer = load(model, str(accelerator.device), dtype, quiet=as_json or not main)
+        history: dict[str, Step] = {}
         with progress_bar() as bar:
-            task = bar.add_task("validating", total=None)
-            best = float("inf")
+            rows = {name: bar.add_task(name, total=settings.stage(name).steps, visible=main) for name in stages}
 
-            def report(progress: Progress) -> None:
-                nonlocal best
-                best = min(best, progress.validation or best)
-                said = f"loss {progress.loss:.3f}  best KL {best:.4f}  {progress.examples_per_second:.2f}/s"
-                bar.update(task, description=said, total=progress.steps, completed=progress.step)
+            def report(step: Step) -> None:
+                if step.validation:
+                    history[step.stage] = step
+                said = f"{step.stage}  best KL {step.best:.4f}"
+                if not math.isnan(step.kl):
+                    said += f"  loss {step.loss:.3f}  KL {step.kl:.3f}  EM {step.exact_match:.0%}"
+                    said += f"  {step.spans_per_second:.1f} spans/s"
+                bar.update(rows[step.stage], description=said, total=step.steps, completed=step.step)
 
-            train_eraser(backbone, tokenizer, config, output, start=first, report=report)
-        stdout.print(f"best validation KL {best:.4f}; the eraser is in {output / 'best'}")
+            eraser = train_eraser(
+                backbone, tokenizer, settings, output, stages=stages, start=start, fresh=fresh,
+                accelerator=accelerator, report=report,
+            )  # fmt: skip
+        if not main:
+            return
+        url = eraser.push_to_hub(push_to_hub) if push_to_hub else None
+        folder = output / "eraser"
+        if as_json:
+            print_json(
+                {"eraser": str(folder), "best_validation_kl": {k: v.best for k, v in history.items()}, "url": url}
+            )
+            return
+        for name, step in history.items():
+            stdout.print(f"{name}: best validation KL {step.best:.4f} nats per answer token")
+        stdout.print(f"the eraser is in {folder}" + (f" and at {url}" if url else ""))
+        stderr.print(f"[dim]judge it: kveraser eval --eraser {folder}[/]")
+
+
+@app.command()
+def pretrain(
+    output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
+    preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
+    start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
+    push_to_hub: HubOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """The first stage alone: span-neighbor pre-training on generic text.
+
+    Example: kveraser train pretrain -o my-eraser --text corpus.txt --set pretrain.steps=200
+    """
+    _train(("pretrain",), output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
+           as_json)  # fmt: skip
+
+
+@app.command()
+def finetune(
+    output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
+    preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
+    start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
+    push_to_hub: HubOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """The second stage alone: fine-tuning on the data tasks, from OUTPUT/pretrain where it is there.
+
+    Example: kveraser train finetune -o my-eraser --set 'finetune.tasks=[needle,injection]'
+    """
+    _train(("finetune",), output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
+           as_json)  # fmt: skip
+
+
+@app.command("all")
+def all_stages(
+    output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
+    preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
+    start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
+    push_to_hub: HubOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Both stages. Stop it at any time, also by Ctrl-C; the same command goes on from the last checkpoint.
+
+    Example: kveraser train all -o my-eraser --preset tiny
+    On several GPUs: accelerate launch -m kveraser train all -o my-eraser --preset gpu --model Qwen/Qwen3-8B
+    """
+    _train(STAGES, output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub, as_json)

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.demo.stories import Story
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
-from kveraser.evaluation.compare import MethodResult, Protocol, compare_methods, read_parts
+from kveraser.evaluation import MethodResult, Protocol, compare_methods, read_parts
 from kveraser.methods import EraseMethod
+from kveraser.tasks import ask
 
 
 def tell(
@@ -24,9 +25,15 @@ def tell(
     methods: Sequence[EraseMethod],
     protocol: Protocol,
     *,
-    done: Callable[[str], None] | None = None,
+    done: Callable[[MethodResult], None] | None = None,
 ) -> list[MethodResult]:
     """One story in one protocol, by the given methods."""
     context = ErasableContext(model, tokenizer, eraser)
-    span, question = read_parts(context, story.prefix, story.span, story.suffix, story.question, protocol)
-    return compare_methods(context, span, question, methods, min_new_tokens=1, repeats=2, done=done)
+    spans = read_parts(context, [(story.prefix, False), (story.span, True), (story.suffix, False)])
+    question: str | None = ask(story.question)
+    if protocol == "query_cached":
+        context.append(ask(story.question))
+        question = None
+    return compare_methods(
+        context, spans, question, methods, erased=story.erased, min_new_tokens=1, repeats=2, done=done
+    )

@@ -122,15 +122,14 @@ class KVEraser:
             )
         try:
             lora_config = PeftConfig.from_pretrained(str(folder))
-            weights = load_file(str(folder / _WEIGHTS))
-        except Exception as error:  # PEFT, safetensors and JSON raise their own kinds
+        except Exception as error:  # PEFT and JSON raise their own kinds
             raise EraserMismatchError(f"the adapter in {path} cannot be read, it may be damaged: {error}") from error
         if not isinstance(lora_config, LoraConfig) or lora_config.use_dora or lora_config.modules_to_save:
             raise EraserMismatchError(
                 f"the adapter in {path} is no plain LoRA ({lora_config.peft_type}); export it as one"
             )
         eraser = cls(config, lora_config, _lora_layers(model, lora_config))
-        eraser._load(weights, str(path))
+        eraser.load_weights(folder)
         if not check_weights:
             eraser._checked = ref(causal_lm(model))
         return eraser
@@ -223,6 +222,18 @@ class KVEraser:
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def load_weights(self, folder: str | PathLike[str]) -> None:
+        """Take over the weights of an eraser of the same shape.
+
+        Raises:
+            EraserMismatchError: unreadable, or of another shape.
+        """
+        try:
+            weights = load_file(str(Path(folder) / _WEIGHTS))
+        except Exception as error:  # safetensors raises its own kinds
+            raise EraserMismatchError(f"the adapter in {folder} cannot be read, it may be damaged: {error}") from error
+        self._load(weights, str(folder))
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         own = dict(self.named_parameters())

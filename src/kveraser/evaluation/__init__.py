@@ -1,6 +1,19 @@
-"""Comparing erasing methods: metrics on logits, and all methods side by side on one example."""
+"""Comparing erasing methods: metrics, all methods side by side on one example, and on many with intervals and plots."""
 
-from kveraser.evaluation.compare import MethodResult, compare_methods
-from kveraser.evaluation.metrics import exact_match, kl_divergence, leaks, normalise
+from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
+from kveraser.evaluation.metrics import agreement, exact_match, f1, kl_divergence, leaks, log_probability, normalise
 
-__all__ = ["MethodResult", "compare_methods", "exact_match", "kl_divergence", "leaks", "normalise"]
+__all__ = [
+    "PROTOCOLS",
+    "MethodResult",
+    "Protocol",
+    "agreement",
+    "compare_methods",
+    "exact_match",
+    "f1",
+    "kl_divergence",
+    "leaks",
+    "log_probability",
+    "normalise",
+    "read_parts",
+]

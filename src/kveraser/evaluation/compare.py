@@ -6,17 +6,20 @@ Knows: contexts, methods, metrics. Does not know about tables, files or data set
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from kveraser.erasable import ErasableContext
-from kveraser.evaluation.metrics import kl_divergence
-from kveraser.methods import EraseMethod, FullRecompute
+from kveraser.evaluation.metrics import agreement, kl_divergence, log_probability
+from kveraser.methods import EraseMethod, EraseReceipt, FullRecompute, method_label
+from kveraser.model_view import model_device
 from kveraser.spans import Span
-from kveraser.tasks.base import frame_question
 
 Protocol = Literal["query_after", "query_cached"]
 PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
@@ -27,12 +30,15 @@ class MethodResult:
     """One method on one context.
 
     Attributes:
-        method: name; `used` is the one that `auto` chose.
-        answer: greedy.
+        method: its label, such as `kveraser:repair=32`; `used` is the method that `auto` chose, else the same.
+        answer: greedy, one line.
         exact: whether the whole cache then equals a fresh prefill.
         tokens_recomputed: tokens run through the model by the erase.
         milliseconds: of the erase; the median of the repeats.
         kl: KL(recompute || method) in nats per token of full recomputation's answer.
+        agreement: share of these tokens for which both find the same token the most likely.
+        leak_margin: mean log-probability of the erased answer's tokens, teacher-forced, minus that under full
+            recomputation, in nats per token; None without an erased answer.
     """
 
     method: str
@@ -42,82 +48,148 @@ class MethodResult:
     tokens_recomputed: int
     milliseconds: float
     kl: float
+    agreement: float
+    leak_margin: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def read_parts(
-    context: ErasableContext, prefix: str, span: str, suffix: str, question: str, protocol: Protocol
-) -> tuple[Span, str | None]:
-    """Let an empty context read an example; returns the span, and the question where it is still to be asked."""
-    context.append(prefix)
-    where = context.append(span)
-    context.append(suffix)
-    framed = frame_question(question)
-    if protocol == "query_after":
-        return where, framed
-    context.append(framed)
-    return where, None
+def read_parts(context: ErasableContext, parts: Iterable[tuple[str, bool]]) -> tuple[Span, ...]:
+    """Let a context read texts one after the other; returns the spans of those that are to be erased."""
+    spans = []
+    for text, erased in parts:
+        if text:
+            span = context.append(text)
+            if erased:
+                spans.append(span)
+    return tuple(spans)
 
 
-def _logits(context: ErasableContext, question: list[int], answer: list[int]) -> Tensor:
-    """Logits `(len(answer), vocab)` that predict the answer, behind the question or (none given) the context's end."""
-    if question:
-        return context.logits_ids([*question, *answer[:-1]])[len(question) - 1 :]
-    return context.logits_ids(answer[:-1], from_last=True)
+class _LineEnd(StoppingCriteria):
+    """Ends an answer with its first line that is not blank."""
+
+    def __init__(self, context: ErasableContext) -> None:
+        self.context, self.start = context, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.start = self.start or input_ids.shape[1] - 1
+        ended = ["\n" in self.context.decode(row[self.start :].tolist()).lstrip() for row in input_ids]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one method left behind: its receipt, the seconds it took, the answer, and what is likely now.
+
+    `logits` are those of full recomputation's answer, `(tokens, vocab)`; `erased` is the log-probability of the
+    erased answer.
+    """
+
+    receipt: EraseReceipt
+    seconds: float
+    said: list[int]
+    logits: Tensor
+    erased: float | None
+
+
+class _Comparison:
+    """The same erase and the same question, by one method after the other."""
+
+    def __init__(
+        self,
+        context: ErasableContext,
+        spans: Sequence[Span],
+        question: str | None,
+        erased: str | None,
+        lengths: dict[str, Any],
+        repeats: int,
+    ) -> None:
+        self.context, self.spans, self.lengths, self.repeats = context, spans, lengths, repeats
+        self.question = [] if question is None else context.encode(question)
+        self.erased = context.encode(f" {erased}") if erased else []
+
+    def see(self, method: EraseMethod, answer: list[int] | None) -> _Seen:
+        """Erase, ask and undo. `answer` is full recomputation's; None if this is full recomputation."""
+        times = []
+        for _ in range(self.repeats - 1):
+            receipt, seconds = self._erase(method)
+            times.append(seconds)
+            self.context.restore(receipt)
+        receipt, seconds = self._erase(method)
+        stop = [_LineEnd(self.context)]
+        said = self.context.generate_ids(self.question, stopping_criteria=stop, **self.lengths)
+        logits = self._logits(said if answer is None else answer)
+        erased = log_probability(self._logits(self.erased), self.erased) if self.erased else None
+        self.context.restore(receipt)
+        return _Seen(receipt, statistics.median([*times, seconds]), said, logits, erased)
+
+    def _erase(self, method: EraseMethod) -> tuple[EraseReceipt, float]:
+        device = model_device(self.context.model)
+        self._wait(device)
+        started = time.perf_counter()
+        receipt = self.context.erase(self.spans, method)
+        self._wait(device)
+        return receipt, time.perf_counter() - started
+
+    @staticmethod
+    def _wait(device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def _logits(self, answer: list[int]) -> Tensor:
+        """Logits `(len(answer), vocab)` that predict an answer behind the question or (none) the context's end."""
+        if self.question:
+            return self.context.logits_ids([*self.question, *answer[:-1]])[len(self.question) - 1 :]
+        return self.context.logits_ids(answer[:-1], from_last=True)
 
 
 def compare_methods(
     context: ErasableContext,
-    span: Span,
+    spans: Span | Sequence[Span],
     question: str | None,
     methods: Sequence[EraseMethod],
     *,
+    erased: str | None = None,
     max_new_tokens: int = 16,
     min_new_tokens: int = 0,
     repeats: int = 1,
-    done: Callable[[str], None] | None = None,
+    done: Callable[[MethodResult], None] | None = None,
 ) -> list[MethodResult]:
-    """Erase a span with each method in turn, undoing it in between; the context is left as it was.
+    """Erase spans with each method in turn, undoing it in between; the context is left as it was.
 
     Args:
+        spans: erased together.
         question: asked behind the context after the erase (`query_after`); None when it is in the context already
             (`query_cached`: only its last token runs again).
+        erased: the answer that only the spans support, for `leak_margin`.
         max_new_tokens, min_new_tokens: length of every answer; at least 1 keeps a model from answering nothing.
         repeats: erases per method; the time is their median.
-        done: called with each method's name when it is through.
+        done: called with each method's result when it is through.
     """
-    ids = [] if question is None else context.encode(question)
-    receipt = context.erase(span, FullRecompute())
     lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-    answer = context.generate_ids(ids, **lengths)
-    teacher = _logits(context, ids, answer)
-    context.restore(receipt)
+    wanted = [spans] if isinstance(spans, Span) else spans
+    comparison = _Comparison(context, wanted, question, erased, lengths, repeats)
+    teacher = FullRecompute()
+    exact = comparison.see(teacher, None)
     results = []
     for method in methods:
-        times = []
-        for _ in range(repeats - 1):
-            receipt = context.erase(span, method)
-            times.append(receipt.seconds)
-            context.restore(receipt)
-        receipt = context.erase(span, method)
-        times.append(receipt.seconds)
-        said = context.generate_ids(ids, **lengths)
-        distance = kl_divergence(teacher, _logits(context, ids, answer)).mean().item()
-        results.append(
-            MethodResult(
-                method=method.name,
-                used=receipt.method,
-                answer=context.decode(said).strip(),
-                exact=receipt.exact,
-                tokens_recomputed=receipt.tokens_recomputed,
-                milliseconds=1000 * statistics.median(times),
-                kl=max(distance, 0.0),
-            )
+        seen = exact if method == teacher else comparison.see(method, exact.said)
+        margin = None if seen.erased is None or exact.erased is None else seen.erased - exact.erased
+        label = method_label(method)
+        result = MethodResult(
+            method=label,
+            used=label if seen.receipt.method == method.name else seen.receipt.method,
+            answer=context.decode(seen.said).strip(),
+            exact=seen.receipt.exact,
+            tokens_recomputed=seen.receipt.tokens_recomputed,
+            milliseconds=1000 * seen.seconds,
+            kl=max(kl_divergence(exact.logits, seen.logits).mean().item(), 0.0),
+            agreement=agreement(exact.logits, seen.logits),
+            leak_margin=margin,
         )
-        context.restore(receipt)
+        results.append(result)
         if done:
-            done(method.name)
+            done(result)
     return results

@@ -17,6 +17,7 @@ from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.local_suffix_repair import LocalSuffixRepair
 from kveraser.methods.no_erase import NoErase
 from kveraser.methods.selective_recompute import SelectiveRecompute
+from kveraser.methods.spec import method_from_text, method_label, text_options, write_value
 from kveraser.methods.steering import Steering
 
 _METHODS: tuple[type[EraseMethod], ...] = (
@@ -36,20 +37,21 @@ def methods() -> dict[str, type[EraseMethod]]:
 
 
 def as_method(method: str | EraseMethod | KVEraser) -> EraseMethod:
-    """The method meant by a name, a method, or an eraser (steering with it).
+    """The method meant by a name, `name:option=value,...`, a method, or an eraser (steering with it).
 
     Raises:
-        OptionError: an unknown name.
+        OptionError: an unknown name or option, or an impossible value.
     """
     if isinstance(method, EraseMethod):
         return method
     if isinstance(method, KVEraser):
         return Steering(method)
-    if method in methods():
-        return methods()[method]()
-    close = difflib.get_close_matches(str(method), methods(), n=1)
+    name, colon, options = str(method).partition(":")
+    if name in methods():
+        return method_from_text(methods()[name], options) if colon else methods()[name]()
+    close = difflib.get_close_matches(name, methods(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ";"
-    raise OptionError(f"there is no erasing method {method!r}{hint} there are: {', '.join(methods())}")
+    raise OptionError(f"there is no erasing method {name!r}{hint} there are: {', '.join(methods())}")
 
 
 __all__ = [
@@ -67,6 +69,9 @@ __all__ = [
     "Steering",
     "Undo",
     "as_method",
+    "method_label",
     "methods",
     "put_back",
+    "text_options",
+    "write_value",
 ]

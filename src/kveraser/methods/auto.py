@@ -53,7 +53,7 @@ class Auto(EraseMethod):
         exact = costs.recompute(start, max(edit.length - removed, start))
         quick = sum(costs.steer(span, eraser.window) for span in edit.spans)
         if eraser.repair:
-            quick += sum(costs.plain.seconds(len(run), run.start) for run in edit.runs_behind(eraser.repair))
+            quick += sum(costs.repair(run, eraser.window) for run in edit.runs_behind(eraser.repair))
         return FullRecompute() if exact <= quick * self.patience else steering
 
     def plan(self, edit: Edit) -> Plan:

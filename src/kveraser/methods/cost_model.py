@@ -59,7 +59,15 @@ class CostModel:
 
     def steer(self, span: Span, window: Window | None) -> float:
         """Predicted seconds of steering a span."""
-        return self.steering.seconds(len(span), sum(len(run) for run in window_spans(window, span.start)))
+        return self.steering.seconds(len(span), _visible(window, span.start))
+
+    def repair(self, run: Span, window: Window | None) -> float:
+        """Predicted seconds of recomputing a run behind a steered span."""
+        return self.plain.seconds(len(run), _visible(window, run.start))
+
+
+def _visible(window: Window | None, start: int) -> int:
+    return sum(len(run) for run in window_spans(window, start))
 
 
 def fit(samples: list[tuple[int, int, float]]) -> PassCost:

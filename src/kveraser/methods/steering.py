@@ -22,11 +22,11 @@ class Steering(EraseMethod):
 
     Args:
         eraser: the LoRA eraser; None takes the one of the context or the one that ships for the model.
-        window: `(sink, local)` slots the eraser attends to; None takes what the eraser was trained with. A window of
-            (0, 0) shows it the span alone.
+        window: `(sink, local)` slots that a pass attends to before its tokens; None takes what the eraser was trained
+            with. A window of (0, 0) shows it the span alone.
         full_prefix: attend to the whole prefix, whatever the eraser was trained with.
-        repair: afterwards recompute the first `repair` live tokens behind each span with the unchanged model (constant
-            cost); None takes what the eraser was trained with.
+        repair: afterwards recompute the first `repair` live tokens behind each span with the unchanged model, in the
+            same window (so its cost is constant, too); None takes what the eraser was trained with.
     """
 
     eraser: KVEraser | None = None
@@ -63,7 +63,7 @@ class Steering(EraseMethod):
             written += rewrite_range(steering_model, edit.cache, edit.tokens, span, window)
             recomputed += len(span)
         for run in edit.runs_behind(self._repair(edit)):
-            written += rewrite_range(edit.model, edit.cache, edit.tokens, run)
+            written += rewrite_range(edit.model, edit.cache, edit.tokens, run, window)
             recomputed += len(run)
         steered = tuple(Steered.mark(edit.cache, span) for span in edit.spans)
         marks = edit.marks.contaminated(edit.spans[0].start).steer(steered)

@@ -5,16 +5,34 @@ To add one: write `tasks/your_task.py` with a class below `Task`, and add it to 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from kveraser.errors import OptionError
-from kveraser.tasks.base import NOT_SAID, EraseExample, Sizes, Task
-from kveraser.tasks.filler import Filler, read_passages
+from kveraser.tasks.base import EraseExample, Sizes, Task, ask
+from kveraser.tasks.coreference import Coreference
+from kveraser.tasks.document_qa import DocumentQA
+from kveraser.tasks.filler import Filler
+from kveraser.tasks.in_context import InContext
 from kveraser.tasks.injection import Injection
 from kveraser.tasks.needle import Needle
 from kveraser.tasks.preference import Preference
+from kveraser.tasks.sources import read_passages
+from kveraser.tasks.span_neighbor import SpanNeighbor
 from kveraser.tasks.splits import Split
 from kveraser.tasks.tool_observation import ToolObservation
+from kveraser.tasks.tool_selection import ToolSelection
 
-_TASKS: tuple[type[Task], ...] = (Needle, ToolObservation, Preference, Injection)
+_TASKS: tuple[type[Task], ...] = (
+    SpanNeighbor,
+    Needle,
+    ToolObservation,
+    Preference,
+    Injection,
+    InContext,
+    Coreference,
+    ToolSelection,
+    DocumentQA,
+)
 
 
 def tasks() -> dict[str, type[Task]]:
@@ -23,14 +41,15 @@ def tasks() -> dict[str, type[Task]]:
 
 
 def as_task(name: str) -> Task:
-    """The task with that name.
+    """The task with that name; `NAME=FILE` for one that reads a file of its own.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is none, it takes no file, or the file cannot be read.
     """
+    name, _, source = name.partition("=")
     if name not in tasks():
         raise OptionError(f"there is no task {name!r}; there are: {', '.join(tasks())}")
-    return tasks()[name]()
+    return tasks()[name](Path(source) if source else None)
 
 
-__all__ = ["NOT_SAID", "EraseExample", "Filler", "Sizes", "Split", "Task", "as_task", "read_passages", "tasks"]
+__all__ = ["EraseExample", "Filler", "Sizes", "Split", "Task", "as_task", "ask", "read_passages", "tasks"]

@@ -11,12 +11,12 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+from kveraser.errors import OptionError
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
-
-NOT_SAID = "The text does not say."
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class EraseExample:
 
     Attributes:
         prefix, span, suffix: text.
-        question: text.
+        question: text, exactly as it stands behind the context (see `ask`).
         gold: the right answer without the span; None when the text then does not say.
         erased: the answer that only the span supports; None when it has none.
         continuation: text that goes on naturally after the suffix.
+        further: more spans to erase together with the first, each with the text that follows it; they stand behind
+            `suffix`.
     """
 
     prefix: str
@@ -38,33 +40,75 @@ class EraseExample:
     gold: str | None
     erased: str | None
     continuation: str = ""
+    further: tuple[tuple[str, str], ...] = ()
 
     @property
     def answer(self) -> str:
-        """The gold answer, or a sentence that says that there is none."""
-        return self.gold or NOT_SAID
+        """The answer to judge word by word: the gold one, else the erased one (which must have become unlikely)."""
+        return self.gold or self.erased or ""
+
+    @property
+    def parts(self) -> list[tuple[str, bool]]:
+        """The context's texts in order, each with whether it is to be erased."""
+        found = [(self.prefix, False), (self.span, True), (self.suffix, False)]
+        for span, text in self.further:
+            found += [(span, True), (text, False)]
+        return found
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Lengths in tokens to draw from, each `(least, most)`."""
+    """The running text around a span.
 
-    prefix: tuple[int, int] = (32, 160)
-    suffix: tuple[int, int] = (32, 256)
+    Attributes:
+        least, most: tokens in all, drawn with equal chance on a logarithmic scale.
+        before: share of it that may stand before the span, `(least, most)`.
+    """
+
+    least: int = 64
+    most: int = 400
+    before: tuple[float, float] = (0.15, 0.6)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.least <= self.most:
+            raise OptionError(f"text of {self.least} to {self.most} tokens: needs 1 <= least <= most")
+
+    @classmethod
+    def context(cls, tokens: int) -> Sizes:
+        """Texts that make contexts of about `tokens` tokens, span included."""
+        around = max(tokens - 64, 16)
+        return cls(around, around)
+
+    def draw(self, rng: random.Random) -> tuple[int, int]:
+        """Tokens before and behind the span."""
+        total = self.least * (self.most / self.least) ** rng.random()
+        before = total * rng.uniform(*self.before)
+        return int(before), int(total - before)
 
 
-def frame_question(question: str) -> str:
-    """The form in which questions are put behind a context."""
-    return f"\n\nQuestion: {question}\nAnswer:"
+def ask(question: str, lead: str = "") -> str:
+    """The form in which questions are put behind a context; `lead` begins the answer, for models that only continue."""
+    return f"\n\nQuestion: {question}\nAnswer:" + (f" {lead}" if lead else "")
 
 
 class Task(ABC):
-    """A maker of examples, deterministic by seed."""
+    """A maker of examples, deterministic by seed.
+
+    Args:
+        source: a file of the task's own to read examples from, for tasks that take one (`takes_source`).
+    """
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for tables and `--help`."""
+    takes_source: ClassVar[bool] = False
+
+    def __init__(self, source: Path | None = None) -> None:
+        if source is not None and not self.takes_source:
+            raise OptionError(f"the task {self.name} takes no file, {source} was given")
 
     def examples(self, filler: Filler, sizes: Sizes, split: Split, seed: int) -> Iterator[EraseExample]:
-        """Endless examples of a split; the same seed gives the same ones."""
+        """Examples of a split, endless unless they come from a file; the same seed gives the same ones."""
         rng = random.Random(f"{self.name}/{split}/{seed}")
         while True:
             yield self.make(rng, filler, sizes, split)
@@ -77,8 +121,3 @@ class Task(ABC):
 def halves(items: Sequence[str]) -> Callable[[Split], Sequence[str]]:
     """Deal items to the two splits: two thirds to train on, one third to judge by, nothing to both."""
     return lambda split: [item for index, item in enumerate(items) if (index % 3 == 2) == (split == "eval")]
-
-
-def draw(rng: random.Random, bounds: tuple[int, int]) -> int:
-    """A length within bounds, both included."""
-    return rng.randint(*bounds)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
-from kveraser.tasks import words
-from kveraser.tasks.base import EraseExample, Sizes, Task, draw, halves
+from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.facts import make_fact, surround
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
 
@@ -26,69 +24,44 @@ _FACTS = halves(
         "The phone extension of {person} at {firm} is {value}.|What is the phone extension of {person} at {firm}?|NUMBERS",
         "The {firm} ferry is named after {value}.|After whom is the {firm} ferry named?|PEOPLE",
         "The warranty of {firm} lasts {value} months.|How many months does the warranty of {firm} last?|NUMBERS",
+        "The code of the {firm} safe is {value}.|What is the code of the {firm} safe?|PINS",
+        "The door code is {value}.|What is the door code?|PINS",
+        "The pin of {person} is {value}.|What is the pin of {person}?|PINS",
+        "The password is {value}.|What is the password?|CODES",
+        "The {firm} concert takes place in {value}.|In which month does the {firm} concert take place?|MONTHS",
+        "{person} lives in {value}.|Where does {person} live?|PLACES",
+        "The deadline of the {firm} project is the {value}th week.|In which week is the deadline of the {firm} project?|NUMBERS",
+        "The number of rooms in the {place} hotel is {value}.|How many rooms are in the {place} hotel?|NUMBERS",
+        "The lead engineer of {firm} is {value}.|Who is the lead engineer of {firm}?|PEOPLE",
+        "The flag of the {place} club is {value}.|What color is the flag of the {place} club?|COLORS",
+        "{person} works as a {value}.|What does {person} work as?|JOBS",
+        "The parcel for {person} weighs {value} kilograms.|How many kilograms does the parcel for {person} weigh?|NUMBERS",
     ]
 )
-_NOTES = halves(["", "Note: ", "Update: ", "According to the handbook, ", "Please remember: ", "As of today, "])
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A sentence with one of two values, and the question about it."""
-
-    right: str
-    wrong: str
-    question: str
-    right_value: str
-    wrong_value: str
-
-
-def make_fact(rng: random.Random, templates: Callable[[Split], Sequence[str]], split: Split) -> Fact:
-    """Fill one template `sentence|question|values` with two different values."""
-    sentence, question, kind = rng.choice(templates(split)).split("|")
-    names = {
-        "firm": rng.choice(words.FIRMS(split)),
-        "place": rng.choice(words.PLACES(split)),
-        "person": rng.choice(words.PEOPLE(split)),
-    }
-    pool = [value for value in getattr(words, kind)(split) if value not in names.values()]
-    right, wrong = rng.sample(pool, 2)
-    note = rng.choice(_NOTES(split))
-    return Fact(
-        note + sentence.format(**names, value=right),
-        note + sentence.format(**names, value=wrong),
-        question.format(**names),
-        right,
-        wrong,
-    )
-
-
-def surround(
-    rng: random.Random, filler: Filler, sizes: Sizes, split: Split, span: str, right: str | None
-) -> tuple[str, str, str, str]:
-    """Put a span into running text, and the right sentence before it, behind it, or nowhere.
-
-    Returns:
-        prefix, span, suffix, continuation.
-    """
-    prefix = filler.text(rng, draw(rng, sizes.prefix), split)
-    suffix = filler.text(rng, draw(rng, sizes.suffix), split)
-    if right is not None:
-        if rng.random() < 0.5:
-            prefix = f"{prefix} {right} {filler.text(rng, 24, split)}"
-        else:
-            suffix = f"{filler.text(rng, 24, split)} {right} {suffix}"
-    return f"{prefix} ", f"{span} ", suffix, " " + filler.text(rng, 24, split)
 
 
 class Needle(Task):
-    """Conflicting facts (the right one stays in the context), and absent ones (only the erased span had an answer)."""
+    """Conflicting facts (the right one stays in the context), and absent ones (only the erased span had an answer).
+
+    One time in four the wrong fact was said twice, and both places are erased.
+    """
 
     name: ClassVar[str] = "needle"
+    summary: ClassVar[str] = "a stale fact in running text, said once or twice"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _FACTS, split)
         conflict = rng.random() < 0.7
-        parts = surround(rng, filler, sizes, split, fact.wrong, fact.right if conflict else None)
+        text = surround(rng, filler, sizes, split, fact.right if conflict else None)
+        suffix = text.suffix
+        further: tuple[tuple[str, str], ...] = ()
+        if rng.random() < 0.25:
+            sentences = suffix.split(". ")
+            middle = len(sentences) // 2
+            if middle:
+                suffix = ". ".join(sentences[:middle]) + ". "
+                further = ((f"{fact.wrong} ", ". ".join(sentences[middle:])),)
         return EraseExample(
-            *parts[:3], fact.question, fact.right_value if conflict else None, fact.wrong_value, parts[3]
-        )
+            text.prefix, f"{fact.wrong} ", suffix, fact.question, fact.gold if conflict else None, fact.wrong_value,
+            text.continuation, further,
+        )  # fmt: skip

@@ -6,8 +6,8 @@ import random
 from typing import ClassVar
 
 from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.facts import make_fact, surround
 from kveraser.tasks.filler import Filler
-from kveraser.tasks.needle import make_fact, surround
 from kveraser.tasks.splits import Split
 
 _PREFERENCES = halves(
@@ -21,6 +21,12 @@ _PREFERENCES = halves(
         "{person} asked for a room that is painted {value}.|In which color should {person}'s room be painted?|COLORS",
         "For breakfast {person} likes {value} best.|What does {person} like best for breakfast?|DRINKS",
         "{person} wishes to work in {value}.|Where does {person} wish to work?|PLACES",
+        "{person} likes to travel in {value}.|In which month does {person} like to travel?|MONTHS",
+        "The hotel should call {person} {value}.|What should the hotel call {person}?|PEOPLE",
+        "{person} wants the walls to be {value}.|What color does {person} want the walls to be?|COLORS",
+        "As a present {person} would like {value}.|What would {person} like as a present?|FOODS",
+        "{person} wants to sit in row {value}.|In which row does {person} want to sit?|NUMBERS",
+        "{person} wants the newsletter from {value}.|From where does {person} want the newsletter?|PLACES",
     ]
 )
 
@@ -29,11 +35,13 @@ class Preference(Task):
     """The erased span is the old preference; a new one stands elsewhere, or none."""
 
     name: ClassVar[str] = "preference"
+    summary: ClassVar[str] = "a user's preference that was taken back"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _PREFERENCES, split)
         replaced = rng.random() < 0.7
-        parts = surround(rng, filler, sizes, split, fact.wrong, fact.right if replaced else None)
+        text = surround(rng, filler, sizes, split, fact.right if replaced else None)
         return EraseExample(
-            *parts[:3], fact.question, fact.right_value if replaced else None, fact.wrong_value, parts[3]
-        )
+            text.prefix, f"{fact.wrong} ", text.suffix, fact.question, fact.gold if replaced else None,
+            fact.wrong_value, text.continuation,
+        )  # fmt: skip

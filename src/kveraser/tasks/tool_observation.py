@@ -6,9 +6,9 @@ import random
 from typing import ClassVar
 
 from kveraser.tasks import words
-from kveraser.tasks.base import EraseExample, Sizes, Task, draw, halves
+from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.facts import NEIGHBOR, make_fact
 from kveraser.tasks.filler import Filler
-from kveraser.tasks.needle import make_fact
 from kveraser.tasks.splits import Split
 
 _RESULTS = halves(
@@ -21,6 +21,9 @@ _RESULTS = halves(
         "owner({firm}): {value}|Who owns {firm}?|PEOPLE",
         "tracking({person}): parcel is in {value}|Where is the parcel of {person}?|PLACES",
         "battery(device of {person}): {value} percent|How many percent is the battery of {person}'s device at?|NUMBERS",
+        "door_code({firm}): {value}|What is the door code of {firm}?|PINS",
+        "birthday({person}): {value}|In which month is the birthday of {person}?|MONTHS",
+        "menu({place} canteen): {value}|What is on the menu of the {place} canteen?|FOODS",
         "color(badge of {person}): {value}|What color is the badge of {person}?|COLORS",
     ]
 )
@@ -38,23 +41,24 @@ class ToolObservation(Task):
     """The erased span is the first, wrong result; with or without a second one."""
 
     name: ClassVar[str] = "tool-observation"
+    summary: ClassVar[str] = "a wrong tool result in an agent's transcript"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
-        fact = make_fact(rng, _RESULTS, split)
+        fact = make_fact(rng, _RESULTS, split, notes=False)
         lead = rng.choice(_LEADS(split))
         repeated = rng.random() < 0.75
         suffix = "Assistant: Thank you, that is noted.\n"
         if repeated:
             suffix = f"{rng.choice(_AGAIN(split))}{lead}{fact.right}\n"
-        page = filler.text(rng, draw(rng, sizes.prefix), split)
-        more = filler.text(rng, draw(rng, sizes.suffix), split)
+        before, behind = sizes.draw(rng)
+        page, more = filler.text(rng, before, split), filler.text(rng, behind, split)
         person = rng.choice(words.PEOPLE(split))
         return EraseExample(
             prefix=f"User: I am {person}. Read this page first.\n{lead}page: {page}\nAssistant: Now I call the service.\n",
             span=f"{lead}{fact.wrong}\n",
             suffix=f"{suffix}User: Please read this page too.\n{lead}page: {more}\n",
             question=fact.question,
-            gold=fact.right_value if repeated else None,
+            gold=fact.gold if repeated else None,
             erased=fact.wrong_value,
-            continuation=filler.text(rng, 24, split),
+            continuation=filler.text(rng, NEIGHBOR, split),
         )

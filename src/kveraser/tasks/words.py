@@ -4,11 +4,14 @@ from kveraser.tasks.base import halves
 
 PLACES = halves(
     "Oslo,Porto,Kyoto,Lagos,Quito,Turin,Perth,Cairo,Lima,Riga,Delhi,Seoul,Bergen,Accra,Osaka,Tunis,Havana,Denver,"
-    "Geneva,Krakow,Malmo,Nairobi,Valencia,Dublin,Ankara,Bogota,Leipzig,Montreal,Hanoi,Tampere".split(",")
+    "Geneva,Krakow,Malmo,Nairobi,Valencia,Dublin,Ankara,Bogota,Leipzig,Montreal,Hanoi,Tampere,Lyon,Dakar,Split,Graz,"
+    "Bilbao,Manila,Boston,Zagreb,Tbilisi".split(",")
 )
 PEOPLE = halves(
     "Maria,Jonas,Aisha,Pedro,Ingrid,Kenji,Fatima,Lukas,Priya,Oskar,Elena,Tomas,Amara,Felix,Yuki,Hassan,Clara,Viktor,"
-    "Noor,Samuel,Greta,Rafael,Leila,Anton,Sofia,Bruno,Hanna,Mateo,Olga,Daniel".split(",")
+    "Noor,Samuel,Greta,Rafael,Leila,Anton,Sofia,Bruno,Hanna,Mateo,Olga,Daniel,Ruth,Emil,Zara,Pavel,Nadia,Hugo".split(
+        ","
+    )
 )
 FIRMS = halves(
     "Northwind,Bluefin,Harrow & Sons,Castello,Arcadia,Tideline,Oakridge,Silverlake,Montclair,Redwood,Kestrel,Brightwater,"
@@ -29,3 +32,9 @@ WORDS = halves(
     "KANGAROO,JACKPOT,LOBSTER,TORNADO,GALAXY".split(",")
 )
 CODES = halves([f"{a}{n}" for a in ("QX", "TR", "LM", "VK", "ZB", "HD") for n in range(17, 97, 7)])
+PINS = halves([str(1009 + 37 * n) for n in range(60)])
+JOBS = halves(
+    "surgeon,violinist,carpenter,botanist,lawyer,pilot,painter,baker,geologist,translator,photographer,engineer,"
+    "librarian,fisherman,chemist,tailor,sculptor,historian".split(",")
+)
+MONTHS = halves("January,February,March,April,May,June,July,August,September,October,November,December".split(","))

@@ -1,9 +1,22 @@
-"""Training an eraser by self-distillation from full recomputation.
+"""Training an eraser by self-distillation from full recomputation, in two stages.
 
-`distill` turns one example into a loss, `losses` holds its terms, `loop` is a plain loop over examples.
+`config` says what a run depends on, `stages` runs it, `loop` is one stage, `lessons` what is learnt from, `distill` turns
+lessons into a loss.
 """
 
-from kveraser.training.distill import Prepared, prepare, student_loss
-from kveraser.training.loop import Progress, TrainConfig, train_eraser
+from kveraser.training.config import PRESETS, STAGES, EraserOptions, Stage, StageName, TrainConfig, read_config
+from kveraser.training.loop import Progress, Validation
+from kveraser.training.stages import train_eraser
 
-__all__ = ["Prepared", "Progress", "TrainConfig", "prepare", "student_loss", "train_eraser"]
+__all__ = [
+    "PRESETS",
+    "STAGES",
+    "EraserOptions",
+    "Progress",
+    "Stage",
+    "StageName",
+    "TrainConfig",
+    "Validation",
+    "read_config",
+    "train_eraser",
+]

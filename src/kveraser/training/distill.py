@@ -1,213 +1,268 @@
-"""From one example to a loss: what the eraser's pass is judged by.
+"""From lessons to a loss: what the eraser's pass is judged by.
 
-Knows: models, caches as constants, the eraser. Does not know about optimisers or where examples come from.
+Knows: models, caches as constants, the eraser. Does not know about optimisers or where lessons come from.
 
-Notation of METHOD: the context is `P ++ S ++ X`. The frozen model prefills it once. The eraser re-encodes `S` (with
-gradients, from the window of `P` that it will see later), and its keys and values stand in `S`'s slots. Several probes,
-each a piece of text whose next tokens matter, are then judged in *one* forward: packed in a row, each attending to the
-context and itself alone (4-D mask), at the positions it would have. The teacher does the same on `P ++ X`.
-
-    probe "after"      question and answer, run after the erase
-    probe "cached"     the question's states are those computed before the erase; its last token runs again
-    probe "continue"   natural text behind the suffix
+Notation of METHOD: the context is `P ++ S ++ X`. The frozen model prefills it once for all erases of a lesson. Then, for
+all erases at once, the eraser re-encodes `S` (with gradients, from the window of `P` that it will see later), and its
+keys and values stand in `S`'s slots; with `repair`, the unchanged model runs the first tokens of `X` again. All probes
+are judged in one forward, each attending to its context alone. The teacher does the same on `P ++ X`. Several lessons
+are packed into the same forwards, since a short one alone cannot keep a processor busy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kveraser.cache import Window, window_spans
-from kveraser.model_view import causal_lm, decoder, evaluating, model_device
-from kveraser.spans import Span
-from kveraser.tasks import EraseExample
-from kveraser.tasks.base import frame_question
-from kveraser.training.losses import distillation_loss
+from kveraser.model_view import causal_lm
+from kveraser.spans import Span, gaps
+from kveraser.training.lessons import Erase, Lesson, Probe, Weights
+from kveraser.training.rows import Segment, States, places_of, run_row, spans_of
 
-Pieces = list[tuple[Tensor, Tensor]]
+PACK_TOKENS = 640
+"""Tokens per forward that packing aims at: more of them make attention between strangers dearer than it saves."""
 
 
-class _Joined(DynamicLayer):
-    """Constant and differentiable pieces of keys and values, shown as one; remembers what a pass adds."""
-
-    def __init__(self, pieces: Pieces) -> None:
-        super().__init__()
-        self.pieces = pieces
-        self.is_initialized = True
-        self.added: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.added = (key_states, value_states)
-        pieces = [*self.pieces, self.added]
-        return torch.cat([k for k, _ in pieces], -2), torch.cat([v for _, v in pieces], -2)
-
-    def get_seq_length(self) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.pieces)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+def pack(lessons: Sequence[Lesson]) -> Iterator[list[Lesson]]:
+    """Lessons in groups that fit one forward, in order."""
+    group: list[Lesson] = []
+    for lesson in lessons:
+        if group and sum(len(other.ids) for other in (*group, lesson)) > PACK_TOKENS:
+            yield group
+            group = []
+        group.append(lesson)
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """An example as ids.
+class Judgement:
+    """Logits over all target tokens of some lessons, `(tokens, vocab)`, and what is known of these tokens.
 
     Attributes:
-        prefix, span, suffix: ids of the context.
-        question: ids of the question, as it stands behind the context.
-        answer: ids whose prediction counts.
-        gold: whether the answer is a gold one.
-        continuation: ids of natural text behind the suffix; may be empty.
+        teacher, student: logits; gradients flow through the student's.
+        targets: `(tokens,)` ids.
+        gold: `(tokens,)` bool, targets of gold answers.
+        probes: the probes that the targets belong to, in order.
     """
 
-    prefix: list[int]
-    span: list[int]
-    suffix: list[int]
-    question: list[int]
-    answer: list[int]
-    gold: bool
-    continuation: list[int]
+    teacher: Tensor
+    student: Tensor
+    targets: Tensor
+    gold: Tensor
+    probes: tuple[Probe, ...]
 
-
-def prepare(example: EraseExample, encode: Callable[[str], list[int]]) -> Prepared:
-    """Tokenise an example. Parts are encoded apart, so that the span's borders are token borders."""
-    answer = encode(f" {example.answer}\n")
-    return Prepared(
-        encode(example.prefix),
-        encode(example.span),
-        encode(example.suffix),
-        encode(frame_question(example.question)),
-        answer,
-        example.gold is not None,
-        encode(example.continuation) if example.continuation else [],
-    )
-
-
-def _run(
-    model: nn.Module, ids: list[int], start: int, layers: list[_Joined], mask: Tensor | None = None,
-    positions: list[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """Last hidden states `(tokens, hidden)` of ids at positions from `start` on (or at the given ones)."""
-    device = model_device(model)
-    where = torch.tensor([positions or list(range(start, start + len(ids)))], device=device)
-    output = evaluating(decoder(model))(
-        input_ids=torch.tensor([ids], device=device), position_ids=where, past_key_values=Cache(layers=list(layers)),
-        attention_mask=mask, use_cache=True,
-    )  # fmt: skip
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
-
-
-def _pieces(cache: Cache, span: Span) -> Pieces:
-    return [(layer.keys[:, :, span.slice], layer.values[:, :, span.slice]) for layer in cache.layers]
+    def per_token(self, weights: Weights) -> Tensor:
+        """`(tokens,)`: a weight for each target."""
+        return torch.tensor(
+            [weights[probe.kind] for probe in self.probes for _ in probe.targets], device=self.targets.device
+        )
 
 
 @dataclass(frozen=True)
-class _Probe:
-    """Tokens to run: `ids` at positions from `start`; logits from `first` on predict the `targets`."""
+class Prefilled:
+    """Lessons with the states of their contexts and of their questions (all but each one's last token).
 
-    ids: list[int]
-    start: int
-    targets: list[int]
-    gold: bool
-    sees_cached_question: bool = False
+    Attributes:
+        states: per layer, keys and values of everything.
+        context: for each lesson, the slots of its context.
+        asked: for each lesson and question, its slots.
+    """
+
+    lessons: tuple[Lesson, ...]
+    states: States
+    context: tuple[Span, ...]
+    asked: tuple[tuple[tuple[int, int], ...], ...]
 
     @property
-    def first(self) -> int:
-        return len(self.ids) - len(self.targets)
+    def erases(self) -> list[tuple[int, Erase]]:
+        """All erases, each with the index of its lesson."""
+        return [(index, erase) for index, lesson in enumerate(self.lessons) for erase in lesson.erases]
 
 
-def _probe_logits(
-    model: nn.Module, probes: list[_Probe], layers: list[_Joined], context: int, cached_question: int
-) -> Tensor:
-    """Logits `(targets of all probes, vocab)` from one forward of the packed probes."""
-    ids = [token for probe in probes for token in probe.ids]
-    past = context + cached_question
-    device = model_device(model)
-    visible = torch.zeros(len(ids), past + len(ids), dtype=torch.bool, device=device)
-    positions: list[int] = []
-    wanted: list[int] = []
-    at = 0
-    for probe in probes:
-        count = len(probe.ids)
-        visible[at : at + count, :context] = True
-        if probe.sees_cached_question:
-            visible[at : at + count, context:past] = True
-        own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-        visible[at : at + count, past + at : past + at + count] = own
-        positions += range(probe.start, probe.start + count)
-        wanted += range(at + probe.first, at + count)
-        at += count
-    dtype = layers[0].pieces[0][0].dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
-    hidden = _run(model, ids, 0, layers, mask[None, None], positions)
-    logits: Tensor = causal_lm(model).get_output_embeddings()(hidden[wanted])
+@torch.no_grad()
+def prefill(model: nn.Module, lessons: Sequence[Lesson]) -> Prefilled:
+    """Run the contexts, and behind them every question, through the frozen model."""
+    row: list[Segment] = []
+    at, context = 0, list[Span]()
+    asked: list[list[tuple[int, int]]] = []
+    for lesson in lessons:
+        context.append(Span(at, at + len(lesson.ids)))
+        row.append(Segment(lesson.ids, 0, ()))
+        at = context[-1].end
+        asked.append([])
+        for question in lesson.questions:
+            if len(question) > 1:
+                row.append(Segment(question[:-1], len(lesson.ids), (context[-1],)))
+            asked[-1].append((at, at + len(question) - 1))
+            at = asked[-1][-1][1]
+    _, states = run_row(model, row, [])
+    return Prefilled(tuple(lessons), states, tuple(context), tuple(tuple(slots) for slots in asked))
+
+
+def _target_logits(model: nn.Module, hidden: Tensor, ends: Sequence[int], probes: Sequence[Probe]) -> Tensor:
+    """Logits of the target tokens of probes that end at these places of a row."""
+    wanted = [hidden[end - len(probe.targets) : end] for end, probe in zip(ends, probes, strict=True)]
+    logits: Tensor = causal_lm(model).get_output_embeddings()(torch.cat(wanted))
     return logits
 
 
-def student_loss(
+def _whole(lesson: Lesson, probe: Probe) -> Probe:
+    """The probe as the teacher has to answer it: with its question, whether or not that was cached."""
+    if probe.cached is None:
+        return Probe(probe.ids, probe.targets)
+    return Probe((*lesson.questions[probe.cached][:-1], *probe.ids), probe.targets)
+
+
+@torch.no_grad()
+def teach(model: nn.Module, prefilled: Prefilled) -> Tensor:
+    """Logits of full recomputation over all target tokens of the lessons, `(tokens, vocab)`."""
+    slots = prefilled.states[0][0].shape[-2]
+    row: list[Segment] = []
+    waiting: list[tuple[int, Probe, int]] = []  # erase, probe, where in the row its segment is
+    answers: dict[tuple[int, Probe], Tensor] = {}
+
+    def run() -> None:
+        hidden, _ = run_row(model, row, [prefilled.states])
+        places = places_of(row)
+        probes = [probe for _, probe, _ in waiting]
+        logits = _target_logits(model, hidden, [places[index].end for _, _, index in waiting], probes)
+        parts = logits.split([len(probe.targets) for probe in probes])
+        answers.update({(number, probe): part for (number, probe, _), part in zip(waiting, parts, strict=True)})
+        row.clear()
+        waiting.clear()
+
+    for number, (index, erase) in enumerate(prefilled.erases):
+        lesson, context = prefilled.lessons[index], prefilled.context[index]
+        start = erase.spans[0].start
+        rest = [token for kept in gaps(erase.spans, len(lesson.ids), start) for token in lesson.ids[kept.slice]]
+        tokens = sum(len(segment.ids) for segment in row)
+        if row and tokens + len(rest) > PACK_TOKENS:
+            run()
+            tokens = 0
+        seen = spans_of((context.start, context.start + start))
+        if rest:
+            row.append(Segment(rest, start, seen))
+            seen = (*seen, Span(slots + tokens, slots + tokens + len(rest)))
+        for probe in dict.fromkeys(_whole(lesson, probe) for probe in erase.probes):  # one answer in both protocols
+            waiting.append((number, probe, len(row)))
+            row.append(Segment(probe.ids, start + len(rest), seen))
+    run()
+    return torch.cat(
+        [
+            answers[number, _whole(prefilled.lessons[index], probe)]
+            for number, (index, erase) in enumerate(prefilled.erases)
+            for probe in erase.probes
+        ]
+    )
+
+
+class _Edited:
+    """An erased context: which slot holds the state of each of its positions."""
+
+    def __init__(self, context: Span) -> None:
+        self.slots = list(context)
+
+    def move(self, span: Span, to: int) -> None:
+        """The states of the positions `span` are now in slots from `to` on."""
+        self.slots[span.slice] = range(to, to + len(span))
+
+    def seen(self, *runs: Span) -> tuple[Span, ...]:
+        """The slots that hold the positions in `runs`, as spans."""
+        slots = sorted(slot for run in runs for slot in self.slots[run.slice])
+        starts = [slot for index, slot in enumerate(slots) if not index or slots[index - 1] != slot - 1]
+        ends = [slot + 1 for index, slot in enumerate(slots) if index + 1 == len(slots) or slots[index + 1] != slot + 1]
+        return spans_of(*zip(starts, ends, strict=True))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Other ways to steer, for ablations; erasing itself does not offer them.
+
+    Attributes:
+        placeholder: an id to run in place of each of the span's own. An eraser that is as good without seeing what it
+            erases has only learnt to be neutral.
+        suffix_aware: the span also attends to the cached suffix, where it can see what it has left behind.
+    """
+
+    placeholder: int | None = None
+    suffix_aware: bool = False
+
+
+def judge(
     model: nn.Module,
     steering_model: nn.Module,
-    example: Prepared,
+    prefilled: Prefilled,
+    teacher: Tensor,
     *,
     window: Window | None,
-    cross_entropy_weight: float = 0.0,
-) -> Tensor:
-    """The loss of one example; gradients flow into the eraser alone.
+    repair: int = 0,
+    variant: Variant = Variant(),
+) -> Judgement:
+    """Erase what the lessons say and compare what the model then says with the teacher.
 
     Args:
         model: the frozen backbone.
         steering_model: a view of it with the eraser attached.
-        window: what of the prefix the eraser attends to.
+        teacher: from `teach`.
+        window: what of the context before them the spans, and the tokens that are repaired, attend to.
+        repair: tokens behind each span to run again with the frozen model.
     """
-    prefix, span, suffix, question = example.prefix, example.span, example.suffix, example.question
-    s, e = len(prefix), len(prefix) + len(span)
-    end, shorter = e + len(suffix), s + len(suffix)
+    erases = prefilled.erases
+    edited = [_Edited(prefilled.context[index]) for index, _ in erases]
+    past, slots = [prefilled.states], int(prefilled.states[0][0].shape[-2])
 
-    with torch.no_grad():
-        cache: Cache = DynamicCache()
-        evaluating(decoder(model))(
-            input_ids=torch.tensor([[*prefix, *span, *suffix, *question[:-1]]], device=model_device(model)),
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-        before, behind = _pieces(cache, Span(0, s)), _pieces(cache, Span(e, end))
-        asked = _pieces(cache, Span(end, end + len(question) - 1))
-        exact_layers = [_Joined([piece]) for piece in before]
-        _run(model, suffix, s, exact_layers)
-        exact = [layer.added for layer in exact_layers]
+    def rewrite(with_model: nn.Module, runs: Sequence[tuple[int, Span]]) -> None:
+        """Run tokens again, each run in the context of its own erase."""
+        nonlocal slots
+        row = []
+        for number, run in runs:
+            ids, seen = prefilled.lessons[erases[number][0]].ids, [*window_spans(window, run.start)]
+            if with_model is steering_model and variant.suffix_aware:
+                seen += spans_of((run.end, len(ids)))
+            ids = ids[run.slice]
+            if with_model is steering_model and variant.placeholder is not None:
+                ids = (variant.placeholder,) * len(run)
+            row.append(Segment(ids, run.start, edited[number].seen(*seen)))
+            edited[number].move(run, slots)
+            slots += len(run)
+        if row:
+            past.append(run_row(with_model, row, past)[1])
 
-        def probes(start: int, cached: bool) -> list[_Probe]:
-            known = [*question, *example.answer[:-1]]
-            found = [_Probe(known, start, example.answer, example.gold)]
-            if cached:
-                rerun = [question[-1], *example.answer[:-1]]
-                found.append(_Probe(rerun, start + len(question) - 1, example.answer, example.gold, True))
-            if len(example.continuation) > 1:
-                found.append(_Probe(example.continuation[:-1], start, example.continuation[1:], False))
-            return found
-
-        teacher_layers = [_Joined([a, b]) for a, b in zip(before, exact, strict=True) if b is not None]
-        teacher = _probe_logits(model, probes(shorter, False), teacher_layers, shorter, 0)
-        count = len(example.answer)
-        teacher = torch.cat([teacher[:count], teacher])  # the teacher's answer is the same in both protocols
-
-    seen = [
-        _Joined([(keys[:, :, run.slice], values[:, :, run.slice]) for run in window_spans(window, s)])
-        for keys, values in before
+    rewrite(steering_model, [(number, span) for number, (_, erase) in enumerate(erases) for span in erase.spans])
+    behind = [
+        (number, run)
+        for number, (index, erase) in enumerate(erases)
+        for run in _runs_behind(erase.spans, repair, len(prefilled.lessons[index].ids))
     ]
-    _run(steering_model, span, s, seen)
-    student_layers = [
-        _Joined([a, layer.added, b, q])
-        for a, layer, b, q in zip(before, seen, behind, asked, strict=True)
-        if layer.added is not None
+    rewrite(model, behind)
+
+    row = []
+    for (index, erase), context in zip(erases, edited, strict=True):
+        length = len(prefilled.lessons[index].ids)
+        seen = context.seen(Span(0, length))
+        for probe in erase.probes:
+            a, b = (0, 0) if probe.cached is None else prefilled.asked[index][probe.cached]
+            row.append(Segment(probe.ids, length + b - a, (*seen, *spans_of((a, b)))))
+    hidden, _ = run_row(model, row, past)
+    probes = tuple(probe for _, erase in erases for probe in erase.probes)
+    student = _target_logits(model, hidden, [place.end for place in places_of(row)], probes)
+    return Judgement(
+        teacher,
+        student,
+        torch.tensor([token for probe in probes for token in probe.targets], device=student.device),
+        torch.tensor([probe.gold for probe in probes for _ in probe.targets], device=student.device),
+        probes,
+    )
+
+
+def _runs_behind(spans: Sequence[Span], count: int, length: int) -> list[Span]:
+    """The first `count` tokens behind each span, up to the next one."""
+    ends = [*(span.start for span in spans[1:]), length]
+    return [
+        run for span, end in zip(spans, ends, strict=True) for run in spans_of((span.end, min(span.end + count, end)))
     ]
-    asked_probes = probes(end, True)
-    student = _probe_logits(model, asked_probes, student_layers, end, len(question) - 1)
-    targets = torch.tensor([token for probe in asked_probes for token in probe.targets], device=student.device)
-    gold = torch.tensor([probe.gold for probe in asked_probes for _ in probe.targets], device=student.device)
-    return distillation_loss(teacher, student, targets, gold, cross_entropy_weight)

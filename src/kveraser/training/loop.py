@@ -1,209 +1,412 @@
-"""A plain training loop: one example after the other, gradients summed over a batch.
+"""One stage of training: lessons, gradients, validation, checkpoints.
 
-Knows: optimisers, tasks, files. Does not know how a loss is made.
+Knows: optimisers, processes (Accelerate), files. Does not know how a loss is made, or what the stages are for.
+
+Every lesson is drawn by (seed, stage, step, index) alone, so that a resumed run sees what an uninterrupted one would, and
+any number of processes share the lessons of a step. The loss of a step is normalised by the weight of all its target
+tokens over all processes, and gradients are summed; so the number of processes changes nothing but the order of a sum.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.cache import Window
 from kveraser.eraser import KVEraser
-from kveraser.errors import OptionError
-from kveraser.model_view import causal_lm, frozen
-from kveraser.tasks import EraseExample, Filler, Sizes, as_task, read_passages, tasks
-from kveraser.training.distill import prepare, student_loss
+from kveraser.errors import TrainingError
+from kveraser.tasks import Filler, Split, as_task, read_passages
+from kveraser.training.attention import for_packing
+from kveraser.training.card import write_card
+from kveraser.training.checkpoint import State, load_state
+from kveraser.training.config import Stage, StageName, TrainConfig
+from kveraser.training.distill import Judgement, Variant, judge, pack, prefill, teach
+from kveraser.training.lessons import Lesson, LessonPlan
+from kveraser.training.losses import distillation_loss
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on.
+class Validation:
+    """Mean KL on held-out lessons, in nats per answer token, asked after the erase and with the question cached."""
 
-    Attributes:
-        examples: training examples in all.
-        batch: examples per optimiser step.
-        learning_rate, weight_decay, warmup_steps: of AdamW, with a cosine down to a tenth.
-        average: decay per step of the running mean of the weights, which is what is judged and saved (batches are small).
-        cross_entropy_weight: of the gold answers' cross-entropy, beside KL.
-        rank, alpha, window, repair: of the eraser.
-        tasks: names; each example draws one.
-        prefix, suffix: lengths in tokens, `(least, most)`.
-        text: a file or folder of text for the surroundings; None for Python's own documentation.
-        validate_every: optimiser steps between validations.
-        validation_examples: held-out examples of each validation.
-    """
+    after: float
+    cached: float
 
-    examples: int = 400
-    batch: int = 4
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.01
-    warmup_steps: int = 10
-    average: float = 0.97
-    cross_entropy_weight: float = 0.0
-    rank: int = 16
-    alpha: int = 32
-    window: Window | None = (4, 128)
-    repair: int = 0
-    tasks: tuple[str, ...] = field(default_factory=lambda: tuple(tasks()))
-    prefix: tuple[int, int] = (16, 160)
-    suffix: tuple[int, int] = (16, 192)
-    text: str | None = None
-    seed: int = 42
-    validate_every: int = 30
-    validation_examples: int = 24
-
-    def __post_init__(self) -> None:
-        if min(self.examples, self.batch, self.validate_every, self.validation_examples) < 1:
-            raise OptionError("examples, batch, validate_every and validation_examples must be at least 1")
-        for name in self.tasks:
-            as_task(name)
+    @property
+    def mean(self) -> float:
+        """What the best eraser is chosen by."""
+        return (self.after + self.cached) / 2
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: after `step` of `steps`, with the mean loss since the last report."""
+    """Where a stage is.
 
+    Attributes:
+        step, steps: optimiser steps.
+        loss: of this step.
+        kl: its KL on the spans' own questions.
+        exact_match: share of its gold answers that the erased model would give (teacher-forced).
+        validation: when there was one after this step.
+        best: lowest mean KL of a validation so far.
+        spans_per_second: erases that were learnt from, per second, in this call.
+    """
+
+    stage: StageName
     step: int
     steps: int
     loss: float
-    validation: float | None
-    examples_per_second: float
+    kl: float
+    exact_match: float
+    validation: Validation | None
+    best: float
+    spans_per_second: float
 
 
-def mixed_examples(config: TrainConfig, filler: Filler, split: str, seed: int) -> Iterator[EraseExample]:
-    """Examples of the configured tasks, drawn with equal chance."""
-    sizes = Sizes(config.prefix, config.suffix)
-    sources = [as_task(name).examples(filler, sizes, split, seed) for name in config.tasks]  # type: ignore[arg-type]
-    rng = random.Random(seed)
-    while True:
-        yield next(rng.choice(sources))
+Report = Callable[[Progress], None]
 
 
-def train_eraser(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig,
-    output: Path,
-    *,
-    start: KVEraser | None = None,
-    report: Callable[[Progress], None] | None = None,
-) -> KVEraser:
-    """Train an eraser; the best by validation loss is in `output` whenever the run ends, however it ends.
+@dataclass
+class _Sums:
+    """Additive results of some lessons; processes add theirs up."""
+
+    loss: float = 0.0
+    after: float = 0.0
+    after_tokens: int = 0
+    cached: float = 0.0
+    cached_tokens: int = 0
+    matched: int = 0
+    golds: int = 0
+    spans: int = 0
+
+    def add(self, lessons: Sequence[Lesson], judged: Judgement, kl: Tensor, loss: float) -> None:
+        self.loss += loss
+        self.spans += sum(len(erase.spans) for lesson in lessons for erase in lesson.erases)
+        right = judged.student.argmax(-1) == judged.targets
+        at = 0
+        for probe in judged.probes:
+            own = slice(at, at + len(probe.targets))
+            at = own.stop
+            if probe.kind == "query_after":
+                self.after += float(kl[own].sum())
+                self.after_tokens += len(probe.targets)
+                self.golds += probe.gold
+                self.matched += int(probe.gold and bool(right[own].all()))
+            elif probe.kind == "query_cached":
+                self.cached += float(kl[own].sum())
+                self.cached_tokens += len(probe.targets)
+
+    def over_all(self, accelerator: Accelerator) -> _Sums:
+        """The sums over all processes."""
+        values = torch.tensor([float(value) for value in vars(self).values()], dtype=torch.float64)
+        if accelerator.device.type != "mps":
+            values = values.to(accelerator.device)
+        return _Sums(*accelerator.reduce(values, "sum").tolist())
+
+    @property
+    def validation(self) -> Validation:
+        return Validation(self.after / max(self.after_tokens, 1), self.cached / max(self.cached_tokens, 1))
+
+
+class StageRun:
+    """One stage of a run, from its checkpoint (if there is one) to its end.
 
     Args:
-        start: an eraser to go on from; None starts a new one.
-        report: called after every step.
+        model: the backbone, on the device that computes.
+        eraser: trained in place; at the end it holds the best weights.
+        folder: for `checkpoint.pt`, `best/`, `train.jsonl` and TensorBoard's files.
+        variant: another way to steer, for ablations.
+
+    Raises:
+        TrainingError: the folder's checkpoint is of another run or cannot be read.
+        OptionError: the text cannot be read, or is too short.
     """
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        name: StageName,
+        eraser: KVEraser,
+        folder: Path,
+        *,
+        accelerator: Accelerator | None = None,
+        report: Report | None = None,
+        variant: Variant = Variant(),  # noqa: B008
+    ) -> None:
+        self.variant = variant
+        self.name, self.config, self.stage, self.folder = name, config, config.stage(name), folder
+        self.accelerator = accelerator or Accelerator()
+        self.report = report
+        self.encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        self.filler = Filler(read_passages(config.text), lambda text: len(self.encode(text)))
+        self.plan = _lesson_plan(self.stage)
+        self.backbone = for_packing(model)
+        self.eraser = eraser.train()
+        self.eraser.to(self.accelerator.device, torch.float32)
+        self.parameters = eraser.parameters()
+        self.steering = eraser.attached(self.backbone)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=self.stage.learning_rate, weight_decay=self.stage.weight_decay
+        )
+        self.mean = [parameter.detach().clone() for parameter in self.parameters]
+        self.step, self.best, self.waited = 0, math.inf, 0
+        self.run_id = _run_id(config, name, eraser)
+        if (state := load_state(folder, self.run_id)) is not None:
+            self._restore(state)
+        self.held_out = [self._lesson("eval", 0, index) for index in self._own(self.stage.validation_contexts)]
 
-    filler = Filler(read_passages(config.text), lambda text: len(encode(text)))
-    eraser = start or KVEraser.new(
-        model, rank=config.rank, alpha=config.alpha, window=config.window, repair=config.repair, seed=config.seed
-    )
-    eraser.train()
-    backbone = frozen(causal_lm(model))
-    steering = eraser.attached(backbone)
-    steps = math.ceil(config.examples / config.batch)
-    optimizer = torch.optim.AdamW(eraser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / config.warmup_steps) * (0.55 + 0.45 * math.cos(math.pi * step / steps)),
-    )
-    source = mixed_examples(config, filler, "train", config.seed)
-    held_out = [
-        prepare(example, encode)
-        for example in itertools.islice(mixed_examples(config, filler, "eval", config.seed), config.validation_examples)
-    ]
+    # -- the run -------------------------------------------------------------------------------------------------
 
-    def loss_of(example: EraseExample) -> torch.Tensor:
-        return student_loss(
-            backbone, steering, prepare(example, encode), window=eraser.window,
-            cross_entropy_weight=config.cross_entropy_weight,
-        )  # fmt: skip
+    def run(self) -> Validation | None:
+        """Train to the end of the stage, or until patience runs out; returns the last validation."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        log = _Log(self.folder, self.step) if self.accelerator.is_main_process else None
+        clock, spans, validation = time.perf_counter(), 0, None
+        try:
+            if self.step == 0:
+                validation = self._validate_and_keep()
+                self._tell(log, _Sums(), validation, 0.0)
+            while self.step < self.stage.steps and not self._out_of_patience:
+                sums = self._train_step()
+                spans += sums.spans
+                last = self.step == self.stage.steps
+                validation = None
+                if self.step % self.stage.validate_every == 0 or last:
+                    validation = self._validate_and_keep()
+                if validation or self.step % self.stage.checkpoint_every == 0:
+                    self._save_state()
+                self._tell(log, sums, validation, spans / (time.perf_counter() - clock))
+        finally:
+            if log:
+                log.close()
+        self.eraser.load_weights(self.folder / "best")
+        return validation
 
-    @torch.no_grad()
-    def validate() -> float:
-        losses = [
-            student_loss(backbone, steering, e, window=eraser.window, cross_entropy_weight=0.0).item() for e in held_out
+    @property
+    def _out_of_patience(self) -> bool:
+        return 0 < self.stage.patience <= self.waited
+
+    def _own(self, count: int) -> range:
+        """The indices that this process takes of so many."""
+        return range(self.accelerator.process_index, count, self.accelerator.num_processes)
+
+    def _lesson(self, split: Split, step: int, index: int) -> Lesson:
+        rng = random.Random(f"{self.config.seed}/{self.name}/{split}/{step}/{index}")
+        return self.plan.make(rng, self.filler, self.encode, split)
+
+    def _judge(self, lessons: Sequence[Lesson], repair: int) -> Judgement:
+        prefilled = prefill(self.backbone, lessons)
+        teacher = teach(self.backbone, prefilled)
+        window = self.eraser.window
+        return judge(
+            self.backbone, self.steering, prefilled, teacher, window=window, repair=repair, variant=self.variant
+        )
+
+    def _train_step(self) -> _Sums:
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.stage.learning_rate * _schedule(self.step, self.stage)
+        lessons = [self._lesson("train", self.step, index) for index in self._own(self.stage.contexts)]
+        weights = [
+            self.stage.weights[probe.kind] for lesson in lessons for probe in lesson.probes for _ in probe.targets
         ]
-        return sum(losses) / len(losses)
+        total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.accelerator.device), "sum")
+        repairs = self.stage.repair or (self.eraser.repair,)
+        sums = _Sums()
+        for group in pack(lessons):
+            judged = self._judge(group, repairs[self.step % len(repairs)])
+            kl = distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold)
+            terms = kl
+            if self.stage.cross_entropy:
+                terms = distillation_loss(
+                    judged.teacher, judged.student, judged.targets, judged.gold, self.stage.cross_entropy
+                )
+            loss = (terms * judged.per_token(self.stage.weights)).sum() / total
+            loss.backward()
+            sums.add(group, judged, kl.detach(), loss.item())
+        sums = sums.over_all(self.accelerator)
+        if not math.isfinite(sums.loss):
+            raise TrainingError(
+                f"the loss became {sums.loss} at step {self.step + 1} of {self.name}; the last checkpoint and "
+                f"{self.folder / 'best'} are intact. Lower {self.name}.learning_rate={self.stage.learning_rate}"
+            )
+        self._add_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        decay = min(self.stage.average, self.step / (self.step + 10))
+        for value, parameter in zip(self.mean, self.parameters, strict=True):
+            value.lerp_(parameter.detach(), 1 - decay)
+        return sums
 
-    mean = [parameter.detach().clone() for parameter in eraser.parameters()]
+    def _add_gradients(self) -> None:
+        """Sum the gradients of all processes, in one exchange."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), "sum")
+        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    # -- validation and files ------------------------------------------------------------------------------------
 
     @contextmanager
-    def averaged() -> Iterator[None]:
+    def _averaged(self) -> Iterator[None]:
         """The running mean of the weights in place of the current ones."""
-        current = [parameter.data for parameter in eraser.parameters()]
-        for parameter, value in zip(eraser.parameters(), mean, strict=True):
+        current = [parameter.data for parameter in self.parameters]
+        for parameter, value in zip(self.parameters, self.mean, strict=True):
             parameter.data = value
         try:
             yield
         finally:
-            for parameter, value in zip(eraser.parameters(), current, strict=True):
+            for parameter, value in zip(self.parameters, current, strict=True):
                 parameter.data = value
 
-    best, clock, done = validate(), time.perf_counter(), 0
-    if report:
-        report(Progress(0, steps, math.nan, best, 0.0))
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "train.jsonl").open("a", encoding="utf-8") as log:
-        for step in range(1, steps + 1):
-            total = 0.0
-            for _ in range(config.batch):
-                loss = loss_of(next(source)) / config.batch
-                if not torch.isfinite(loss):
-                    raise OptionError(
-                        f"the loss became {loss.item()} at step {step}; lower learning_rate={config.learning_rate}"
-                    )
-                loss.backward()
-                total += loss.item()
-            torch.nn.utils.clip_grad_norm_(eraser.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            done += config.batch
-            decay = min(config.average, step / (step + 10))
-            for value, parameter in zip(mean, eraser.parameters(), strict=True):
-                value.lerp_(parameter.detach(), 1 - decay)
-            validation = None
-            if step % config.validate_every == 0 or step == steps:
-                with averaged():
-                    validation = validate()
-                    if validation <= best or step <= config.validate_every:
-                        best = validation
-                        _save(eraser, output / "best", config, {"step": step, "validation_kl": validation})
-            speed = done / (time.perf_counter() - clock)
-            log.write(json.dumps({"step": step, "loss": total, "validation_kl": validation, "best": best}) + "\n")
-            log.flush()
-            if report:
-                report(Progress(step, steps, total, validation, speed))
-    return KVEraser.from_pretrained(output / "best", model)
+    @torch.no_grad()
+    def _validate(self) -> Validation:
+        sums = _Sums()
+        for group in pack(self.held_out):
+            judged = self._judge(group, self.eraser.repair)
+            kl = distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold)
+            sums.add(group, judged, kl, 0.0)
+        return sums.over_all(self.accelerator).validation
+
+    def _validate_and_keep(self) -> Validation:
+        """Validate the mean of the weights, and keep it when it is the best so far."""
+        with self._averaged():
+            validation = self._validate()
+            if validation.mean < self.best:
+                self.best, self.waited = validation.mean, 0
+                if self.accelerator.is_main_process:
+                    self._save_best(validation)
+            else:
+                self.waited += 1
+        self.accelerator.wait_for_everyone()
+        return validation
+
+    def _save_best(self, validation: Validation) -> None:
+        """Write the eraser beside the old one, then exchange the two."""
+        best = self.folder / "best"
+        fresh, old = self.folder / ".best.new", self.folder / ".best.old"
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        notes = {
+            "training": _without_paths(self.config), "stage": self.name, "step": self.step,
+            "validation_kl": {"query_after": validation.after, "query_cached": validation.cached},
+        }  # fmt: skip
+        try:
+            self.eraser.save_pretrained(fresh, notes=notes)
+            write_card(fresh, notes)
+        except OSError as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise TrainingError(
+                f"cannot save the eraser to {best} at step {self.step}: {error}; the one before it is still there"
+            ) from error
+        if best.exists():
+            best.rename(old)
+        fresh.rename(best)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _save_state(self) -> None:
+        if self.accelerator.is_main_process:
+            weights = [parameter.detach() for parameter in self.parameters]
+            optimizer = self.optimizer.state_dict()
+            State(self.run_id, self.step, weights, self.mean, optimizer, self.best, self.waited).save(self.folder)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, state: State) -> None:
+        self.step, self.best, self.waited = state.step, state.best, state.waited
+        with torch.no_grad():
+            for own, saved in zip((*self.parameters, *self.mean), (*state.weights, *state.mean), strict=True):
+                own.copy_(saved)
+        self.optimizer.load_state_dict(state.optimizer)
+
+    def _tell(self, log: _Log | None, sums: _Sums, validation: Validation | None, speed: float) -> None:
+        train = sums.validation
+        tokens = sums.after_tokens + sums.cached_tokens
+        kl = (sums.after + sums.cached) / tokens if tokens else math.nan
+        matched = sums.matched / sums.golds if sums.golds else math.nan
+        if log:
+            entry = {"step": self.step, "loss": sums.loss, "kl": kl, "exact_match": matched, "best": self.best}
+            entry |= {"kl_after": train.after, "kl_cached": train.cached}
+            if validation:
+                entry |= {"validation_kl_after": validation.after, "validation_kl_cached": validation.cached}
+            log.write(entry)
+            if self.report:
+                stage, steps = self.name, self.stage.steps
+                self.report(Progress(stage, self.step, steps, sums.loss, kl, matched, validation, self.best, speed))
 
 
-def _save(eraser: KVEraser, folder: Path, config: TrainConfig, notes: dict[str, float]) -> None:
-    """Write a checkpoint beside the old one, then exchange the two."""
-    fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    settings = {**asdict(config), "text": config.text and Path(config.text).name}  # no path of this machine
-    eraser.save_pretrained(fresh, notes={"training": settings, **notes})
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+class _Log:
+    """`train.jsonl` and TensorBoard, cut back to the step that a run resumes from."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        file = folder / "train.jsonl"
+        kept = []
+        if step and file.exists():
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        file.write_text("".join(kept), encoding="utf-8")
+        self.stream = file.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in entry.items()
+        }
+        self.stream.write(json.dumps(plain) + "\n")
+        self.stream.flush()
+        for key, value in plain.items():
+            if key != "step" and value is not None:
+                self.board.add_scalar(key, value, entry["step"])
+
+    def close(self) -> None:
+        self.stream.close()
+        self.board.close()
+
+
+def _lesson_plan(stage: Stage) -> LessonPlan:
+    return LessonPlan(
+        tuple(as_task(name) for name in stage.tasks), stage.tokens, stage.spacing, stage.spans, stage.together,
+        stage.weights,
+    )  # fmt: skip
+
+
+def _schedule(step: int, stage: Stage) -> float:
+    """A linear rise, then a cosine down to a tenth."""
+    rise = min(1.0, (step + 1) / stage.warmup) if stage.warmup else 1.0
+    return rise * (0.55 + 0.45 * math.cos(math.pi * step / stage.steps))
+
+
+def _without_paths(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as it may be published: of the text only its name."""
+    plain = config.as_dict()
+    if config.text and not config.text.startswith("hf:"):
+        plain["text"] = Path(config.text).name
+    return plain
+
+
+def _run_id(config: TrainConfig, name: StageName, eraser: KVEraser) -> dict[str, Any]:
+    plain = config.as_dict()
+    fingerprint = eraser.config.fingerprint
+    return {
+        "stage": name, name: plain[name], "eraser": plain["eraser"], "text": plain["text"], "seed": plain["seed"],
+        "backbone": {**fingerprint.shape, "weights": fingerprint.weights},
+    }  # fmt: skip

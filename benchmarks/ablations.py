@@ -1,0 +1,123 @@
+"""What matters in training an eraser: short runs that differ in one thing, judged on the same held-out contexts.
+
+    python benchmarks/ablations.py [NAME ...] --output FOLDER [--steps 40] [--start ERASER] [--text TEXT]
+
+Each prints its validation KL (nats per answer token, asked after the erase / question cached) and is kept in
+FOLDER/ablations.json; runs that are there already are not made again. All start from the same eraser, unless their row
+says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import kveraser as kv
+from kveraser.paths import write_atomically
+from kveraser.training import TrainConfig, read_config
+from kveraser.training.distill import Variant
+from kveraser.training.loop import StageRun
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One thing that is different: changes of the configuration, or of how spans are steered."""
+
+    about: str
+    changes: tuple[str, ...] = ()
+    variant: Variant = field(default_factory=Variant)
+    from_start: bool = True
+
+
+COMMON = (
+    "eraser.window=[4,512]",
+    "eraser.repair=0",
+    "finetune.contexts=4",
+    "finetune.tokens=[64,256]",
+    "finetune.spacing=128",
+    "finetune.learning_rate=6e-4",
+    "finetune.warmup=5",
+    "finetune.validation_contexts=24",
+    "finetune.average=0.9",
+)
+ONLY_ANSWERS = tuple(f"finetune.weights.{kind}=0" for kind in ("other", "continuation", "cue"))
+ABLATIONS = {
+    "control": Ablation("window (4, 512), repair 0, dense, KL"),
+    "stage-2-only": Ablation("without pre-training", from_start=False),
+    "rank-4": Ablation("rank 4, alpha 8; without pre-training", ("eraser.rank=4", "eraser.alpha=8"), from_start=False),
+    "rank-64": Ablation(
+        "rank 64, alpha 128; without pre-training", ("eraser.rank=64", "eraser.alpha=128"), from_start=False
+    ),
+    "full-prefix": Ablation("the whole prefix", ("eraser.window=null",)),
+    "window-32": Ablation("window (4, 32)", ("eraser.window=[4,32]",)),
+    "window-128": Ablation("window (4, 128)", ("eraser.window=[4,128]",)),
+    "repair-16": Ablation("steer and repair 16", ("eraser.repair=16",)),
+    "repair-32": Ablation("steer and repair 32", ("eraser.repair=32",)),
+    "repair-64": Ablation("steer and repair 64", ("eraser.repair=64",)),
+    "suffix-aware": Ablation("the span sees the suffix", variant=Variant(suffix_aware=True)),
+    "content-blind": Ablation("newlines in place of the span's tokens", variant=Variant(placeholder=198)),
+    "answers-only": Ablation("no dense supervision", ONLY_ANSWERS),
+    "cross-entropy": Ablation("KL + 0.3 cross-entropy on gold answers", ("finetune.cross_entropy=0.3",)),
+    "longer": Ablation("contexts of 64 to 1024 tokens", ("finetune.tokens=[64,1024]",)),
+}
+
+
+def configuration(ablation: Ablation, steps: int, text: str | None) -> TrainConfig:
+    """The configuration of a run."""
+    changes = [*COMMON, f"finetune.steps={steps}", f"finetune.validate_every={steps}", *ablation.changes]
+    return read_config(changes=changes, text=text)
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; default all.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the runs and ablations.json.")] = Path("ablations"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each run.")] = 40,
+    start: Annotated[Path | None, typer.Option(help="A pre-trained eraser to start from.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text around the spans.")] = None,
+) -> None:
+    """Run ablations one after the other."""
+    file = output / "ablations.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    model, tokenizer = kv.load_backbone()
+    for name in names or ABLATIONS:
+        if name in found:
+            continue
+        ablation = ABLATIONS[name]
+        config = configuration(ablation, steps, text)
+        options = config.eraser
+        eraser = kv.KVEraser.new(
+            model,
+            rank=options.rank,
+            alpha=options.alpha,
+            window=options.window,
+            repair=options.repair,
+            seed=config.seed,
+        )
+        if ablation.from_start and start is not None:
+            eraser.load_weights(start)
+        run = StageRun(model, tokenizer, config, "finetune", eraser, output / name, variant=ablation.variant)
+        if name != "control":  # all are judged on the same contexts
+            control = configuration(ABLATIONS["control"], steps, text)
+            run.held_out = StageRun(
+                model, tokenizer, control, "finetune", kv.KVEraser.new(model, rank=1), output / ".held-out"
+            ).held_out
+        validation = run.run()
+        if validation is None:
+            raise SystemExit(f"{output / name} holds a finished run that {file.name} does not know; delete it")
+        found[name] = {"about": ablation.about, "after": validation.after, "cached": validation.cached}
+        write_atomically(file, json.dumps(found, indent=2).encode())
+        Console().print(f"{name}: {validation.after:.4f} / {validation.cached:.4f}")
+    table = Table("run", "", "KL after", "KL cached", title=f"{steps} steps")
+    for name, row in found.items():
+        table.add_row(name, row["about"], f"{row['after']:.4f}", f"{row['cached']:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,107 @@
+"""The results of an evaluation as files: JSON, Markdown tables, plots.
+
+Knows: rows, Markdown. Does not know how the numbers come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kveraser.evaluation.record import RESULTS, Record, write_json
+from kveraser.evaluation.statistics import Interval
+from kveraser.evaluation.summary import ASKED, METRICS, OVERALL, Row, summarise, task_names
+from kveraser.paths import write_atomically
+
+MARKDOWN = "results.md"
+
+
+def results(header: dict[str, Any], records: Sequence[Record], complete: bool) -> tuple[dict[str, Any], list[Row]]:
+    """The content of `results.json`, and its rows."""
+    rows = summarise(records, header["options"]["seed"])
+    return {**header, "complete": complete, "rows": [row.as_dict() for row in rows]}, rows
+
+
+def write_report(folder: Path, header: dict[str, Any], records: Sequence[Record], complete: bool) -> None:
+    """Write `results.json`, `results.md` and the plots into a folder, each whole or not at all."""
+    document, rows = results(header, records, complete)
+    write_json(folder / RESULTS, document)
+    plots: list[str] = []
+    if rows:
+        from kveraser.evaluation.plots import draw_plots  # matplotlib is loaded for plots only
+
+        for name, picture in draw_plots(rows).items():
+            write_atomically(folder / name, picture)
+            plots.append(name)
+    write_atomically(folder / MARKDOWN, _page(document, rows, plots).encode())
+
+
+def format_mean(value: Interval | None, digits: int) -> str:
+    """A mean; nothing where there is none."""
+    return "" if value is None else f"{value.mean:z.{digits}f}"
+
+
+def format_interval(value: Interval | None, digits: int) -> str:
+    """A mean and its interval, the latter only where it has a width that shows."""
+    if value is None:
+        return ""
+    mean, low, high = (f"{number:z.{digits}f}" for number in (value.mean, value.low, value.high))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left and the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def cells(rows: Sequence[Row], task: str, length: int, protocol: str) -> list[Row]:
+    """The rows of one table, a method each."""
+    return [row for row in rows if (row.task, row.length, row.protocol) == (task, length, protocol)]
+
+
+def tables(rows: Sequence[Row], tasks: Sequence[str]) -> list[tuple[str, int, str, list[Row]]]:
+    """Every table of the given tasks: task, length, protocol and rows."""
+    lengths = sorted({row.length for row in rows})
+    found = [(t, n, p, cells(rows, t, n, p)) for t in tasks for n in lengths for p in ASKED]
+    return [table for table in found if table[-1]]
+
+
+def all_metrics(rows: Sequence[Row]) -> str:
+    """One table with every metric and its interval."""
+    head = ["method", *(metric.title for metric in METRICS)]
+    body = [[f"`{row.method}`", *(format_interval(row.values[m.name], m.digits) for m in METRICS)] for row in rows]
+    return markdown_table(head, body)
+
+
+def columns_explained() -> str:
+    """What the columns mean."""
+    return "\n".join(f"- **{metric.title}**: {metric.meaning}" for metric in METRICS)
+
+
+def _page(document: dict[str, Any], rows: Sequence[Row], plots: Sequence[str]) -> str:
+    parts = ["# Erasing methods on held-out examples", provenance_line(document)]
+    if not document["complete"]:
+        parts.append("**The run is not finished**: these are the examples that every method has been through.")
+    for task, length, protocol, chosen in tables(rows, [OVERALL, *task_names(rows)]):
+        parts.append(f"## {task}, contexts of about {length} tokens, {ASKED[protocol]}")
+        parts.append(f"{chosen[0].examples} examples; in brackets: 95 % bootstrap intervals.")
+        parts.append(all_metrics(chosen))
+    parts += ["## Columns", columns_explained()]
+    parts += [f"![{name}]({name})" for name in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def provenance_line(document: dict[str, Any]) -> str:
+    """In one paragraph: model, machine, versions, eraser, seed."""
+    options, made, eraser = document["options"], document["environment"], document["eraser"]
+    about = "no eraser" if eraser is None else (
+        f"eraser {eraser['sha256'][:12]} (rank {eraser['rank']}, window {eraser['window']}, repair {eraser['repair']})"
+    )  # fmt: skip
+    return (
+        f"{options['model']} in {options['dtype']} on {options['device']} ({made['processor']}, {made['threads']} threads), "
+        f"{about}; {options['limit']} examples per task and length, seed {options['seed']}; kveraser {made['kveraser']}"
+        f"{' at ' + made['commit'] if made['commit'] else ''}, torch {made['torch']}, transformers {made['transformers']}, "
+        f"peft {made['peft']}."
+    )

@@ -1,0 +1,64 @@
+"""Means with bootstrap intervals, paired by example.
+
+Knows: numbers. Does not know what they measure.
+
+Every column of a table of values (one row per example, one column per method) is resampled with the same examples, so
+that differences and ratios of columns are paired. Examples come in groups (tasks): they are resampled within their
+group, and every group counts the same in the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def group_mean(groups: Sequence[Values]) -> Values:
+    """The mean over groups of the mean over their examples, `(columns,)`.
+
+    Args:
+        groups: tables `(examples, columns)`, at least one example each.
+    """
+    mean: Values = np.mean([group.mean(0) for group in groups], axis=0)
+    return mean
+
+
+def resampled_means(groups: Sequence[Values], seed: int, resamples: int = RESAMPLES) -> Values:
+    """`group_mean` of `resamples` bootstrap samples, `(resamples, columns)`; the same seed gives the same ones."""
+    rng = np.random.default_rng(seed)
+    means = []
+    for group in groups:
+        count = len(group)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), resamples)  # how often each example is in a sample
+        means.append(drawn @ group / count)
+    return np.asarray(np.mean(means, axis=0))
+
+
+def interval(mean: Any, draws: Values, level: float = LEVEL) -> Interval | None:
+    """The percentile interval of a mean; None where it is not defined (a ratio to nothing).
+
+    Args:
+        mean: of the values themselves.
+        draws: of the bootstrap samples, `(resamples,)`.
+    """
+    if not (np.isfinite(mean) and np.isfinite(draws).all()):
+        return None
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(mean), float(low), float(high))

@@ -1,0 +1,160 @@
+"""From records to the numbers of the tables: means over examples with intervals, and comparisons between methods.
+
+Knows: records, statistics. Does not know how anything looks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from kveraser.evaluation.record import Record
+from kveraser.evaluation.statistics import Interval, Values, group_mean, interval, resampled_means
+from kveraser.methods import DeleteAndShift, Steering, as_method
+
+OVERALL = "mean over tasks"
+"""Stands for the task in rows over all tasks, each of which counts the same."""
+ASKED = {"query_after": "question asked after the erase", "query_cached": "question in the cache when erasing"}
+"""The protocols in words, in the order of the tables."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: `name` in records and JSON, `title` in tables, the digits shown, and what it means."""
+
+    name: str
+    title: str
+    digits: int
+    meaning: str
+
+
+KL = Metric("kl", "KL", 4, "KL(recompute || method), nats per token of full recomputation's answer")
+RATIO = Metric("kl_ratio", "KL ratio", 2, "mean KL over that of delete-and-shift")
+DIFFERENCE = Metric(
+    "kl_difference", "kveraser minus it", 4, "KL of kveraser minus that of this method, paired by example"
+)
+METRICS = (
+    KL,
+    RATIO,
+    DIFFERENCE,
+    Metric("agreement", "top-1", 2, "share of these tokens that are the most likely one by full recomputation, too"),
+    Metric("exact_match", "EM", 2, "exact match of the answer, where the context still says it"),
+    Metric("f1", "F1", 2, "word overlap of the answer, where the context still says it"),
+    Metric("leaked", "leak", 2, "share of answers that say the erased one"),
+    Metric("leak_margin", "margin", 2, "log-probability of the erased answer minus that by full recomputation, per token"),
+    Metric("tokens_recomputed", "run", 0, "tokens run through the model by the erase"),
+    Metric("milliseconds", "ms", 0, "time of the erase"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on the examples of a task (or `OVERALL`), length and protocol.
+
+    Attributes:
+        examples: how many; only those that every method has been through.
+        values: metric -> mean and interval; None where it has no meaning.
+    """
+
+    task: str
+    length: int
+    protocol: str
+    method: str
+    examples: int
+    values: dict[str, Interval | None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the metrics beside the rest."""
+        flat = asdict(self)
+        values = flat.pop("values")
+        return {**flat, **values}
+
+    @classmethod
+    def from_dict(cls, flat: dict[str, Any]) -> Row:
+        """The row that `as_dict` gave."""
+        values = {m.name: Interval(**flat[m.name]) if flat[m.name] else None for m in METRICS}
+        return cls(flat["task"], flat["length"], flat["protocol"], flat["method"], flat["examples"], values)
+
+
+def task_names(rows: Iterable[Row]) -> list[str]:
+    """The tasks in the rows."""
+    return [task for task in dict.fromkeys(row.task for row in rows) if task != OVERALL]
+
+
+Example = dict[str, Record]
+"""One example in one protocol: method -> record."""
+
+
+def summarise(records: Iterable[Record], seed: int = 0) -> list[Row]:
+    """Rows for every length, protocol, task (and over all tasks) and method.
+
+    Args:
+        seed: of the bootstrap.
+    """
+    records = list(records)
+    methods = list(dict.fromkeys(record.method for record in records))
+    examples: dict[tuple[int, str], dict[str, dict[int, Example]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    for record in records:
+        examples[record.length, record.protocol][record.task][record.index][record.method] = record
+    rows = []
+    for (length, protocol), tasks in sorted(examples.items()):
+        complete = {task: [e for e in by_index.values() if len(e) == len(methods)] for task, by_index in tasks.items()}
+        groups = {task: found for task, found in complete.items() if found}
+        if not groups:
+            continue
+        for task, chosen in ((OVERALL, list(groups.values())), *((task, [found]) for task, found in groups.items())):
+            count = sum(map(len, chosen))
+            for method, values in zip(methods, _columns(chosen, methods, seed), strict=True):
+                rows.append(Row(task, length, protocol, method, count, values))
+    return rows
+
+
+def reference_method(methods: Sequence[str]) -> str | None:
+    """The method that the others are compared with: `kveraser` as it is, else its first variant; None without one."""
+    steering = [name for name in methods if isinstance(as_method(name), Steering)]
+    return Steering.name if Steering.name in steering else next(iter(steering), None)
+
+
+def _columns(groups: list[list[Example]], methods: list[str], seed: int) -> list[dict[str, Interval | None]]:
+    """The metrics of each method."""
+    columns: list[dict[str, Interval | None]] = [dict.fromkeys(m.name for m in METRICS) for _ in methods]
+    for metric in METRICS:
+        if metric in (RATIO, DIFFERENCE):
+            continue
+        tables = [table for group in groups if len(table := _table(group, methods, metric.name))]
+        if not tables:
+            continue
+        means, draws = group_mean(tables), resampled_means(tables, seed)
+        for index, column in enumerate(columns):
+            column[metric.name] = interval(means[index], draws[:, index])
+        if metric is KL:
+            _compare(columns, methods, means, draws)
+    return columns
+
+
+def _compare(columns: list[dict[str, Interval | None]], methods: list[str], means: Values, draws: Values) -> None:
+    """Enter the ratio to delete-and-shift, and the difference of the reference to every other approximate method."""
+    if DeleteAndShift.name in methods:
+        base = methods.index(DeleteAndShift.name)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for index, column in enumerate(columns):
+                column[RATIO.name] = interval(means[index] / means[base], draws[:, index] / draws[:, base])
+    reference = reference_method(methods)
+    if reference is not None:
+        own = methods.index(reference)
+        for index, (name, column) in enumerate(zip(methods, columns, strict=True)):
+            method = as_method(name)
+            if method.removes and not method.exact and name != reference:
+                column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index])
+
+
+def _table(group: list[Example], methods: list[str], metric: str) -> Values:
+    """`(examples, methods)`, of the examples for which the metric has a meaning."""
+    rows = [[getattr(example[method], metric) for method in methods] for example in group]
+    return np.array([row for row in rows if None not in row], dtype=np.float64)

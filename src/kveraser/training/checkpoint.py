@@ -1,0 +1,86 @@
+"""The state of a run on disk: all of it in one file that is replaced whole, so that a run can be killed at any moment.
+
+Knows: tensors, one file. Does not know what they mean.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kveraser.errors import TrainingError
+from kveraser.paths import write_atomically
+
+FILE_NAME = "checkpoint.pt"
+
+
+@dataclass
+class State:
+    """Where a stage is.
+
+    Attributes:
+        run: what the run depends on; a checkpoint of another run is refused.
+        step: optimiser steps done.
+        weights, mean: of the eraser, and their running mean.
+        optimizer: state of the optimiser.
+        best: lowest validation KL so far.
+        waited: validations since then.
+    """
+
+    run: dict[str, Any]
+    step: int
+    weights: list[Tensor]
+    mean: list[Tensor]
+    optimizer: dict[str, Any]
+    best: float
+    waited: int
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint; the old one stays until the new one is whole.
+
+        Raises:
+            TrainingError: it cannot be written (disk full, no permission).
+        """
+        buffer = io.BytesIO()
+        torch.save(vars(self), buffer)
+        try:
+            write_atomically(folder / FILE_NAME, buffer.getvalue())
+        except OSError as error:
+            raise TrainingError(
+                f"cannot save a checkpoint to {folder} at step {self.step}: {error}; the one before it is still there. "
+                "Make room and start the same command again to go on from it"
+            ) from error
+
+
+def load_state(folder: Path, run: dict[str, Any]) -> State | None:
+    """The checkpoint in a folder; None when there is none.
+
+    Raises:
+        TrainingError: it cannot be read, or belongs to another run.
+    """
+    file = folder / FILE_NAME
+    if not file.exists():
+        return None
+    try:
+        state = State(**torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises pickle's, zip's and its own errors
+        raise TrainingError(f"cannot read {file}: {error}; delete it to start the stage anew") from error
+    for key in run.keys() | state.run.keys():
+        if run.get(key) != state.run.get(key):
+            raise TrainingError(
+                f"{file} is of another run: {_difference(key, state.run.get(key), run.get(key))}. "
+                "Choose another output folder, give the same options again, or start anew with --fresh"
+            )
+    return state
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = next(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+        return _difference(f"{key}.{inner}", old.get(inner), new.get(inner))
+    return f"{key} was {old}, now it is {new}"

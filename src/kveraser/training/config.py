@@ -1,0 +1,251 @@
+"""What a training run depends on: dataclasses, read from YAML, changed by `stage.key=value`.
+
+Knows: names, types and bounds of the options. Does not know about models or loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from kveraser.cache import Window
+from kveraser.errors import OptionError
+from kveraser.tasks import as_task, tasks
+from kveraser.training.lessons import Kind
+
+StageName = Literal["pretrain", "finetune"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
+_PRETRAINING = ("span-neighbor",)
+_STRICT = ConfigDict(extra="forbid")
+_WEIGHTS: dict[Kind, float] = {
+    "query_after": 1.0, "query_cached": 1.0, "other": 0.5, "continuation": 0.5, "cue": 0.5,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EraserOptions:
+    """The eraser to be made.
+
+    Attributes:
+        rank, alpha: of the LoRA.
+        window: `(sink, local)` slots that a pass attends to before its tokens; None for the whole prefix.
+        repair: tokens behind a span to recompute after steering.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    rank: int = 16
+    alpha: int = 32
+    window: Window | None = (4, 128)
+    repair: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1 and self.alpha >= 1, f"rank={self.rank} and alpha={self.alpha} must be at least 1")
+        _require(self.repair >= 0, f"repair={self.repair} must not be negative")
+        window = self.window is None or (len(self.window) == 2 and min(self.window) >= 0)
+        _require(window, f"window={self.window} must be null or two counts [sink, local]")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        tasks: names of data tasks, drawn with equal chance.
+        steps: optimiser steps.
+        contexts: contexts per step, over all processes; each holds several spans.
+        tokens: length of a context, `(least, most)`, on a logarithmic scale.
+        spacing: tokens of context per span, roughly.
+        spans: spans of a context at most.
+        together: chance that the spans of a context are erased all at once (one teacher serves them all).
+        repair: tokens behind the spans to recompute in training, one of them after the other; empty takes the
+            eraser's own.
+        weights: of the tokens that are judged: the span's question asked after the erase or before it, another
+            span's question, the continuation of the text, the span-neighbor cue. Zero turns a term off.
+        cross_entropy: weight of the gold answers' cross-entropy beside KL.
+        learning_rate, weight_decay, warmup: of AdamW; the rate rises for `warmup` steps, then falls to a tenth.
+        clip: largest norm of the gradient.
+        average: decay per step of the running mean of the weights, which is what is judged and saved.
+        validate_every: steps between validations; each is followed by a checkpoint.
+        validation_contexts: held-out contexts of each validation.
+        checkpoint_every: steps between further checkpoints.
+        patience: validations without improvement after which the stage ends; 0 for never.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    tasks: tuple[str, ...] = ()
+    steps: int = 400
+    contexts: int = 4
+    tokens: tuple[int, int] = (96, 768)
+    spacing: int = 192
+    spans: int = 8
+    together: float = 0.5
+    repair: tuple[int, ...] = ()
+    weights: Mapping[Kind, float] = field(default_factory=lambda: dict(_WEIGHTS))
+    cross_entropy: float = 0.0
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.01
+    warmup: int = 20
+    clip: float = 1.0
+    average: float = 0.98
+    validate_every: int = 50
+    validation_contexts: int = 16
+    checkpoint_every: int = 20
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "contexts",
+            "spacing",
+            "spans",
+            "validate_every",
+            "validation_contexts",
+            "checkpoint_every",
+        ):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("cross_entropy", "weight_decay", "warmup", "patience", "repair", "weights"):
+            value: Any = getattr(self, name)
+            least = (
+                min(value.values() if isinstance(value, Mapping) else value, default=0)
+                if name in ("repair", "weights")
+                else value
+            )
+            _require(least >= 0, f"{name}={value} must not be negative")
+        least, most = self.tokens
+        _require(16 <= least <= most, f"tokens={self.tokens} must be two lengths, 16 <= least <= most")
+        _require(0 <= self.together <= 1, f"together={self.together} must be a share from 0 to 1")
+        _require(0 <= self.average < 1, f"average={self.average} must be at least 0 and below 1")
+        _require(any(self.weights.values()), "all weights are zero, nothing would be learnt")
+        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be above 0")
+        _require(self.clip > 0, f"clip={self.clip} must be above 0")
+        for name in self.tasks:
+            as_task(name)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run.
+
+    Attributes:
+        text: a file, a folder or `hf:DATASET[:SPLIT[:COLUMN]]` to surround the spans with; None for the documentation
+            of Python's standard library.
+        seed: of the LoRA's start and of all data.
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    eraser: EraserOptions = field(default_factory=EraserOptions)
+    pretrain: Stage = field(default_factory=lambda: Stage(tasks=_PRETRAINING))
+    finetune: Stage = field(
+        default_factory=lambda: Stage(tasks=tuple(name for name in tasks() if name not in _PRETRAINING))
+    )
+    text: str | None = None
+    seed: int = 42
+
+    def stage(self, name: StageName) -> Stage:
+        """One of the stages by name."""
+        found: Stage = getattr(self, name)
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists and dictionaries, as YAML and JSON hold them."""
+        plain: dict[str, Any] = TypeAdapter(TrainConfig).dump_python(self, mode="json")
+        return plain
+
+    def write(self, file: Path) -> None:
+        """Write it as YAML."""
+        file.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _tiny() -> TrainConfig:
+    small: dict[str, Any] = {
+        "tokens": (48, 160),
+        "spacing": 96,
+        "spans": 2,
+        "together": 0.0,
+        "learning_rate": 1e-3,
+        "warmup": 3,
+        "average": 0.8,
+    }
+    return TrainConfig(
+        EraserOptions(rank=8, alpha=16, window=(4, 64)),
+        Stage(_PRETRAINING, steps=8, contexts=3, validate_every=8, validation_contexts=6, **small),
+        Stage(("needle", "preference"), steps=20, contexts=3, validate_every=20, validation_contexts=6, **small),
+    )
+
+
+def _gpu() -> TrainConfig:
+    base = TrainConfig()
+    big: dict[str, Any] = {"contexts": 32, "tokens": (128, 8192), "spacing": 384, "spans": 16, "patience": 5}
+    return replace(
+        base, pretrain=replace(base.pretrain, steps=1000, **big), finetune=replace(base.finetune, steps=3000, **big)
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {"cpu": TrainConfig, "tiny": _tiny, "gpu": _gpu}
+"""Configurations to start from: minutes on any CPU, an hour or two on a CPU, a GPU or several."""
+
+
+def read_config(
+    file: Path | None = None, preset: str = "cpu", changes: Iterable[str] = (), *, text: str | None = None
+) -> TrainConfig:
+    """A preset, changed by a YAML file, changed by `key=value` such as `finetune.steps=800` or `eraser.window=[4,64]`.
+
+    Args:
+        text: in place of the configuration's.
+
+    Raises:
+        OptionError: no such preset, an unreadable file, an unknown key, or a value that cannot be.
+    """
+    if preset not in PRESETS:
+        raise OptionError(f"there is no preset {preset!r}; there are: {', '.join(PRESETS)}")
+    config = PRESETS[preset]()
+    if file is not None:
+        try:
+            entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise OptionError(f"cannot read the configuration {file}: {error}") from error
+        config = _changed(config, {} if entries is None else entries, str(file))
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise OptionError(f"{change!r} is not of the form key=value, such as finetune.steps=800")
+        try:
+            entry: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OptionError(f"the value of {change!r} cannot be read: {error}") from error
+        for part in reversed(key.split(".")):
+            entry = {part: entry}
+        config = _changed(config, entry, change)
+    return config if text is None else replace(config, text=text)
+
+
+def _merged(old: Any, new: Any, source: str) -> Any:
+    """Nested mappings laid over each other."""
+    if not isinstance(old, Mapping):
+        return new
+    if not isinstance(new, Mapping):
+        raise OptionError(f"{source}: expected the keys {', '.join(old)}; found {new!r}")
+    return {**old, **{key: _merged(old.get(key), value, source) for key, value in new.items()}}
+
+
+def _changed(config: TrainConfig, entries: Any, source: str) -> TrainConfig:
+    try:
+        return TypeAdapter(TrainConfig).validate_python(_merged(asdict(config), entries, source))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        given = "" if isinstance(first["input"], Mapping) else f"={first['input']!r}"
+        raise OptionError(f"{source}: {where}{given}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def _require(fine: bool, message: str) -> None:
+    if not fine:
+        raise OptionError(message)

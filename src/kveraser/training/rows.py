@@ -1,0 +1,109 @@
+"""Many short pieces of text in one forward: segments packed in a row over a shared past.
+
+Knows: models, masks, positions. Does not know what the segments are for.
+
+A *segment* is a run of tokens at consecutive positions. It attends causally to itself and to chosen slots (4-D mask).
+Packing needs no padding: every token that is computed is one that was asked for. The past is a list of pieces of keys and
+values, constant or differentiable, joined layer by layer; behind its slots come those of the row itself, so that a
+segment can attend to what an earlier one of the row is just computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kveraser.model_view import decoder, evaluating, model_device
+from kveraser.spans import Span
+
+States = list[tuple[Tensor, Tensor]]
+"""Per layer, keys and values `(1, kv_heads, tokens, head_dim)`."""
+
+
+def spans_of(*bounds: tuple[int, int]) -> tuple[Span, ...]:
+    """Spans of those bounds that are not empty."""
+    return tuple(Span(a, b) for a, b in bounds if b > a)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens.
+
+    Attributes:
+        ids: the tokens.
+        start: position of the first.
+        sees: slots that it attends to, of the past and of earlier segments.
+    """
+
+    ids: Sequence[int]
+    start: int
+    sees: tuple[Span, ...]
+
+
+class _Joined(DynamicLayer):
+    """Pieces of keys and values shown as one; remembers what a pass adds."""
+
+    def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.pieces, self.is_initialized = pieces, True
+        self.added: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.added = (key_states, value_states)
+        pieces = [*self.pieces, self.added]
+        return torch.cat([keys for keys, _ in pieces], -2), torch.cat([values for _, values in pieces], -2)
+
+    def get_seq_length(self) -> int:
+        return sum(int(keys.shape[-2]) for keys, _ in self.pieces)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+
+def _visible(row: Sequence[Segment], places: Sequence[Span], past: int) -> Tensor:
+    """`(tokens, past + tokens)` bool: what each token attends to."""
+    width = places[-1].end
+    seen = torch.zeros(width, past + width, dtype=torch.bool)
+    for segment, place in zip(row, places, strict=True):
+        own = seen[place.slice]
+        for span in segment.sees:
+            own[:, span.slice] = True
+        own[:, past + place.start : past + place.end] = torch.ones(len(place), len(place), dtype=torch.bool).tril()
+    return seen
+
+
+def places_of(row: Sequence[Segment]) -> list[Span]:
+    """Where each segment stands in the row."""
+    ends = list(accumulate(len(segment.ids) for segment in row))
+    return [Span(end - len(segment.ids), end) for segment, end in zip(row, ends, strict=True)]
+
+
+def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) -> tuple[Tensor, States]:
+    """Run a row of segments over a past.
+
+    Args:
+        past: pieces, each with its states per layer; joined in order they are the slots that segments refer to.
+
+    Returns:
+        Last hidden states `(tokens, hidden)`, and per layer the new keys and values.
+    """
+    device, body = model_device(model), decoder(model)
+    slots = sum(int(piece[0][0].shape[-2]) for piece in past)
+    ids = [token for segment in row for token in segment.ids]
+    positions = [at for segment in row for at in range(segment.start, segment.start + len(segment.ids))]
+    layers = [_Joined([piece[index] for piece in past]) for index in range(body.config.num_hidden_layers)]
+    dtype = past[0][0][0].dtype if past else body.get_input_embeddings().weight.dtype
+    visible = _visible(row, places_of(row), slots).to(device)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
+    output = evaluating(body)(
+        input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
+        past_key_values=Cache(layers=list(layers)), attention_mask=mask[None, None], use_cache=True,
+    )  # fmt: skip
+    added = [layer.added for layer in layers if layer.added is not None]
+    return output.last_hidden_state[0], added

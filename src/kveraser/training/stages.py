@@ -1,0 +1,104 @@
+"""A whole run: which stages, from what, into which folders.
+
+Knows: erasers, folders. Does not know how a stage trains.
+
+    OUTPUT/config.yaml
+    OUTPUT/pretrain/   checkpoint.pt  best/  train.jsonl  tensorboard/
+    OUTPUT/finetune/   the same, from the best of pretrain where there is one
+    OUTPUT/eraser/     the best of the last stage that was run
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kveraser.eraser import KVEraser
+from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.training.config import STAGES, StageName, TrainConfig
+from kveraser.training.loop import Report, StageRun
+
+
+def train_eraser(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrainConfig,
+    output: Path,
+    *,
+    stages: Sequence[StageName] = STAGES,
+    start: Path | None = None,
+    fresh: bool = False,
+    accelerator: Accelerator | None = None,
+    report: Report | None = None,
+) -> KVEraser:
+    """Train an eraser in the given stages. A run that was interrupted goes on from its last checkpoint.
+
+    Args:
+        model: the backbone; moved to the accelerator's device, otherwise left as it is.
+        start: an eraser to start the first stage from; None takes the best of the stage before it in `output`, if there
+            is one, else a new one.
+        fresh: forget the checkpoints of these stages.
+        report: called after every step, in the main process.
+
+    Returns:
+        The best eraser by validation KL, which is also in `output/eraser`.
+
+    Raises:
+        OptionError: no stage, or a stage without tasks.
+        TrainingError: see `StageRun`.
+    """
+    if not stages or any(not config.stage(name).tasks for name in stages):
+        raise OptionError(f"stages={list(stages)}: needs at least one, each with at least one task")
+    accelerator = accelerator or Accelerator()
+    model.to(accelerator.device)  # type: ignore[arg-type]
+    output.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        config.write(output / "config.yaml")
+        if fresh:
+            for name in stages:
+                shutil.rmtree(output / name, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    eraser = None
+    for name in stages:
+        before = start if name == stages[0] and start is not None else _stage_before(output, name)
+        eraser = _first_eraser(model, config, before)
+        StageRun(model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report).run()
+        if accelerator.is_main_process:
+            _publish(output / name / "best", output / "eraser")
+        accelerator.wait_for_everyone()
+    return KVEraser.from_pretrained(output / "eraser", model)
+
+
+def _stage_before(output: Path, name: StageName) -> Path | None:
+    index = STAGES.index(name)
+    best = output / STAGES[index - 1] / "best"
+    return best if index and best.exists() else None
+
+
+def _first_eraser(model: PreTrainedModel, config: TrainConfig, start: Path | None) -> KVEraser:
+    options = config.eraser
+    eraser = KVEraser.new(
+        model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair, seed=config.seed
+    )
+    if start is not None:
+        found = KVEraser.from_pretrained(start, model)
+        if found.lora_config.r != options.rank:
+            raise EraserMismatchError(
+                f"the eraser in {start} has rank {found.lora_config.r}, the configuration says {options.rank}; "
+                f"give --set eraser.rank={found.lora_config.r}"
+            )
+        eraser.load_weights(start)
+    return eraser
+
+
+def _publish(best: Path, target: Path) -> None:
+    """Copy the best eraser beside the old one, then exchange the two."""
+    fresh = target.with_name(".eraser.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(best, fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)

@@ -1,0 +1,103 @@
+"""All methods on one context: the same question, undone in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kveraser as kv
+from conftest import make_tokenizer, random_eraser, same, states, text_model
+from kveraser.evaluation import compare_methods, read_parts
+from kveraser.methods import as_method
+
+PARTS = [
+    ("the door is blue and ", False),
+    ("the code is 1234. ", True),
+    ("the car is fast and ", False),
+    ("it is blue. ", True),
+    ("the end", False),
+]
+
+
+def read(question=None):
+    model = text_model()
+    context = kv.ErasableContext(model, make_tokenizer(), random_eraser(model, repair=2))
+    spans = read_parts(context, PARTS)
+    if question:
+        context.append(question)
+    return context, spans
+
+
+def test_reading_gives_the_spans_of_what_is_to_be_erased_and_skips_empty_texts():
+    context, spans = read()
+    assert [context.text_of(span) for span in spans] == [text for text, erased in PARTS if erased]
+    assert context.text == "".join(text for text, _ in PARTS)
+    length = len(context)
+    assert read_parts(context, [("", False), (" more", True)]) == (kv.Span(length, len(context)),)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_numbers_are_those_of_erasing_by_hand(cached):
+    question = " what is the code"
+    context, spans = read(question if cached else None)
+    labels = ["no-erase", "full-recompute", "kveraser:repair=0", "kveraser", "local-suffix-repair:tokens=4"]
+    before = states(context.cache)
+    results = compare_methods(
+        context, spans, None if cached else question, [as_method(label) for label in labels], erased="1234"
+    )
+    assert [result.method for result in results] == labels
+    assert same(before, states(context.cache))
+
+    ids = context.encode(question)
+    wanted = context.encode(" 1234")
+
+    def logits(answer):
+        if cached:
+            return context.logits_ids(answer[:-1], from_last=True)
+        return context.logits_ids([*ids, *answer[:-1]])[len(ids) - 1 :]
+
+    def by_hand(method, answer):
+        receipt = context.erase(spans, method)
+        if answer is None:
+            answer = context.generate_ids([] if cached else ids, max_new_tokens=16)
+        found = logits(answer).log_softmax(-1)
+        leak = logits(wanted).log_softmax(-1)[torch.arange(len(wanted)), wanted].mean().item()
+        context.restore(receipt)
+        return answer, found, leak
+
+    answer, teacher, floor = by_hand(kv.FullRecompute(), None)
+    assert context.decode(answer).strip() == results[1].answer  # one line, for this model
+    for label, result in zip(labels, results, strict=True):
+        _, found, leak = by_hand(label, answer)
+        assert result.kl == pytest.approx((teacher.exp() * (teacher - found)).sum(-1).mean().item(), abs=1e-5)
+        assert result.agreement == pytest.approx((teacher.argmax(-1) == found.argmax(-1)).float().mean().item())
+        assert result.leak_margin == pytest.approx(leak - floor, abs=1e-5)
+    assert results[1].kl == 0
+    assert results[1].exact
+    assert results[2].tokens_recomputed == sum(map(len, spans))
+    assert results[3].tokens_recomputed == sum(map(len, spans)) + 4
+
+
+def test_without_an_erased_answer_there_is_no_margin():
+    context, spans = read()
+    (result,) = compare_methods(context, spans, " so", [kv.DeleteAndShift()])
+    assert result.leak_margin is None
+    assert result.agreement <= 1
+
+
+def test_an_answer_ends_with_its_first_line_that_is_not_blank(monkeypatch):
+    context, spans = read()
+    decoded = {1: "\n", 2: "\n ", 3: "\n blue", 4: "\n blue\n", 5: "\n blue\nand"}
+    monkeypatch.setattr(context, "decode", lambda ids: decoded.get(len(ids), "too long"))
+    (result,) = compare_methods(context, spans, " so", [kv.FullRecompute()], min_new_tokens=16)
+    assert result.answer == "blue"
+
+
+def test_auto_says_what_it_used_and_each_result_is_reported_at_once():
+    context, spans = read()
+    seen = []
+    results = compare_methods(context, spans, " so", [kv.Auto(), kv.NoErase()], repeats=2, done=seen.append)
+    assert seen == results
+    assert results[0].method == "auto"
+    assert results[0].used in ("kveraser", "full-recompute")
+    assert results[1].used == results[1].method

@@ -1,0 +1,237 @@
+"""Tables and plots: the numbers of the records, and every file that is promised."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import random_eraser, text_model
+from kveraser.evaluation.plots import draw_plots
+from kveraser.evaluation.provenance import commit, environment, eraser_facts, text_digest
+from kveraser.evaluation.record import Record
+from kveraser.evaluation.report import format_interval, results, write_report
+from kveraser.evaluation.statistics import Interval
+from kveraser.evaluation.summary import METRICS, OVERALL, Row, reference_method, summarise
+
+METHODS = (
+    "no-erase",
+    "full-recompute",
+    "delete-and-shift",
+    "local-suffix-repair:tokens=8",
+    "kveraser:repair=0",
+    "kveraser",
+)
+DISTANCE = dict(zip(METHODS, (0.2, 0.0, 0.05, 0.02, 0.03, 0.01), strict=True))
+HEADER = {
+    "options": {"model": "tiny", "device": "cpu", "dtype": "float32", "limit": 4, "seed": 0},
+    "environment": {"kveraser": "1", "commit": "abc", "torch": "2", "transformers": "5", "peft": "0", "threads": 1, "processor": "x"},
+    "eraser": {"sha256": "0" * 64, "rank": 4, "window": None, "repair": 4},
+}  # fmt: skip
+
+
+def record(task, length, index, protocol, method, rng):
+    gold = None if task == "injection" and index % 2 else "blue"
+    return Record(
+        task=task, length=length, index=index, protocol=protocol, method=method, used=method, tokens=length,
+        tokens_erased=8, answer="blue", gold=gold, erased="red", exact_match=gold and True, f1=gold and 1.0, leaked=False,
+        leak_margin=rng.gauss(0, 1), kl=DISTANCE[method] * rng.uniform(0.5, 1.5), agreement=0.9,
+        tokens_recomputed=8, milliseconds=rng.uniform(1, 100),
+    )  # fmt: skip
+
+
+def records(lengths=(256, 1024), count=4):
+    rng = random.Random(0)
+    cells = itertools.product(("needle", "injection"), lengths, range(count), ("query_after", "query_cached"), METHODS)
+    return [record(*cell, rng) for cell in cells]
+
+
+def one(rows, method, task=OVERALL, length=256, protocol="query_after"):
+    (row,) = [r for r in rows if (r.task, r.length, r.protocol, r.method) == (task, length, protocol, method)]
+    return row
+
+
+def test_rows_hold_the_means_over_tasks_and_of_each_task():
+    rows = summarise(records())
+    assert len(rows) == 3 * 2 * 2 * len(METHODS)
+    for method in METHODS:
+        values = {
+            task: [
+                r.kl
+                for r in records()
+                if (r.task, r.length, r.protocol, r.method) == (task, 256, "query_after", method)
+            ]
+            for task in ("needle", "injection")
+        }
+        assert one(rows, method, "needle").values["kl"].mean == pytest.approx(np.mean(values["needle"]))
+        assert one(rows, method).values["kl"].mean == pytest.approx(np.mean([np.mean(v) for v in values.values()]))
+        assert one(rows, method).examples == 8
+
+
+def test_metrics_are_over_the_examples_for_which_they_have_a_meaning():
+    without = [r for r in records() if r.task == "injection" and r.gold is None]
+    rows = summarise(without)
+    assert one(rows, "kveraser").values["exact_match"] is None
+    assert one(rows, "kveraser").values["leaked"] == Interval(0, 0, 0)
+    assert one(summarise(records()), "kveraser").values["exact_match"].mean == 1
+
+
+def test_kveraser_is_compared_with_every_other_approximate_method():
+    rows = summarise(records())
+    compared = {method: one(rows, method).values["kl_difference"] for method in METHODS}
+    assert [method for method, value in compared.items() if value is None] == ["no-erase", "full-recompute", "kveraser"]
+    shift = compared["delete-and-shift"]
+    own, other = one(rows, "kveraser").values["kl"].mean, one(rows, "delete-and-shift").values["kl"].mean
+    assert shift.mean == pytest.approx(own - other)
+    assert shift.high < 0
+    assert one(rows, "kveraser").values["kl_ratio"].mean == pytest.approx(own / other)
+    assert one(rows, "delete-and-shift").values["kl_ratio"] == Interval(1, 1, 1)
+
+
+def test_the_reference_is_kveraser_as_it_is_else_its_first_variant():
+    assert reference_method(METHODS) == "kveraser"
+    assert reference_method(["no-erase", "kveraser:repair=4", "kveraser:repair=8"]) == "kveraser:repair=4"
+    assert reference_method(["no-erase"]) is None
+
+
+def test_a_ratio_to_nothing_is_left_out():
+    zero = [Record(**{**r.__dict__, "kl": 0.0}) for r in records()]
+    assert one(summarise(zero), "kveraser").values["kl_ratio"] is None
+
+
+def test_an_example_counts_once_every_method_has_been_through():
+    rows = summarise(records()[:-3])
+    assert one(rows, "kveraser", length=1024, protocol="query_cached").examples == 7
+    assert one(rows, "no-erase", length=1024, protocol="query_cached").examples == 7
+    assert summarise(records()[: len(METHODS) - 1]) != []
+    assert summarise([]) == []
+
+
+def test_the_same_records_give_the_same_rows_and_rows_survive_json():
+    rows = summarise(records(), seed=3)
+    assert summarise(records(), seed=3) == rows
+    assert [Row.from_dict(json.loads(json.dumps(row.as_dict()))) for row in rows] == rows
+
+
+def test_numbers_are_shown_with_an_interval_where_it_shows():
+    assert format_interval(Interval(0.5, 0.25, 0.75), 2) == "0.50 [0.25, 0.75]"
+    assert format_interval(Interval(-0.001, -0.002, 0.001), 2) == "0.00"
+    assert format_interval(None, 2) == ""
+
+
+def tables_of(markdown):
+    """Every table of a page, as lists of rows."""
+    runs = itertools.groupby(markdown.splitlines(), lambda line: line.startswith("|"))
+    return [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in run] for is_table, run in runs if is_table
+    ]
+
+
+def test_every_file_is_written_and_the_tables_can_be_read(tmp_path):
+    write_report(tmp_path, HEADER, records(), complete=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "kl_by_length.png", "kl_by_task.png", "quality_cost.png", "results.json", "results.md",
+    ]  # fmt: skip
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["complete"]
+    assert document["options"] == HEADER["options"]
+    page = (tmp_path / "results.md").read_text()
+    tables = tables_of(page)
+    assert len(tables) == 3 * 2 * 2
+    for table in tables:
+        assert {len(row) for row in table} == {1 + len(METRICS)}
+        assert [row[0].strip("`") for row in table[2:]] == list(METHODS)
+    rows = [Row.from_dict(row) for row in document["rows"]]
+    assert tables[0][2][1].startswith(f"{one(rows, 'no-erase').values['kl'].mean:.4f} [")
+    for name in ("kl_by_length.png", "quality_cost.png", "kl_by_task.png"):
+        assert f"({name})" in page
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_run_says_so_and_an_empty_one_has_no_tables(tmp_path):
+    write_report(tmp_path, HEADER, records()[:40], complete=False)
+    assert "not finished" in (tmp_path / "results.md").read_text()
+    write_report(tmp_path / "empty", {**HEADER, "eraser": None}, [], complete=False)
+    assert sorted(file.name for file in (tmp_path / "empty").iterdir()) == ["results.json", "results.md"]
+    assert tables_of((tmp_path / "empty" / "results.md").read_text()) == []
+
+
+def test_plots_are_drawn_for_one_length_one_task_and_many_methods_too():
+    few = [r for r in records((256,), 1) if r.task == "needle" and r.protocol == "query_cached"]
+    rng = random.Random(1)
+    more = []
+    for tokens in range(1, 8):
+        name = f"local-suffix-repair:tokens={tokens}"
+        DISTANCE[name] = 0.01
+        more.append(record("needle", 256, 0, "query_cached", name, rng))
+    assert set(draw_plots(summarise(few + more))) == {"kl_by_length.png", "quality_cost.png", "kl_by_task.png"}
+
+
+def test_the_provenance_names_versions_and_tells_erasers_apart():
+    model = text_model()
+    assert {"kveraser", "torch", "transformers", "peft", "threads", "commit"} <= environment(model).keys()
+    assert commit() is None or len(commit().removesuffix("-dirty")) == 40
+    facts = eraser_facts(random_eraser(model, window=(2, 8)))
+    assert facts["window"] == (2, 8)
+    assert facts["sha256"] == eraser_facts(random_eraser(model))["sha256"]
+    assert facts["sha256"] != eraser_facts(random_eraser(model, scale=0.3))["sha256"]
+    assert eraser_facts(None) is None
+    assert text_digest(["a", "b"]) != text_digest(["ab"])
+
+
+FILL = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "fill_results.py"))
+
+
+@pytest.mark.parametrize("name", ["means", "means 256", "tasks 1024", "lengths", "full"])
+def test_the_tables_of_pages_are_filled_from_results(tmp_path, name):
+    (tmp_path / "tasks").mkdir()
+    document, _ = results(HEADER, records(), True)
+    (tmp_path / "tasks" / "results.json").write_text(json.dumps(document))
+    page = f"Before.\n\n<!-- results tasks {name} -->\nold\n<!-- /results -->\n\nAfter.\n"
+    filled = FILL["fill"](page, tmp_path)
+    assert filled.startswith("Before.\n\n<!-- results tasks")
+    assert filled.endswith("<!-- /results -->\n\nAfter.\n")
+    assert "old" not in filled
+    for table in tables_of(filled):
+        assert len({len(row) for row in table}) == 1
+        assert [row[0].strip("`") for row in table[2:]] == list(METHODS)
+    assert FILL["fill"](filled, tmp_path) == filled
+
+
+def test_what_was_not_made_again_is_marked_and_what_is_missing_too(tmp_path):
+    (tmp_path / "documents").mkdir()
+    document, _ = results(HEADER, records(), True)
+    (tmp_path / "documents" / "results.json").write_text(json.dumps(document))
+    page = "<!-- results documents made -->\n<!-- /results -->\n<!-- results other means -->\nold\n<!-- /results -->\n"
+    assert "Not made again" in FILL["fill"](page, tmp_path, ["documents"])
+    assert "Not made again" not in FILL["fill"](page, tmp_path)
+    assert "Not made yet" in FILL["fill"](page, tmp_path)
+
+
+def test_the_latency_of_the_demo_is_a_table(tmp_path):
+    (tmp_path / "demo").mkdir()
+    rows = [{"method": "kveraser", "suffix": n, "milliseconds": n / 10} for n in (100, 200)]
+    (tmp_path / "demo" / "results.json").write_text(json.dumps({"latency": rows}))
+    filled = FILL["fill"]("<!-- results demo latency -->\n<!-- /results -->", tmp_path)
+    assert "| `kveraser` | 10 | 20 | 2.0x |" in filled
+
+
+@pytest.mark.parametrize("mark", ["tasks nothing", "tasks means 77"])
+def test_marks_that_cannot_be_filled_are_refused(tmp_path, mark):
+    (tmp_path / "tasks").mkdir()
+    document, _ = results(HEADER, records(), True)
+    (tmp_path / "tasks" / "results.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit, match="no table 'nothing'|at 77 tokens"):
+        FILL["fill"](f"<!-- results {mark} -->\n<!-- /results -->", tmp_path)
+
+
+def test_every_table_that_a_page_shows_can_be_made():
+    for page in ("README.md", "docs/results.md"):
+        text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+        for _, _, name, _, _ in FILL["MARKED"].findall(text):
+            assert name in FILL["TABLES"]

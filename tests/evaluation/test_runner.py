@@ -1,0 +1,212 @@
+"""Runs over many examples: the same examples for all, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+import kveraser as kv
+from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.evaluation.record import RECORDS, RESULTS, Record, RunLog
+from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
+from kveraser.methods import as_method, method_label
+from kveraser.tasks import Filler
+
+OPTIONS = EvalOptions(
+    tasks=("needle", "tool-observation"),
+    lengths=(90, 120),
+    protocols=("query_after", "query_cached"),
+    methods=tuple(map(as_method, ("no-erase", "full-recompute", "delete-and-shift", "kveraser"))),
+    limit=2,
+    max_new_tokens=4,
+)
+HEADER = {"options": OPTIONS.as_dict(), "environment": {}, "eraser": None}
+TOTAL = 2 * 2 * 2 * 2 * 4
+
+
+def examples(options=OPTIONS):
+    passages = [
+        f"The car number {n} is blue and fast. It has a door with a code. The code is {n * 37}." for n in range(30)
+    ]
+    return draw(options, Filler(passages, lambda text: len(text.split())))
+
+
+def run(log, options=OPTIONS, keep=None):
+    model = text_model()
+    evaluate(
+        model, make_tokenizer(), random_eraser(model), options, examples(options), keep or log.add, list(log.records)
+    )
+    return log.records
+
+
+def timeless(records):
+    return sorted((replace(record, milliseconds=0.0) for record in records), key=lambda record: record.key)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return list(run(RunLog(HEADER)))
+
+
+def test_every_method_is_run_on_every_example_in_both_protocols(uninterrupted):
+    assert len(uninterrupted) == len({record.key for record in uninterrupted}) == TOTAL
+    for record in uninterrupted:
+        assert (record.exact_match is None) == (record.f1 is None) == (record.gold is None)
+        assert record.tokens > record.tokens_erased > 0
+        if record.method == "full-recompute":
+            assert record.kl == record.leak_margin == 0
+    assert any(record.kl > 0 for record in uninterrupted)
+
+
+def test_the_same_seed_draws_the_same_examples_and_tasks_come_in_turns():
+    assert examples() == examples()
+    assert examples() != examples(replace(OPTIONS, seed=1))
+    assert [(d.task, d.length, d.index) for d in examples()][:5] == [
+        ("needle", 90, 0),
+        ("tool-observation", 90, 0),
+        ("needle", 120, 0),
+        ("tool-observation", 120, 0),
+        ("needle", 90, 1),
+    ]
+
+
+@pytest.mark.parametrize("stop", [1, 7, 30])
+def test_an_interrupted_run_goes_on_to_the_results_of_an_uninterrupted_one(tmp_path, uninterrupted, stop):
+    log = RunLog(HEADER, tmp_path)
+
+    def keep(record):
+        log.add(record)
+        if len(log.records) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(log, keep=keep)
+    again = RunLog(HEADER, tmp_path)
+    assert len(again.records) == stop
+    run(again)
+    assert len(again.records) == TOTAL
+    assert timeless(again.records) == timeless(uninterrupted)
+    assert timeless(RunLog(HEADER, tmp_path).records) == timeless(uninterrupted)
+
+
+def test_a_finished_run_runs_no_model_again(tmp_path, uninterrupted):
+    log = RunLog(HEADER, tmp_path)
+    for record in uninterrupted:
+        log.add(record)
+    evaluate(text_model(), make_tokenizer(), None, OPTIONS, examples(), pytest.fail, RunLog(HEADER, tmp_path).records)
+
+
+def test_a_broken_last_line_is_dropped_and_made_again(tmp_path, uninterrupted):
+    log = RunLog(HEADER, tmp_path)
+    for record in uninterrupted[:3]:
+        log.add(record)
+    file = tmp_path / RECORDS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-20])
+    again = RunLog(HEADER, tmp_path)
+    assert again.records == uninterrupted[:2]
+    again.add(uninterrupted[2])
+    assert file.read_bytes() == whole
+
+
+def test_every_line_is_one_record(tmp_path, uninterrupted):
+    log = RunLog(HEADER, tmp_path)
+    log.add(uninterrupted[0])
+    (line,) = (tmp_path / RECORDS).read_text().splitlines()
+    assert json.loads(line) == asdict(uninterrupted[0])
+    there = json.loads((tmp_path / RESULTS).read_text())
+    assert there["options"] == HEADER["options"]
+    assert not there["complete"]
+
+
+def test_a_run_with_other_options_is_refused_until_it_is_started_anew(tmp_path, uninterrupted):
+    RunLog(HEADER, tmp_path).add(uninterrupted[0])
+    other = {**HEADER, "options": replace(OPTIONS, limit=3).as_dict()}
+    with pytest.raises(kv.OptionError, match="limit is 3, was 2.*--fresh"):
+        RunLog(other, tmp_path)
+    assert len(RunLog(HEADER, tmp_path).records) == 1
+    assert RunLog(other, tmp_path, fresh=True).records == []
+    assert json.loads((tmp_path / RESULTS).read_text())["options"]["limit"] == 3
+
+
+def test_other_options_are_fine_where_nothing_was_recorded(tmp_path):
+    RunLog(HEADER, tmp_path)
+    RunLog({**HEADER, "options": {}}, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["no json\n", '{"task": "needle"}\n', "[1]\n"])
+def test_a_damaged_file_is_named_with_its_line(tmp_path, uninterrupted, damage):
+    RunLog(HEADER, tmp_path).add(uninterrupted[0])
+    with (tmp_path / RECORDS).open("a") as file:
+        file.write(damage)
+    with pytest.raises(kv.OptionError, match="line 2 of .*--fresh"):
+        RunLog(HEADER, tmp_path)
+
+
+def test_records_without_their_options_and_folders_that_are_files_are_refused(tmp_path, uninterrupted):
+    RunLog(HEADER, tmp_path / "a").add(uninterrupted[0])
+    (tmp_path / "a" / RESULTS).write_text("{}")
+    with pytest.raises(kv.OptionError, match="does not say with which options"):
+        RunLog(HEADER, tmp_path / "a")
+    (tmp_path / "b").write_text("")
+    with pytest.raises(kv.OptionError, match="cannot write results"):
+        RunLog(HEADER, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tasks": ("haystack",)}, "no task 'haystack'"),
+        ({"tasks": ()}, "no tasks"),
+        ({"protocols": ("before",)}, "no protocol 'before'"),
+        ({"methods": (kv.NoErase(), kv.NoErase())}, "twice in methods: no-erase"),
+        ({"lengths": (64, 64)}, "twice in lengths: 64"),
+        ({"lengths": (0,)}, "at least 1"),
+        ({"limit": 0}, "at least 1"),
+    ],
+)
+def test_impossible_options_are_refused(change, said):
+    with pytest.raises(kv.OptionError, match=said):
+        replace(OPTIONS, **change)
+
+
+def test_contexts_that_the_model_cannot_read_are_refused():
+    with pytest.raises(kv.OptionError, match="has 16384 positions"):
+        evaluate(text_model(), make_tokenizer(), None, replace(OPTIONS, lengths=(20000,)), [], pytest.fail)
+
+
+def test_kveraser_is_compared_without_its_repair_only_where_it_has_one():
+    model = text_model()
+    labels = [method_label(method) for method in default_methods(random_eraser(model, repair=4))]
+    assert labels[-2:] == ["kveraser:repair=0", "kveraser"]
+    labels = [method_label(method) for method in default_methods(random_eraser(model))]
+    assert labels[-2:] == ["selective-recompute", "kveraser"]
+    assert "kveraser" not in [method.name for method in default_methods(None)]
+
+
+def test_a_file_is_shown_without_its_folder():
+    assert task_label("document-qa=/some/folder/questions.json") == "document-qa=questions.json"
+    assert task_label("needle") == "needle"
+
+
+def test_a_file_with_fewer_questions_than_the_limit_gives_what_it_has(tmp_path):
+    file = tmp_path / "questions.json"
+    entry = {
+        "question": "Who built the hall?",
+        "answer": "Wagner",
+        "context": [["Hall", ["The hall was built by Wagner."]], ["Town", ["The town is old."]]],
+        "supporting_facts": [["Hall", 0]],
+    }
+    file.write_text(json.dumps([entry, {**entry, "answer": "Bauer"}]))
+    options = replace(OPTIONS, tasks=(f"document-qa={file}",), lengths=(64,), limit=5)
+    assert [(drawn.task, drawn.index) for drawn in examples(options)] == [
+        ("document-qa=questions.json", 0),
+        ("document-qa=questions.json", 1),
+    ]
+
+
+def test_records_are_frozen():
+    with pytest.raises(AttributeError):
+        Record(**dict.fromkeys(Record.__dataclass_fields__)).kl = 1.0

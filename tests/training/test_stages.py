@@ -1,0 +1,187 @@
+"""Runs: what they leave, that they can be interrupted anywhere, and that processes add up."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import kveraser as kv
+from conftest import make_tokenizer, prefill, states, text_model, tiny
+from kveraser.errors import TrainingError
+from kveraser.training import Stage, train_eraser
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def run(config, output, **options):
+    return train_eraser(text_model(), make_tokenizer(), config, output, **options)
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["weights"]
+
+
+def test_both_stages_lower_kl_and_leave_an_eraser_logs_and_a_card(tmp_path, short):
+    model, seen = text_model(), []
+    before = states(prefill(model, torch.tensor([[5, 6, 7]])))
+    longer = replace(short, finetune=replace(short.finetune, steps=16, contexts=3, validate_every=8))
+    eraser = run(longer, tmp_path / "run", report=seen.append)
+    tuned = [step for step in seen if step.stage == "finetune" and step.validation]
+    first = next(step for step in seen if step.stage == "pretrain" and step.validation)
+    assert tuned[-1].best < 0.95 * max(first.validation.mean, tuned[0].validation.mean)
+    assert eraser.window == (2, 16)
+    assert eraser.config.notes["training"]["finetune"]["steps"] == 16
+    assert eraser.config.notes["training"]["text"] == "corpus.txt"
+    for stage, steps in (("pretrain", 4), ("finetune", 16)):
+        folder = tmp_path / "run" / stage
+        log = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in log] == list(range(steps + 1))
+        assert sorted(p.name for p in folder.iterdir()) == ["best", "checkpoint.pt", "tensorboard", "train.jsonl"]
+    card = (tmp_path / "run" / "eraser" / "README.md").read_text()
+    assert "needle, injection" in card
+    assert str(tmp_path) not in card
+    after = states(prefill(model, torch.tensor([[5, 6, 7]])))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_finetuning_starts_from_pretraining_or_from_a_given_eraser(tmp_path, short):
+    once = replace(short, finetune=replace(short.finetune, steps=1, learning_rate=1e-12, weight_decay=0.0))
+    pretrained = run(once, tmp_path / "a", stages=["pretrain"])
+    continued = run(once, tmp_path / "a", stages=["finetune"])
+    given = run(once, tmp_path / "b", stages=["finetune"], start=tmp_path / "a" / "pretrain" / "best")
+    for a, b, c in zip(pretrained.parameters(), continued.parameters(), given.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+        assert torch.equal(b, c)
+    with pytest.raises(kv.EraserMismatchError, match="eraser.rank=2"):
+        bigger = replace(short, eraser=replace(short.eraser, rank=4))
+        run(bigger, tmp_path / "c", stages=["finetune"], start=tmp_path / "a" / "eraser")
+
+
+def test_a_run_that_was_interrupted_ends_with_the_very_same_weights(tmp_path, short):
+    class Stop(Exception):
+        pass
+
+    def stop(step):
+        if step.step == 3:
+            raise Stop
+
+    run(short, tmp_path / "whole", stages=["finetune"])
+    with pytest.raises(Stop):
+        run(short, tmp_path / "parts", stages=["finetune"], report=stop)
+    seen = []
+    run(short, tmp_path / "parts", stages=["finetune"], report=seen.append)
+    assert [step.step for step in seen] == [4]
+    whole, parts = (weights(tmp_path / name / "finetune") for name in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    log = [json.loads(line)["step"] for line in (tmp_path / "parts" / "finetune" / "train.jsonl").open()]
+    assert log == [0, 1, 2, 3, 4]
+
+
+def worker(*arguments, processes=1):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+        command = [sys.executable, *launcher, *command[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"losses"')]
+    return done, lines
+
+
+def test_a_killed_process_goes_on_to_the_very_same_weights(tmp_path, corpus):
+    _, (whole,) = worker(tmp_path / "whole", corpus)
+    killed, nothing = worker(tmp_path / "killed", corpus, 5)
+    assert killed.returncode < 0
+    assert not nothing
+    _, (resumed,) = worker(tmp_path / "killed", corpus)
+    assert resumed["losses"] == whole["losses"][5:]
+    assert (resumed["best"], resumed["last"]) == (whole["best"], whole["last"])
+
+
+def test_two_processes_learn_what_one_does(tmp_path, corpus):
+    _, (one,) = worker(tmp_path / "one", corpus)
+    done, both = worker(tmp_path / "two", corpus, processes=2)
+    assert len(both) == 2, done.stderr[-2000:]
+    first, second = sorted(both, key=lambda entry: entry["rank"])
+    assert first["best"] == second["best"]
+    assert not second["losses"]  # only the main process reports
+    for alone, shared in zip(one["losses"], first["losses"], strict=True):
+        assert math.isclose(alone, shared, rel_tol=1e-5, abs_tol=1e-9)
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_fresh_forgets_it(tmp_path, short):
+    run(short, tmp_path / "run", stages=["pretrain"])
+    other = replace(short, pretrain=replace(short.pretrain, learning_rate=1e-3))
+    with pytest.raises(TrainingError, match="pretrain.learning_rate was 0.005, now it is 0.001"):
+        run(other, tmp_path / "run", stages=["pretrain"])
+    run(other, tmp_path / "run", stages=["pretrain"], fresh=True)
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, short):
+    run(short, tmp_path / "run", stages=["pretrain"])
+    with pytest.raises(TrainingError, match="backbone"):
+        train_eraser(tiny("qwen2"), make_tokenizer(), short, tmp_path / "run", stages=["pretrain"])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, short):
+    run(short, tmp_path / "run", stages=["pretrain"])
+    (tmp_path / "run" / "pretrain" / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(TrainingError, match="cannot read"):
+        run(short, tmp_path / "run", stages=["pretrain"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_eraser(tmp_path, short):
+    wild = replace(short, pretrain=replace(short.pretrain, learning_rate=1e30, clip=1e30, warmup=0))
+    with pytest.raises(TrainingError, match="learning_rate=1e"):
+        run(wild, tmp_path / "run", stages=["pretrain"])
+    kept = kv.KVEraser.from_pretrained(tmp_path / "run" / "pretrain" / "best", text_model())
+    assert all(torch.isfinite(parameter).all() for parameter in kept.parameters())
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "best"])
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, short, monkeypatch, where):
+    run(replace(short, pretrain=replace(short.pretrain, steps=4)), tmp_path / "run", stages=["pretrain"])
+    kept = (tmp_path / "run" / "pretrain" / "checkpoint.pt").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if where == "checkpoint":
+        monkeypatch.setattr("os.fsync", full)
+    else:
+        monkeypatch.setattr(kv.KVEraser, "save_pretrained", full)
+    with pytest.raises(TrainingError, match="No space left"):
+        run(short, tmp_path / "other", stages=["pretrain"])
+    assert (tmp_path / "run" / "pretrain" / "checkpoint.pt").read_bytes() == kept
+    assert not list((tmp_path / "other" / "pretrain").glob(".*"))
+
+
+def test_patience_ends_a_stage_that_no_longer_improves(tmp_path, short):
+    stage = replace(short.pretrain, steps=50, learning_rate=1e-12, weight_decay=0.0, validate_every=1, patience=2)
+    seen = []
+    run(replace(short, pretrain=stage), tmp_path / "run", stages=["pretrain"], report=seen.append)
+    assert seen[-1].step < 10
+
+
+def test_bad_input_is_refused_before_anything_is_trained(tmp_path, short):
+    (tmp_path / "empty.txt").write_text("")
+    for text, said in ((str(tmp_path / "none.txt"), "no text source"), (str(tmp_path / "empty.txt"), "holds no text")):
+        with pytest.raises(kv.OptionError, match=said):
+            run(replace(short, text=text), tmp_path / "run")
+    (tmp_path / "short.txt").write_text("Too short.\n\nAlso short.")
+    with pytest.raises(kv.OptionError, match="usable passages"):
+        run(replace(short, text=str(tmp_path / "short.txt")), tmp_path / "run")
+    with pytest.raises(kv.OptionError, match="at least one task"):
+        run(replace(short, pretrain=Stage()), tmp_path / "run")

@@ -45,7 +45,7 @@ test-oldest:
 LIMIT ?= 20
 LENGTHS ?= 256 1024 4096
 RESULTS ?= docs/results
-PAGES ?= README.md docs/results.md
+PAGES ?= README.md docs/results.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 EVAL = $(BIN)/kveraser eval --limit $(LIMIT) $(addprefix --lengths ,$(LENGTHS)) $(if $(FRESH),--fresh)
 
 results: $(STAMP)

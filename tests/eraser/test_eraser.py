@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,3 +228,28 @@ def test_making_an_eraser_leaves_the_random_state_alone():
 def test_impossible_settings_are_refused():
     with pytest.raises(kv.OptionError, match="rank=0"):
         kv.KVEraser.new(tiny(), rank=0)
+
+
+def test_an_eraser_is_pushed_to_the_hub_as_it_was_saved(tmp_path, monkeypatch):
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token=None):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, private, exist_ok):
+            uploaded["repo"] = (repo_id, private)
+
+        def upload_folder(self, repo_id, folder_path):
+            uploaded["files"] = sorted(file.name for file in Path(folder_path).iterdir())
+            return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    eraser = random_eraser(tiny())
+    assert eraser.push_to_hub("me/mine", private=True, token="secret") == "https://hub/me/mine/commit/1"
+    assert uploaded["repo"] == ("me/mine", True)
+    assert uploaded["files"] == ["adapter_config.json", "adapter_model.safetensors", "kveraser.json"]
+    eraser.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("A card.")
+    eraser.push_to_hub("me/mine", folder=tmp_path, token="secret")
+    assert "README.md" in uploaded["files"]

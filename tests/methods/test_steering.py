@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 
 import pytest
@@ -24,7 +23,7 @@ from conftest import (
     token_ids,
 )
 from kveraser.cache import get_marks, growable_cache, window_spans
-from kveraser.rope import rotary_layout
+from kveraser.rope import frequencies, rotary_layout, rotate
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -177,7 +176,7 @@ def _always_steer():
 
 
 @given(st.integers(0, 20), st.sampled_from([None, (0, 3), (2, 8), (4, 30)]))
-def test_repair_recomputes_the_first_tokens_behind_the_span_with_the_plain_model_in_the_same_window(tokens, window):
+def test_repair_recomputes_the_first_tokens_behind_the_span_as_if_it_had_never_been_there(tokens, window):
     model, ids, span = tiny(), token_ids(30), kv.Span(8, 14)
     eraser = random_eraser(model, window=window)
     plain, repaired = prefill(model, ids), prefill(model, ids)
@@ -189,18 +188,34 @@ def test_repair_recomputes_the_first_tokens_behind_the_span_with_the_plain_model
         assert torch.equal(a[:, :, :14], b[:, :, :14])
         assert torch.equal(a[:, :, 14 + count :], b[:, :, 14 + count :])
     if count:
-        past = copy.deepcopy(plain)
-        past.crop(14 - past.get_seq_length())
-        visible = torch.zeros(count, 14 + count, dtype=torch.bool)
-        for run in window_spans(window, 14):
+        past = prefill(model, ids[:, :8])
+        visible = torch.zeros(count, 8 + count, dtype=torch.bool)
+        for run in window_spans(window, 8):
             visible[:, run.slice] = True
-        visible[:, 14:] = torch.ones(count, count, dtype=torch.bool).tril()
+        visible[:, 8:] = torch.ones(count, count, dtype=torch.bool).tril()
         mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
-        where = torch.arange(14, 14 + count)[None]
+        where = torch.arange(8, 8 + count)[None]
         with torch.no_grad():
             model(ids[:, 14 : 14 + count], position_ids=where, past_key_values=past, attention_mask=mask)
-        got = [tensor[:, :, 14 : 14 + count] for tensor in states(repaired)]
-        assert relative(got, [tensor[:, :, 14:] for tensor in states(past)]) < 1e-5
+        for layer, near in zip(repaired.layers, past.layers, strict=True):
+            keys = rotate(near.keys[:, :, 8:], 6, frequencies(model))
+            assert relative([layer.keys[:, :, 14 : 14 + count]], [keys]) < 1e-5
+            assert relative([layer.values[:, :, 14 : 14 + count]], [near.values[:, :, 8:]]) < 1e-5
+
+
+@given(st.integers(1, 6))
+def test_repair_in_a_padded_batch_is_that_of_every_row_alone(padding):
+    model, eraser = tiny(), random_eraser(tiny())
+    rows = token_ids(30, rows=2)
+    mask = torch.ones_like(rows)
+    mask[1, :padding] = 0
+    cache = prefill(model, rows, mask=mask)
+    method = kv.Steering(eraser, repair=5)
+    kv.erase(model, cache, rows, kv.Span(10, 16), method=method, attention_mask=mask)
+    alone = prefill(model, rows[1:, padding:])
+    kv.erase(model, alone, rows[1:, padding:], kv.Span(10 - padding, 16 - padding), method=method)
+    found = [tensor[1:, :, padding:] for tensor in states(cache)]
+    assert relative(found, states(alone)) < 1e-4
 
 
 def test_erasing_from_several_threads_with_one_eraser_is_safe():

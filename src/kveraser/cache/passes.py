@@ -7,6 +7,7 @@ the user's slots, layer by layer, and let the tokens attend to what the pass is 
 
     rewrite a range        [0 ............ start)[start .. end)            everything before it, and itself
     with a window          [0, sink) + [start - local, start)[start, end)  a constant number of slots, and itself
+    rewrite behind a gap   the same, as if the tokens stood where the gap begins; their keys are then moved to their slots
     rewrite chosen slots   everything; the caller gives a 4-D mask
     look only              the same as a range, nothing is written, stops after a given layer
 
@@ -16,7 +17,7 @@ the tokens; positions are always given explicitly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +31,7 @@ from kveraser.cache.support import writing
 from kveraser.errors import CacheMismatchError
 from kveraser.interrupts import uninterrupted
 from kveraser.model_view import decoder, evaluating, text_config
+from kveraser.rope import frequencies, rotary_layout, rotate
 from kveraser.spans import Span, merge_spans
 
 Window = tuple[int, int]
@@ -78,6 +80,29 @@ class _RangeLayer(_PassLayer):
             states[:, :, self.span.slice] = new
             runs = [states[:, :, run.slice] for run in self.shown]
             shown.append(runs[0] if len(runs) == 1 else torch.cat(runs, -2))
+        return shown[0], shown[1]
+
+
+class _BehindLayer(_PassLayer):
+    """Writes runs of slots, with keys moved to their positions, and shows the window and the keys as they were made."""
+
+    def __init__(
+        self, layer: DynamicLayer, runs: tuple[Span, ...], before: tuple[Span, ...], move: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__(layer, sum(len(run) for run in before))
+        self.runs, self.before, self.move = runs, before, move
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        shown = []
+        lengths = [len(run) for run in self.runs]
+        for states, new, kept in (
+            (self.layer.keys, key_states, self.move(key_states)),
+            (self.layer.values, value_states, value_states),
+        ):
+            assert states is not None
+            for run, part in zip(self.runs, kept.split(lengths, -2), strict=True):
+                states[:, :, run.slice] = part
+            shown.append(torch.cat([*(states[:, :, run.slice] for run in self.before), new], -2))
         return shown[0], shown[1]
 
 
@@ -198,6 +223,46 @@ def rewrite_range(
     with writing(cache):
         _forward(model, tokens.ids[:, span.slice] if ids is None else ids, tokens.position(span), pass_cache, mask)
     return _range_bytes(cache, len(span))
+
+
+def rewrite_behind(
+    model: nn.Module,
+    cache: Cache,
+    tokens: Tokens,
+    gap: Span,
+    runs: tuple[Span, ...],
+    window: Window | None = None,
+) -> int:
+    """Run the tokens of `runs` again as if the slots `gap` before them were not there; returns the bytes written.
+
+    They attend to the slots before the gap (with `window`, to a constant number of those) and causally to themselves, at
+    the positions they would have; then their keys are moved to the positions of their slots. So a token whose
+    states depend on the one right before it meets its neighbor across the gap.
+
+    Raises:
+        UnsupportedCacheError: the model's keys cannot be moved.
+    """
+    before = window_spans(window, gap.start)
+    gone = len(gap) if tokens.mask is None else tokens.mask[:, gap.slice].long().sum(-1, keepdim=True)
+    there = torch.cat([tokens.position(run) for run in runs], -1)
+    near = (there - gone).clamp(min=0)
+    delta = there - near
+    layout, inv_freq = rotary_layout(model), frequencies(model)
+
+    def move(keys: Tensor) -> Tensor:
+        return rotate(keys, delta, inv_freq, layout.pairing)
+
+    layers = [
+        _BehindLayer(layer, runs, before, move if rotary else lambda keys: keys)
+        for rotary, layer in zip(layout.rotary, cache.layers, strict=True)
+    ]
+    mask = None
+    if tokens.mask is not None:
+        mask = torch.cat([tokens.mask[:, run.slice] for run in (*before, *runs)], -1)
+    ids = torch.cat([tokens.ids[:, run.slice] for run in runs], -1)
+    with writing(cache):
+        _forward(model, ids, near, Cache(layers=list(layers)), mask)
+    return _range_bytes(cache, ids.shape[1])
 
 
 def recompute(model: nn.Module, cache: Cache, tokens: Tokens, span: Span, chunk: int = PREFILL_CHUNK) -> int:

@@ -80,8 +80,8 @@ def _train(
             )  # fmt: skip
         if not main:
             return
-        url = eraser.push_to_hub(push_to_hub) if push_to_hub else None
         folder = output / "eraser"
+        url = eraser.push_to_hub(push_to_hub, folder=folder) if push_to_hub else None
         if as_json:
             print_json(
                 {"eraser": str(folder), "best_validation_kl": {k: v.best for k, v in history.items()}, "url": url}

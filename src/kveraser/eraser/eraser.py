@@ -211,17 +211,29 @@ class KVEraser:
         config.write(target)
         return target
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to the Hugging Face hub; returns the URL of the commit."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        folder: str | PathLike[str] | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the eraser to the Hugging Face hub; returns the URL of the commit.
+
+        Args:
+            folder: where it was saved, to upload everything there is (a model card, say); None uploads what
+                `save_pretrained` writes.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            source = str(folder or self.save_pretrained(temporary))
+            return str(api.upload_folder(repo_id=repo_id, folder_path=source))
 
     def load_weights(self, folder: str | PathLike[str]) -> None:
         """Take over the weights of an eraser of the same shape.

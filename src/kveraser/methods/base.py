@@ -70,20 +70,25 @@ class Edit:
         """Number of slots before the edit."""
         return self.tokens.length
 
-    def runs_behind(self, count: int) -> tuple[Span, ...]:
-        """The first `count` live slots behind each of the spans, as disjoint runs in order."""
-        runs: list[Span] = []
+    def neighbors(self, count: int) -> list[tuple[Span, tuple[Span, ...]]]:
+        """For each of the spans, the first `count` live slots behind it (none beyond the next one), as disjoint runs."""
+        found: list[tuple[Span, list[Span]]] = []
         at, budget = self.spans[0].start, 0
         blocks = sorted((*self.spans, *(steered for steered in self.marks.steered_spans if steered.start > at)))
         for block in (*blocks, Span(self.length, self.length + 1)):
             taken = min(block.start - at, budget)
             if taken > 0:
-                runs.append(Span(at, at + taken))
+                found[-1][1].append(Span(at, at + taken))
                 budget -= taken
             if block in self.spans:
+                found.append((block, []))
                 budget = count
             at = block.end
-        return tuple(runs)
+        return [(span, tuple(runs)) for span, runs in found]
+
+    def runs_behind(self, count: int) -> tuple[Span, ...]:
+        """The first `count` live slots behind each of the spans, as disjoint runs in order."""
+        return tuple(run for _, runs in self.neighbors(count) for run in runs)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kveraser.cache import Steered, Window, rewrite_range
+from kveraser.cache import Steered, Window, rewrite_behind, rewrite_range
 from kveraser.eraser import KVEraser, shipped_eraser
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.delete_and_shift import check_movable
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Steering(EraseMethod):
             with. A window of (0, 0) shows it the span alone.
         full_prefix: attend to the whole prefix, whatever the eraser was trained with.
         repair: afterwards recompute the first `repair` live tokens behind each span with the unchanged model, in the
-            same window (so its cost is constant, too); None takes what the eraser was trained with.
+            same window (so its cost is constant, too) and as if the span had never been there; None takes what the
+            eraser was trained with.
     """
 
     eraser: KVEraser | None = None
@@ -52,6 +54,8 @@ class Steering(EraseMethod):
 
     def plan(self, edit: Edit) -> Plan:
         self._eraser(edit).check_model(edit.model)
+        if self._repair(edit):
+            check_movable(edit)
         return Plan(edit.length, (*edit.spans, *edit.runs_behind(self._repair(edit))))
 
     def apply(self, edit: Edit) -> Outcome:
@@ -62,9 +66,10 @@ class Steering(EraseMethod):
         for span in edit.spans:
             written += rewrite_range(steering_model, edit.cache, edit.tokens, span, window)
             recomputed += len(span)
-        for run in edit.runs_behind(self._repair(edit)):
-            written += rewrite_range(edit.model, edit.cache, edit.tokens, run, window)
-            recomputed += len(run)
+        for span, runs in edit.neighbors(self._repair(edit)):
+            if runs:
+                written += rewrite_behind(edit.model, edit.cache, edit.tokens, span, runs, window)
+                recomputed += sum(len(run) for run in runs)
         steered = tuple(Steered.mark(edit.cache, span) for span in edit.spans)
         marks = edit.marks.contaminated(edit.spans[0].start).steer(steered)
         return Outcome(marks, steered=edit.spans, tokens_recomputed=recomputed, bytes_written=written)

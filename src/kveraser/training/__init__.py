@@ -5,7 +5,7 @@ lessons into a loss.
 """
 
 from kveraser.training.config import PRESETS, STAGES, EraserOptions, Stage, StageName, TrainConfig, read_config
-from kveraser.training.loop import Progress, Validation
+from kveraser.training.progress import Progress, Validation
 from kveraser.training.stages import train_eraser
 
 __all__ = [

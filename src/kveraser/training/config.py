@@ -41,8 +41,8 @@ class EraserOptions:
 
     rank: int = 16
     alpha: int = 32
-    window: Window | None = (4, 128)
-    repair: int = 0
+    window: Window | None = (4, 512)
+    repair: int = 32
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1 and self.alpha >= 1, f"rank={self.rank} and alpha={self.alpha} must be at least 1")
@@ -80,18 +80,18 @@ class Stage:
     __pydantic_config__: ClassVar = _STRICT
 
     tasks: tuple[str, ...] = ()
-    steps: int = 400
-    contexts: int = 4
-    tokens: tuple[int, int] = (96, 768)
-    spacing: int = 192
+    steps: int = 300
+    contexts: int = 6
+    tokens: tuple[int, int] = (64, 448)
+    spacing: int = 150
     spans: int = 8
     together: float = 0.5
     repair: tuple[int, ...] = ()
     weights: Mapping[Kind, float] = field(default_factory=lambda: dict(_WEIGHTS))
     cross_entropy: float = 0.0
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
     weight_decay: float = 0.01
-    warmup: int = 20
+    warmup: int = 10
     clip: float = 1.0
     average: float = 0.98
     validate_every: int = 50
@@ -142,10 +142,8 @@ class TrainConfig:
     __pydantic_config__: ClassVar = _STRICT
 
     eraser: EraserOptions = field(default_factory=EraserOptions)
-    pretrain: Stage = field(default_factory=lambda: Stage(tasks=_PRETRAINING))
-    finetune: Stage = field(
-        default_factory=lambda: Stage(tasks=tuple(name for name in tasks() if name not in _PRETRAINING))
-    )
+    pretrain: Stage = field(default_factory=lambda: Stage(tasks=_PRETRAINING, steps=50))
+    finetune: Stage = field(default_factory=lambda: Stage(tasks=tuple(tasks())))
     text: str | None = None
     seed: int = 42
 
@@ -175,7 +173,7 @@ def _tiny() -> TrainConfig:
         "average": 0.8,
     }
     return TrainConfig(
-        EraserOptions(rank=8, alpha=16, window=(4, 64)),
+        EraserOptions(rank=8, alpha=16, window=(4, 512), repair=0),
         Stage(_PRETRAINING, steps=8, contexts=3, validate_every=8, validation_contexts=6, **small),
         Stage(("needle", "preference"), steps=20, contexts=3, validate_every=20, validation_contexts=6, **small),
     )

@@ -4,7 +4,8 @@ Knows: models, caches as constants, the eraser. Does not know about optimisers o
 
 Notation of METHOD: the context is `P ++ S ++ X`. The frozen model prefills it once for all erases of a lesson. Then, for
 all erases at once, the eraser re-encodes `S` (with gradients, from the window of `P` that it will see later), and its
-keys and values stand in `S`'s slots; with `repair`, the unchanged model runs the first tokens of `X` again. All probes
+keys and values stand in `S`'s slots; with `repair`, the frozen model runs the first tokens of `X` again, as if they stood
+right behind `P`, and their keys are moved to their places. All probes
 are judged in one forward, each attending to its context alone. The teacher does the same on `P ++ X`. Several lessons
 are packed into the same forwards, since a short one alone cannot keep a processor busy.
 """
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from kveraser.cache import Window, window_spans
 from kveraser.model_view import causal_lm
+from kveraser.rope import frequencies, rotary_layout, rotate
 from kveraser.spans import Span, gaps
 from kveraser.training.lessons import Erase, Lesson, Probe, Weights
 from kveraser.training.rows import Segment, States, places_of, run_row, spans_of
@@ -209,8 +212,8 @@ def judge(
         model: the frozen backbone.
         steering_model: a view of it with the eraser attached.
         teacher: from `teach`.
-        window: what of the context before them the spans, and the tokens that are repaired, attend to.
-        repair: tokens behind each span to run again with the frozen model.
+        window: what of the context before them the spans attend to, and so do the tokens that are repaired.
+        repair: tokens behind each span to run again with the frozen model, as if the span were not there.
     """
     erases = prefilled.erases
     edited = [_Edited(prefilled.context[index]) for index, _ in erases]
@@ -234,12 +237,19 @@ def judge(
             past.append(run_row(with_model, row, past)[1])
 
     rewrite(steering_model, [(number, span) for number, (_, erase) in enumerate(erases) for span in erase.spans])
-    behind = [
-        (number, run)
-        for number, (index, erase) in enumerate(erases)
-        for run in _runs_behind(erase.spans, repair, len(prefilled.lessons[index].ids))
-    ]
-    rewrite(model, behind)
+
+    behind = [_neighbors(erase.spans, repair, len(prefilled.lessons[index].ids)) for index, erase in erases]
+    for turn in zip_longest(*behind):  # what is repaired behind a span is seen, in its place, behind the next one
+        row, moves = [], list[int]()
+        for number, pair in enumerate(turn):
+            if pair is not None:
+                (span, run), ids = pair, prefilled.lessons[erases[number][0]].ids
+                row.append(Segment(ids[run.slice], span.start, edited[number].seen(*window_spans(window, span.start))))
+                edited[number].move(run, slots)
+                moves += [len(span)] * len(run)
+                slots += len(run)
+        with torch.no_grad():
+            past.append(_moved(model, run_row(model, row, past)[1], moves))
 
     row = []
     for (index, erase), context in zip(erases, edited, strict=True):
@@ -260,9 +270,20 @@ def judge(
     )
 
 
-def _runs_behind(spans: Sequence[Span], count: int, length: int) -> list[Span]:
-    """The first `count` tokens behind each span, up to the next one."""
+def _neighbors(spans: Sequence[Span], count: int, length: int) -> list[tuple[Span, Span]]:
+    """Each span with the first `count` tokens behind it, up to the next one; spans without such tokens are left out."""
     ends = [*(span.start for span in spans[1:]), length]
     return [
-        run for span, end in zip(spans, ends, strict=True) for run in spans_of((span.end, min(span.end + count, end)))
+        (span, run)
+        for span, end in zip(spans, ends, strict=True)
+        for run in spans_of((span.end, min(span.end + count, end)))
+    ]
+
+
+def _moved(model: nn.Module, states: States, steps: Sequence[int]) -> States:
+    """States with their keys moved by so many positions each, as erasing does for what it repairs behind a span."""
+    layout, inv_freq, delta = rotary_layout(model), frequencies(model), torch.tensor([steps])
+    return [
+        (rotate(keys, delta, inv_freq, layout.pairing) if rotary else keys, values)
+        for rotary, (keys, values) in zip(layout.rotary, states, strict=True)
     ]

@@ -9,20 +9,17 @@ tokens over all processes, and gradients are summed; so the number of processes 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
@@ -35,89 +32,8 @@ from kveraser.training.config import Stage, StageName, TrainConfig
 from kveraser.training.distill import Judgement, Variant, judge, pack, prefill, teach
 from kveraser.training.lessons import Lesson, LessonPlan
 from kveraser.training.losses import distillation_loss
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Mean KL on held-out lessons, in nats per answer token, asked after the erase and with the question cached."""
-
-    after: float
-    cached: float
-
-    @property
-    def mean(self) -> float:
-        """What the best eraser is chosen by."""
-        return (self.after + self.cached) / 2
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a stage is.
-
-    Attributes:
-        step, steps: optimiser steps.
-        loss: of this step.
-        kl: its KL on the spans' own questions.
-        exact_match: share of its gold answers that the erased model would give (teacher-forced).
-        validation: when there was one after this step.
-        best: lowest mean KL of a validation so far.
-        spans_per_second: erases that were learnt from, per second, in this call.
-    """
-
-    stage: StageName
-    step: int
-    steps: int
-    loss: float
-    kl: float
-    exact_match: float
-    validation: Validation | None
-    best: float
-    spans_per_second: float
-
-
-Report = Callable[[Progress], None]
-
-
-@dataclass
-class _Sums:
-    """Additive results of some lessons; processes add theirs up."""
-
-    loss: float = 0.0
-    after: float = 0.0
-    after_tokens: int = 0
-    cached: float = 0.0
-    cached_tokens: int = 0
-    matched: int = 0
-    golds: int = 0
-    spans: int = 0
-
-    def add(self, lessons: Sequence[Lesson], judged: Judgement, kl: Tensor, loss: float) -> None:
-        self.loss += loss
-        self.spans += sum(len(erase.spans) for lesson in lessons for erase in lesson.erases)
-        right = judged.student.argmax(-1) == judged.targets
-        at = 0
-        for probe in judged.probes:
-            own = slice(at, at + len(probe.targets))
-            at = own.stop
-            if probe.kind == "query_after":
-                self.after += float(kl[own].sum())
-                self.after_tokens += len(probe.targets)
-                self.golds += probe.gold
-                self.matched += int(probe.gold and bool(right[own].all()))
-            elif probe.kind == "query_cached":
-                self.cached += float(kl[own].sum())
-                self.cached_tokens += len(probe.targets)
-
-    def over_all(self, accelerator: Accelerator) -> _Sums:
-        """The sums over all processes."""
-        values = torch.tensor([float(value) for value in vars(self).values()], dtype=torch.float64)
-        if accelerator.device.type != "mps":
-            values = values.to(accelerator.device)
-        return _Sums(*accelerator.reduce(values, "sum").tolist())
-
-    @property
-    def validation(self) -> Validation:
-        return Validation(self.after / max(self.after_tokens, 1), self.cached / max(self.cached_tokens, 1))
+from kveraser.training.progress import Progress, Report, Sums, Validation
+from kveraser.training.run_log import RunLog
 
 
 class StageRun:
@@ -174,12 +90,12 @@ class StageRun:
     def run(self) -> Validation | None:
         """Train to the end of the stage, or until patience runs out; returns the last validation."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = _Log(self.folder, self.step) if self.accelerator.is_main_process else None
+        log = RunLog(self.folder, self.step) if self.accelerator.is_main_process else None
         clock, spans, validation = time.perf_counter(), 0, None
         try:
             if self.step == 0:
                 validation = self._validate_and_keep()
-                self._tell(log, _Sums(), validation, 0.0)
+                self._tell(log, Sums(), validation, 0.0)
             while self.step < self.stage.steps and not self._out_of_patience:
                 sums = self._train_step()
                 spans += sums.spans
@@ -216,7 +132,7 @@ class StageRun:
             self.backbone, self.steering, prefilled, teacher, window=window, repair=repair, variant=self.variant
         )
 
-    def _train_step(self) -> _Sums:
+    def _train_step(self) -> Sums:
         for options in self.optimizer.param_groups:
             options["lr"] = self.stage.learning_rate * _schedule(self.step, self.stage)
         lessons = [self._lesson("train", self.step, index) for index in self._own(self.stage.contexts)]
@@ -225,7 +141,7 @@ class StageRun:
         ]
         total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.accelerator.device), "sum")
         repairs = self.stage.repair or (self.eraser.repair,)
-        sums = _Sums()
+        sums = Sums()
         for group in pack(lessons):
             judged = self._judge(group, repairs[self.step % len(repairs)])
             kl = distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold)
@@ -278,7 +194,7 @@ class StageRun:
 
     @torch.no_grad()
     def _validate(self) -> Validation:
-        sums = _Sums()
+        sums = Sums()
         for group in pack(self.held_out):
             judged = self._judge(group, self.eraser.repair)
             kl = distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold)
@@ -335,7 +251,7 @@ class StageRun:
                 own.copy_(saved)
         self.optimizer.load_state_dict(state.optimizer)
 
-    def _tell(self, log: _Log | None, sums: _Sums, validation: Validation | None, speed: float) -> None:
+    def _tell(self, log: RunLog | None, sums: Sums, validation: Validation | None, speed: float) -> None:
         train = sums.validation
         tokens = sums.after_tokens + sums.cached_tokens
         kl = (sums.after + sums.cached) / tokens if tokens else math.nan
@@ -349,37 +265,6 @@ class StageRun:
             if self.report:
                 stage, steps = self.name, self.stage.steps
                 self.report(Progress(stage, self.step, steps, sums.loss, kl, matched, validation, self.best, speed))
-
-
-class _Log:
-    """`train.jsonl` and TensorBoard, cut back to the step that a run resumes from."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        file = folder / "train.jsonl"
-        kept = []
-        if step and file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
-        self.stream = file.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, entry: dict[str, Any]) -> None:
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in entry.items()
-        }
-        self.stream.write(json.dumps(plain) + "\n")
-        self.stream.flush()
-        for key, value in plain.items():
-            if key != "step" and value is not None:
-                self.board.add_scalar(key, value, entry["step"])
-
-    def close(self) -> None:
-        self.stream.close()
-        self.board.close()
 
 
 def _lesson_plan(stage: Stage) -> LessonPlan:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
 from kveraser.training.config import STAGES, StageName, TrainConfig
-from kveraser.training.loop import Report, StageRun
+from kveraser.training.loop import StageRun
+from kveraser.training.progress import Report
 
 
 def train_eraser(

@@ -1,0 +1,55 @@
+"""The benchmarks' own parts that can be wrong without being slow."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import make_tokenizer
+from kveraser.tasks import EraseExample
+from kveraser.training.lessons import join_examples
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_ablation_has_a_configuration_and_differs_from_the_control():
+    ablations = load("ablations")
+    control = ablations.configuration(ablations.ABLATIONS["control"], 5, None)
+    for name, ablation in ablations.ABLATIONS.items():
+        config = ablations.configuration(ablation, 5, None)
+        plain = (config, ablation.variant, ablation.from_start) == (control, ablations.Variant(), True)
+        assert plain == (name == "control"), name
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_both_training_loops_are_timed_on_the_same_examples(together):
+    throughput = load("training_throughput")
+    examples = [
+        EraseExample("the code ", "is 1. ", "the car is blue ", "which code?", None, "1"),
+        EraseExample("the door ", "is 2. ", "the code ", "which door?", "3", "2"),
+    ]
+
+    def encode(text):
+        return make_tokenizer().encode(text, add_special_tokens=False)
+
+    weights = {"query_after": 1.0, "query_cached": 1.0}
+    lesson = join_examples(random.Random(0), examples, encode, weights, together=together)
+    alone = throughput.one_by_one(lesson)
+    assert len(alone) == len(lesson.probes) == 4
+    for one, probe in zip(alone, lesson.probes, strict=True):
+        (only,) = one.probes
+        assert (only.ids, only.targets, only.kind) == (probe.ids, probe.targets, probe.kind)
+        if probe.cached is not None:
+            assert one.questions[only.cached] == lesson.questions[probe.cached]

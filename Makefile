@@ -42,15 +42,16 @@ test-oldest:
 	.venv-oldest/bin/python -m pytest -m "not model"
 
 # What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
-LIMIT ?= 20
-LENGTHS ?= 256 1024 4096
+LIMIT ?= 8
+LENGTHS ?= 256 1024
+QUESTIONS ?= 30
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
-EVAL = $(BIN)/kveraser eval --limit $(LIMIT) $(addprefix --lengths ,$(LENGTHS)) $(if $(FRESH),--fresh)
+EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 results: $(STAMP)
-	$(EVAL) --output $(RESULTS)/tasks
-	$(if $(DATA),$(EVAL) --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
+	$(EVAL) --limit $(LIMIT) $(addprefix --lengths ,$(LENGTHS)) --output $(RESULTS)/tasks
+	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
 	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))

@@ -64,6 +64,7 @@ ABLATIONS = {
     "content-blind": Ablation("newlines in place of the span's tokens", variant=Variant(placeholder=198)),
     "answers-only": Ablation("no dense supervision", ONLY_ANSWERS),
     "cross-entropy": Ablation("KL + 0.3 cross-entropy on gold answers", ("finetune.cross_entropy=0.3",)),
+    "plain-start": Ablation("a fresh LoRA, without pre-training", ("eraser.hidden=0",), from_start=False),
     "longer": Ablation("contexts of 64 to 1024 tokens", ("finetune.tokens=[64,1024]",)),
 }
 

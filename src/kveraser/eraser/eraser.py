@@ -170,6 +170,11 @@ class KVEraser:
             for part in ("lora_A", "lora_B"):
                 yield f"{_KEY_PREFIX}{name}.{part}.weight", getattr(layer, part)[_ADAPTER].weight
 
+    def matrices(self, module: str) -> tuple[nn.Parameter, nn.Parameter, float]:
+        """A `(rank, in)`, B `(out, rank)` and the scaling of their product, of the adapted module with that name."""
+        layer: Any = self.layers[module]
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, float(layer.scaling[_ADAPTER])
+
     def parameters(self) -> list[nn.Parameter]:
         """The trainable weights."""
         return [parameter for _, parameter in self.named_parameters()]

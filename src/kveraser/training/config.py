@@ -35,6 +35,8 @@ class EraserOptions:
         rank, alpha: of the LoRA.
         window: `(sink, local)` slots that a pass attends to before its tokens; None for the whole prefix.
         repair: tokens behind a span to recompute after steering.
+        hidden: nats by which attention to the steering states is lower at the start (see `neutral`); 0 starts from the
+            span's own states, as a fresh LoRA does.
     """
 
     __pydantic_config__: ClassVar = _STRICT
@@ -43,10 +45,12 @@ class EraserOptions:
     alpha: int = 32
     window: Window | None = (4, 512)
     repair: int = 32
+    hidden: float = 4.0
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1 and self.alpha >= 1, f"rank={self.rank} and alpha={self.alpha} must be at least 1")
         _require(self.repair >= 0, f"repair={self.repair} must not be negative")
+        _require(self.hidden >= 0, f"hidden={self.hidden} must not be negative")
         window = self.window is None or (len(self.window) == 2 and min(self.window) >= 0)
         _require(window, f"window={self.window} must be null or two counts [sink, local]")
 

@@ -10,6 +10,7 @@ Knows: erasers, folders. Does not know how a stage trains.
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.tasks import Filler, read_passages
 from kveraser.training.config import STAGES, StageName, TrainConfig
 from kveraser.training.loop import StageRun
+from kveraser.training.neutral import hide
 from kveraser.training.progress import Report
+
+_TEXTS, _TEXT_TOKENS = 4, 256
 
 
 def train_eraser(
@@ -66,7 +71,7 @@ def train_eraser(
     eraser = None
     for name in stages:
         before = start if name == stages[0] and start is not None else _stage_before(output, name)
-        eraser = _first_eraser(model, config, before)
+        eraser = _first_eraser(model, tokenizer, config, before)
         StageRun(model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report).run()
         if accelerator.is_main_process:
             _publish(output / name / "best", output / "eraser")
@@ -80,11 +85,15 @@ def _stage_before(output: Path, name: StageName) -> Path | None:
     return best if index and best.exists() else None
 
 
-def _first_eraser(model: PreTrainedModel, config: TrainConfig, start: Path | None) -> KVEraser:
+def _first_eraser(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, start: Path | None
+) -> KVEraser:
     options = config.eraser
     eraser = KVEraser.new(
         model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair, seed=config.seed
     )
+    if start is None and options.hidden:
+        hide(eraser, model, _some_texts(tokenizer, config), options.hidden)
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
         if found.lora_config.r != options.rank:
@@ -94,6 +103,16 @@ def _first_eraser(model: PreTrainedModel, config: TrainConfig, start: Path | Non
             )
         eraser.load_weights(start)
     return eraser
+
+
+def _some_texts(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[list[int]]:
+    """Ids of a few texts to measure a model by, from the training split."""
+    rng, filler = (
+        random.Random(config.seed),
+        Filler(read_passages(config.text), lambda text: len(tokenizer.encode(text))),
+    )
+    texts = [filler.text(rng, _TEXT_TOKENS, "train") for _ in range(_TEXTS)]
+    return [tokenizer.encode(text, add_special_tokens=False)[:_TEXT_TOKENS] for text in texts]
 
 
 def _publish(best: Path, target: Path) -> None:

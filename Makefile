@@ -29,8 +29,8 @@ demo: $(STAMP)
 	$(BIN)/kveraser demo
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check src tests docs benchmarks
-	$(BIN)/ruff check src tests docs benchmarks
+	$(BIN)/ruff format --check src tests docs benchmarks examples
+	$(BIN)/ruff check src tests docs benchmarks examples
 	$(BIN)/mypy
 
 test: lint
@@ -42,9 +42,9 @@ test-oldest:
 	.venv-oldest/bin/python -m pytest -m "not model"
 
 # What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
-LIMIT ?= 8
+LIMIT ?= 5
 LENGTHS ?= 256 1024
-QUESTIONS ?= 30
+QUESTIONS ?= 20
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
@@ -57,8 +57,8 @@ results: $(STAMP)
 	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))
 
 format: $(STAMP)
-	$(BIN)/ruff format src tests docs benchmarks
-	$(BIN)/ruff check --fix src tests docs benchmarks
+	$(BIN)/ruff format src tests docs benchmarks examples
+	$(BIN)/ruff check --fix src tests docs benchmarks examples
 
 clean:
 	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

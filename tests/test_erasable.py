@@ -200,6 +200,42 @@ def test_a_model_that_cannot_be_edited_is_refused_at_once():
         kv.ErasableContext(model)
 
 
+def test_a_question_without_content_is_refused_and_nothing_changes():
+    ctx = context()
+    ctx.append_message("user", "hello")
+    with pytest.raises(kv.ContextError, match="no content"):
+        ctx.generate(" ", keep=True)
+    assert len(ctx.messages) == 1
+
+
+def test_tokens_one_by_one_give_the_logits_of_a_prefill():
+    ctx, plain = context(), context()
+    ids = ctx.encode("the code of the door is 1234")
+    plain.append(ids[:4])
+    rows = [ctx.advance(ids[:5]), *(ctx.advance([token]) for token in ids[5:])]
+    assert torch.allclose(torch.stack(rows), plain.logits(ids[4:]), atol=1e-4)
+    assert ctx.live_ids == ids
+    with pytest.raises(kv.ContextError, match="no tokens"):
+        ctx.advance([])
+
+
+@pytest.mark.parametrize("take", [False, True])
+def test_a_prefix_is_a_context_of_its_own(take):
+    ctx = context()
+    ctx.append("the code of the door is 1234. the car is blue and fast.")
+    ids, before = ctx.live_ids, states(ctx.cache)
+    branch = ctx.prefix(10, take=take)
+    assert branch.live_ids == ids[:10]
+    assert same(states(branch.cache), [tensor[:, :, :10] for tensor in before])
+    branch.append("it is fast")
+    assert len(ctx) == (0 if take else len(ids))
+    assert take or same(states(ctx.cache), before)
+    ctx.append("more")
+    branch.erase(kv.Span(3, 6))
+    with pytest.raises(kv.ContextError, match="first 3 tokens are exact"):
+        branch.prefix(4)
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 

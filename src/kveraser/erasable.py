@@ -10,9 +10,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kveraser.cache import GrowableLayer, append, cache_length, get_marks, snapshot, truncate
 from kveraser.chat import Message, added_by, reply_prompt
 from kveraser.context import TokenContext
 from kveraser.eraser import KVEraser
@@ -137,6 +139,11 @@ class ErasableContext(TokenContext):
         """The text that is in the context: appended and not erased."""
         return decode(self._require_tokenizer(), self.live_ids)
 
+    @property
+    def messages(self) -> tuple[tuple[Message, Span], ...]:
+        """The chat messages in order, also erased ones, each with the ledger span of its content."""
+        return tuple(zip(self._messages, self._message_spans, strict=True))
+
     def text_of(self, span: Span) -> str:
         """The text of a span, also of an erased one; of a purged one nothing is left."""
         ids = [token for token in self._ids.view[span.slice].tolist() if token >= 0]
@@ -173,7 +180,7 @@ class ErasableContext(TokenContext):
             options: for `model.generate` (do_sample, temperature, ...).
 
         Raises:
-            ContextError: an emptied context without a prompt.
+            ContextError: an emptied context without a prompt, a user's message without content.
         """
         with self._lock:
             tokenizer = self._require_tokenizer()
@@ -187,6 +194,8 @@ class ErasableContext(TokenContext):
             text = ""
             if chat:
                 if isinstance(prompt, str):
+                    if not prompt.strip():
+                        raise ContextError("the user's message has no content; give some, or None to go on")
                     user = Message("user", prompt)
                     text = added_by(tokenizer, self._messages, user).text
                 messages = [*self._messages, user] if user else self._messages
@@ -234,6 +243,37 @@ class ErasableContext(TokenContext):
     def _end_ids(self) -> set[int]:
         ends = self.model.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
+
+    # -- branching -----------------------------------------------------------------------------------------------
+
+    def prefix(self, length: int, *, take: bool = False) -> ErasableContext:
+        """A new context of the first `length` live tokens, without messages, and with nothing erased in its ledger.
+
+        Args:
+            take: hand the states over instead of copying them; this context is empty afterwards.
+
+        Raises:
+            ContextError: more tokens than are exact.
+        """
+        with self._lock:
+            known = get_marks(self.cache).approximate_from
+            exact = cache_length(self.cache) if known is None else known
+            if not 0 <= length <= exact:
+                raise ContextError(f"the first {exact} tokens are exact, and {length} were wanted; call repair() first")
+            ids = torch.tensor(self.live_ids[:length], dtype=torch.long)
+            new = ErasableContext(self.model, self.tokenizer, self.eraser)
+            if length and take:
+                new.cache.layers.extend(GrowableLayer() for _ in self.cache.layers)
+                for theirs, mine in zip(new.cache.layers, self.cache.layers, strict=True):
+                    theirs.take_over(mine)
+                truncate(new.cache, length)
+            elif length:
+                new.cache.layers.extend(GrowableLayer() for _ in self.cache.layers)
+                append(new.cache, snapshot(self.cache, Span(0, length)))
+            new._register(ids)
+            if take:
+                self.__init__(self.model, self.tokenizer, self.eraser)  # type: ignore[misc]
+            return new
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ def _register() -> None:
     from kveraser.cli.erase import erase_command
     from kveraser.cli.eval import eval_command
     from kveraser.cli.methods import methods_command
+    from kveraser.cli.serve import serve_command
     from kveraser.cli.train import app as train_app
 
     for name, command in (
@@ -45,6 +46,7 @@ def _register() -> None:
         ("erase", erase_command),
         ("eval", eval_command),
         ("methods", methods_command),
+        ("serve", serve_command),
         ("doctor", doctor_command),
     ):
         app.command(name)(command)

@@ -1,4 +1,4 @@
-"""Running ahead of a context: logits and generation, which leave it as it was.
+"""Running ahead of a context: logits and generation, which leave it as it was; and token by token, which does not.
 
 Knows: `model.generate`. Does not know about erasing.
 """
@@ -29,7 +29,7 @@ from kveraser.spans import Span
 
 
 class Running(ContextState):
-    """`logits_ids` and `generate_ids`."""
+    """`logits_ids`, `generate_ids` and `advance`."""
 
     @torch.no_grad()
     def logits_ids(self, ids: Sequence[int] | Tensor, *, from_last: bool = False) -> Tensor:
@@ -59,6 +59,38 @@ class Running(ContextState):
                     )
                     rows.append(output.logits[0].float())
             return torch.cat(rows)
+
+    @torch.no_grad()
+    def advance(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Append tokens; returns the logits after the last of them, float32 `(vocab,)`.
+
+        Raises:
+            ContextError: no token, or an id outside the vocabulary.
+        """
+        with self._lock:
+            new = self._checked_ids(ids)
+            if len(new) == 0:
+                raise ContextError("nothing to append: there are no tokens")
+            if len(new) > 1:
+                self._extend(new[:-1])
+                self._register(new[:-1])
+            length = cache_length(self.cache)
+            device = model_device(self.model)
+            try:
+                output = evaluating(self.model)(
+                    input_ids=new[-1:].to(device)[None],
+                    position_ids=torch.tensor([[length]], device=device),
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
+            except BaseException:
+                with uninterrupted():
+                    for layer in self.cache.layers:  # the interrupted pass may have reached only some of them
+                        layer.crop(min(length - int(layer.get_seq_length()), 0))
+                raise
+            self._register(new[-1:])
+            logits: Tensor = output.logits[0, -1].float()
+            return logits
 
     @contextmanager
     def _scratch(self, drop_last: bool) -> Iterator[DynamicCache]:

@@ -104,6 +104,11 @@ class ContextState:
         return tuple(entry.span for entry in self._ledger.erased)
 
     @property
+    def live_spans(self) -> tuple[Span, ...]:
+        """Ledger spans that are in the context: the maximal runs between the erased ones."""
+        return self._ledger.live()
+
+    @property
     def receipts(self) -> tuple[EraseReceipt, ...]:
         """Receipts of the edits that can be restored, oldest first."""
         return tuple(replace(r.receipt, undo=r.undo()) for r in self._records.values() if not r.purged)

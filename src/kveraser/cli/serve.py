@@ -1,0 +1,107 @@
+"""`kveraser serve`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kveraser.cli.common import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    EraserOption,
+    ModelOption,
+    find_eraser,
+    load,
+    reported,
+    stderr,
+)
+from kveraser.errors import OptionError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as `512M` or `4G`, in bytes.
+
+    Raises:
+        OptionError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", text.strip().lower())
+    if not found or not float(found[1]):
+        raise OptionError(f"{text!r} is no size; write 512M or 4G")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server on that address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve_command(
+    model: ModelOption = DEFAULT_MODEL,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    eraser: EraserOption = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    policy: Annotated[str, typer.Option(help="exact, kveraser or auto, for requests that name none.")] = "exact",
+    placeholder: Annotated[str, typer.Option(help="What clients put for cleared text; '' for nothing.")] = "[cleared]",
+    cache_budget: Annotated[str, typer.Option(help="Memory for keys and values, such as 512M or 4G.")] = "4G",
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Keep sessions here; default: they end with the server.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let this key in; repeatable. Better: KVERASER_API_KEYS=key1,key2, which `ps` does not show."
+        ),
+    ] = None,
+    served_name: Annotated[str | None, typer.Option(help="The model's name in requests; default: --model.")] = None,
+    queue_size: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered with 429.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 300.0,
+    body_limit: Annotated[str, typer.Option(help="Longest request.")] = "8M",
+) -> None:
+    """Serve a model with OpenAI's API, reusing what is cached also after clients drop or clear messages.
+
+    Example: kveraser serve --policy auto --state-dir state
+    """
+    with reported():
+        try:
+            import uvicorn
+
+            from kveraser.serving.app import AppOptions, create_app
+            from kveraser.serving.engine import Engine, EngineOptions
+        except ImportError as error:
+            raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
+        if policy not in ("exact", "kveraser", "auto"):
+            raise OptionError(f"policy={policy!r} must be exact, kveraser or auto")
+        keys = [*(api_key or ()), *filter(None, map(str.strip, os.environ.get("KVERASER_API_KEYS", "").split(",")))]
+        if not keys and not is_loopback(host):
+            raise OptionError(
+                f"{host} can be reached from other machines; set KVERASER_API_KEYS, or listen on 127.0.0.1"
+            )
+        options = EngineOptions(
+            policy=policy,  # type: ignore[arg-type]
+            cache_budget=parse_bytes(cache_budget), placeholder=placeholder, state_dir=state_dir,
+            queue_size=queue_size, timeout=timeout,
+        )  # fmt: skip
+        limit = parse_bytes(body_limit)
+        backbone, tokenizer = load(model, device, dtype)
+        engine = Engine(backbone, tokenizer, find_eraser(eraser, backbone), options)
+        name = served_name or model
+        hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
+        app = create_app(engine, AppOptions(name, keys, limit, hosts))
+        stderr.print(f"serving {name!r} at http://{host}:{port}/v1 (policy {policy}); Ctrl-C stops", highlight=False)
+        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
+        uvicorn.run(app, host=host.strip("[]"), port=port, **settings)

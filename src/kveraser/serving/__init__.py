@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server that understands edits. Needs the extra `serve`."""

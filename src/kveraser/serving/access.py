@@ -1,0 +1,81 @@
+"""Who asks: API keys, and the limits of a request.
+
+Knows: headers, digests, sizes. Does not know about models or sessions. Keys are compared in constant time and are neither
+stored nor logged; an owner is the digest of a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from typing import Annotated
+
+from fastapi import Depends, Request
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kveraser.serving.http_errors import ApiError, error_response
+
+ANYBODY = ""
+"""The owner of everything where no keys are set."""
+
+
+class Keys:
+    """The keys that are let in; none lets everybody in."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def owner(self, request: Request) -> str:
+        """The owner that a request's key stands for.
+
+        Raises:
+            ApiError: 401, no key or a wrong one.
+        """
+        if not self._digests:
+            return ANYBODY
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
+        known = [hmac.compare_digest(digest, each) for each in self._digests]  # all of them: no early exit
+        if scheme.lower() != "bearer" or not any(known):
+            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        return digest.hex()
+
+
+def owner_of(request: Request) -> str:
+    """The owner that a request's key stands for, by the keys of its application."""
+    keys: Keys = request.app.state.keys
+    return keys.owner(request)
+
+
+Owner = Annotated[str, Depends(owner_of)]
+"""A route's parameter: the owner. A route that has it lets nobody in without a key."""
+
+
+class BodyLimit:
+    """Refuses requests whose body is longer than `limit` bytes, whatever their headers say."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        text = f"the request is longer than {self.limit} bytes"
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > self.limit:
+            await error_response(ApiError(413, text, code="request_too_large"))(scope, receive, send)
+            return
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                raise HTTPException(413, text)
+            return message
+
+        await self.app(scope, limited, send)

@@ -1,0 +1,74 @@
+"""The application: routes, keys, limits, health and metrics around one engine.
+
+Knows: how the parts are put together. Does not know how any of them works.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Depends, FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from kveraser import __version__
+from kveraser.serving.access import BodyLimit, Keys, owner_of
+from kveraser.serving.engine import Engine
+from kveraser.serving.http_errors import install_handlers
+from kveraser.serving.metrics import CountRequests, Metrics
+from kveraser.serving.openai_api import openai_router
+from kveraser.serving.session_api import session_router
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """How the application answers.
+
+    Attributes:
+        model_name: the model's name in requests and replies.
+        api_keys: keys that are let in; none lets everybody in.
+        body_limit: bytes of the longest request.
+        hosts: names by which browsers may call the server; none allows all. Keeps web pages from reaching a server without
+            keys on this machine under a name of their own.
+    """
+
+    model_name: str
+    api_keys: Sequence[str] = ()
+    body_limit: int = 8 << 20
+    hosts: Sequence[str] = ()
+
+
+def create_app(engine: Engine, options: AppOptions) -> FastAPI:
+    """The application; it closes the engine when it stops."""
+    keys, metrics = Keys(options.api_keys), Metrics(engine)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        engine.close()
+
+    app = FastAPI(title="kveraser", version=__version__, lifespan=lifespan)
+    app.state.keys = keys
+    install_handlers(app)
+    app.include_router(openai_router(engine, options.model_name, metrics, int(time.time())))
+    app.include_router(session_router(engine))
+
+    @app.get("/healthz", tags=["operation"])
+    async def health() -> dict[str, Any]:
+        """Whether the server answers."""
+        return {"status": "ok", "model": options.model_name, "version": __version__}
+
+    @app.get("/metrics", tags=["operation"], dependencies=[Depends(owner_of)], response_class=Response)
+    async def show_metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(BodyLimit, limit=options.body_limit)
+    if options.hosts:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts), www_redirect=False)
+    return app

@@ -1,0 +1,89 @@
+"""Conversations for a server on a tiny random model."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+
+import httpx
+
+from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.serving.app import AppOptions, create_app
+from kveraser.serving.decoding import Sampling
+from kveraser.serving.engine import Engine, EngineOptions, Prompt
+
+NAME = "org/tiny"
+
+
+def messages(talk=None):
+    """A conversation in OpenAI's JSON."""
+    return [{"role": role, "content": content} for role, content in (TALK if talk is None else talk)]
+
+
+def chat_ids(messages):
+    """A conversation as the ids that the server makes of it."""
+    tokenizer = make_tokenizer()
+    entries = [{"role": role, "content": content} for role, content in messages]
+    text = tokenizer.apply_chat_template(entries, tokenize=False, add_generation_prompt=True)
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+TALK = [
+    ("system", "you are kind and the car is blue and the door is fast"),
+    ("user", "what is the code of the door? look it up, it is in the list"),
+    ("tool", "the code is 1234 and it is fast"),
+    ("assistant", "the code of the door is 1234, the color of the car is blue and it is fast, and more of this"),
+    ("tool", "the color of the car is blue, the color of the door is blue, the color of it is 1234, all of it is fast"),
+    ("user", "and the color of the car?"),
+]
+
+
+def without(messages, *gone):
+    return [message for index, message in enumerate(messages) if index not in gone]
+
+
+def with_placeholder(messages, index, text="[cleared]"):
+    return [(role, text if i == index else content) for i, (role, content) in enumerate(messages)]
+
+
+def ask(engine, messages, policy="exact", owner="", **sampling):
+    """Send a conversation straight to an engine."""
+    sampling.setdefault("max_tokens", 8)
+    prompt = Prompt(owner, chat_ids(messages), policy, Sampling(**sampling))
+    engine.check(prompt)
+    return engine.submit(lambda job: engine.complete(prompt, job)).future.result(30)
+
+
+class Server:
+    """A server in this process; `call` runs one request."""
+
+    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), **options):
+        model = text_model()
+        options.setdefault("cache_budget", 1 << 24)
+        self.engine = Engine(model, make_tokenizer(), random_eraser(model), EngineOptions(**options))
+        self.app = create_app(self.engine, AppOptions(NAME, keys, body_limit, hosts))
+
+    def call(self, method, path, key=None, **options):
+        headers = {**options.pop("headers", {}), **({"Authorization": f"Bearer {key}"} if key else {})}
+
+        async def go():
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+                return await client.request(method, path, headers=headers, **options)
+
+        return asyncio.run(go())
+
+    def chat(self, talk=None, key=None, **options):
+        body = {"model": NAME, "messages": messages(talk), "max_tokens": 6, "temperature": 0, **options}
+        return self.call("POST", "/v1/chat/completions", key, json=body)
+
+
+@contextmanager
+def servers():
+    """Makes servers, which are stopped at the end."""
+    made = []
+    try:
+        yield lambda *args, **options: made.append(Server(*args, **options)) or made[-1]
+    finally:
+        for server in made:
+            server.engine.close()

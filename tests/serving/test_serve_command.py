@@ -1,0 +1,63 @@
+"""`kveraser serve`: options that cannot be are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import kveraser as kv
+from conftest import make_tokenizer, text_model
+from kveraser.cli import app
+from kveraser.cli.serve import is_loopback, parse_bytes
+
+run = CliRunner()
+
+
+def test_sizes_are_read_and_other_words_refused():
+    assert [parse_bytes(text) for text in ("512M", "4g", "1.5 GiB", "100", "8MB")] == [
+        512 << 20, 4 << 30, 3 << 29, 100, 8 << 20,
+    ]  # fmt: skip
+    for text in ("", "many", "-1G", "0", "4T"):
+        with pytest.raises(kv.OptionError, match="size"):
+            parse_bytes(text)
+
+
+def test_only_loopback_is_loopback():
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.com", "localhost.example.com"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0"], "KVERASER_API_KEYS"),
+        (["--policy", "magic"], "policy"),
+        (["--cache-budget", "x"], "size"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_once(options, words, monkeypatch):
+    monkeypatch.delenv("KVERASER_API_KEYS", raising=False)
+    result = run.invoke(app, ["serve", *options])
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_it_serves_with_keys_from_the_environment_and_without_an_access_log(monkeypatch):
+    import uvicorn
+
+    import kveraser.cli.serve as command
+
+    seen = {}
+    monkeypatch.setenv("KVERASER_API_KEYS", "alpha, beta")
+    monkeypatch.setattr(command, "load", lambda *_: (text_model(), make_tokenizer()))
+    monkeypatch.setattr(uvicorn, "run", lambda served, **settings: seen.update(settings, app=served))
+    result = run.invoke(app, ["serve", "--host", "0.0.0.0", "--served-name", "tiny", "--policy", "auto"])
+    assert result.exit_code == 0, result.output
+    assert "tiny" in result.output
+    assert "alpha" not in result.output
+    assert seen["access_log"] is False
+    assert len(seen["app"].state.keys._digests) == 2
+
+
+def test_help_has_an_example():
+    assert "kveraser serve --policy auto" in run.invoke(app, ["serve", "--help"]).output

@@ -101,3 +101,14 @@ def test_an_unknown_method_is_refused_with_a_suggestion():
     model, ids = tiny(), token_ids(9)
     with pytest.raises(kv.OptionError, match="did you mean 'full-recompute'"):
         kv.erase(model, prefill(model, ids), ids, kv.Span(1, 2), method="full-recomputation")
+
+
+def test_cropping_the_end_exactly_mends_what_an_earlier_deletion_left():
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids, kv.Span(0, 4), method="delete-and-shift")
+    ids = receipt.token_ids(ids)
+    last = kv.erase(model, cache, ids, kv.Span(14, 16), method="full-recompute")
+    assert last.exact
+    assert last.tokens_recomputed == 14
+    assert relative(states(cache), states(prefill(model, ids[:, :14]))) < 1e-5

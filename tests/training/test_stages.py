@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kveraser as kv
-from conftest import make_tokenizer, prefill, states, text_model, tiny
+from conftest import build, make_config, make_tokenizer, prefill, states, text_model
 from kveraser.errors import TrainingError
 from kveraser.training import Stage, train_eraser
 
@@ -130,9 +130,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_fresh_forgets_it(tmp_path, s
 
 
 def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, short):
+    other = build(make_config("qwen2", vocab_size=len(make_tokenizer())))
     run(short, tmp_path / "run", stages=["pretrain"])
     with pytest.raises(TrainingError, match="backbone"):
-        train_eraser(tiny("qwen2"), make_tokenizer(), short, tmp_path / "run", stages=["pretrain"])
+        train_eraser(other, make_tokenizer(), short, tmp_path / "run", stages=["pretrain"])
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, short):

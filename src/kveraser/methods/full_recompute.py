@@ -43,7 +43,8 @@ class FullRecompute(EraseMethod):
 
     def apply(self, edit: Edit) -> Outcome:
         start = self._start(edit)
-        removed = merge_spans((*edit.spans, *edit.marks.steered_spans), edit.length)
+        gone = (*edit.spans, *edit.marks.steered_spans)
+        removed = merge_spans(gone, edit.length) if gone else ()  # nothing: only to mend what an earlier edit left
         cut(edit.cache, removed)
         tokens = edit.tokens.without(removed)
         suffix = Span(start, tokens.length) if start < tokens.length else None

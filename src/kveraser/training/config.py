@@ -178,8 +178,8 @@ def _tiny() -> TrainConfig:
     }
     return TrainConfig(
         EraserOptions(rank=8, alpha=16, window=(4, 512), repair=0),
-        Stage(_PRETRAINING, steps=8, contexts=3, validate_every=8, validation_contexts=6, **small),
-        Stage(("needle", "preference"), steps=20, contexts=3, validate_every=20, validation_contexts=6, **small),
+        Stage(_PRETRAINING, steps=4, contexts=3, validate_every=4, validation_contexts=6, **small),
+        Stage(("needle", "preference"), steps=10, contexts=3, validate_every=10, validation_contexts=6, **small),
     )
 
 

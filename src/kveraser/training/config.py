@@ -192,7 +192,7 @@ def _gpu() -> TrainConfig:
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {"cpu": TrainConfig, "tiny": _tiny, "gpu": _gpu}
-"""Configurations to start from: minutes on any CPU, an hour or two on a CPU, a GPU or several."""
+"""Configurations to start from: an hour or two on a CPU, two minutes on any CPU, a GPU or several."""
 
 
 def read_config(

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import itertools
+import json
 from dataclasses import replace
 from functools import lru_cache
 
@@ -206,3 +207,17 @@ def short(corpus):
     return TrainConfig(
         EraserOptions(rank=2, alpha=4, window=(2, 16)), stage, replace(stage, tasks=("needle", "injection")), corpus
     )
+
+
+@pytest.fixture
+def questions_file(tmp_path):
+    """Two questions in HotpotQA's format."""
+    entry = {
+        "question": "Who built the hall?",
+        "answer": "Wagner",
+        "context": [["Hall", ["The hall was built by Wagner."]], ["Town", ["The town is old."]]],
+        "supporting_facts": [["Hall", 0]],
+    }
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps([entry, {**entry, "answer": "Bauer"}]))
+    return file

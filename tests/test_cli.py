@@ -236,20 +236,12 @@ def test_eval_goes_on_where_it_was_interrupted(evaluate, tmp_path, monkeypatch):
     assert evaluate(*options, "--seed", "5", "--fresh").exit_code == 0
 
 
-def test_eval_adds_the_questions_of_a_file(evaluate, tmp_path):
-    file = tmp_path / "questions.json"
-    entry = {
-        "question": "Who built the hall?",
-        "answer": "Wagner",
-        "context": [["Hall", ["The hall was built by Wagner."]], ["Town", ["The town is old."]]],
-        "supporting_facts": [["Hall", 0]],
-    }
-    file.write_text(json.dumps([entry, {**entry, "answer": "Bauer"}]))
-    result = evaluate("-t", "needle", "--data", str(file), "-M", "no-erase", "--json")
+def test_eval_adds_the_questions_of_a_file(evaluate, questions_file):
+    result = evaluate("-t", "needle", "--data", str(questions_file), "-M", "no-erase", "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["options"]["tasks"] == ["needle", "document-qa=questions.json"]
-    assert str(tmp_path) not in json.dumps(data["options"])
+    assert str(questions_file.parent) not in json.dumps(data["options"])
 
 
 @pytest.mark.parametrize(

@@ -191,16 +191,8 @@ def test_a_file_is_shown_without_its_folder():
     assert task_label("needle") == "needle"
 
 
-def test_a_file_with_fewer_questions_than_the_limit_gives_what_it_has(tmp_path):
-    file = tmp_path / "questions.json"
-    entry = {
-        "question": "Who built the hall?",
-        "answer": "Wagner",
-        "context": [["Hall", ["The hall was built by Wagner."]], ["Town", ["The town is old."]]],
-        "supporting_facts": [["Hall", 0]],
-    }
-    file.write_text(json.dumps([entry, {**entry, "answer": "Bauer"}]))
-    options = replace(OPTIONS, tasks=(f"document-qa={file}",), lengths=(64,), limit=5)
+def test_a_file_with_fewer_questions_than_the_limit_gives_what_it_has(questions_file):
+    options = replace(OPTIONS, tasks=(f"document-qa={questions_file}",), lengths=(64,), limit=5)
     assert [(drawn.task, drawn.index) for drawn in examples(options)] == [
         ("document-qa=questions.json", 0),
         ("document-qa=questions.json", 1),

@@ -93,46 +93,45 @@ def _train(
         stderr.print(f"[dim]judge it: kveraser eval --eraser {folder}[/]")
 
 
-@app.command()
-def pretrain(
-    output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
-    preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
-    start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
-    push_to_hub: HubOption = None, as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """The first stage alone: span-neighbor pre-training on generic text.
+_COMMANDS: dict[str, tuple[tuple[StageName, ...], str]] = {
+    "pretrain": (
+        ("pretrain",),
+        """The first stage alone: span-neighbor pre-training on generic text.
 
-    Example: kveraser train pretrain -o my-eraser --text corpus.txt --set pretrain.steps=200
-    """
-    _train(("pretrain",), output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
-           as_json)  # fmt: skip
+        Example: kveraser train pretrain -o my-eraser --text corpus.txt --set pretrain.steps=200
+        """,
+    ),
+    "finetune": (
+        ("finetune",),
+        """The second stage alone: fine-tuning on the data tasks, from OUTPUT/pretrain where it is there.
 
+        Example: kveraser train finetune -o my-eraser --set 'finetune.tasks=\\[needle,injection]'
+        """,
+    ),
+    "all": (
+        STAGES,
+        """Both stages. Stop it at any time, also by Ctrl-C; the same command goes on from the last checkpoint.
 
-@app.command()
-def finetune(
-    output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
-    preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
-    start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
-    push_to_hub: HubOption = None, as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """The second stage alone: fine-tuning on the data tasks, from OUTPUT/pretrain where it is there.
-
-    Example: kveraser train finetune -o my-eraser --set 'finetune.tasks=[needle,injection]'
-    """
-    _train(("finetune",), output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
-           as_json)  # fmt: skip
+        Example: kveraser train all -o my-eraser --preset tiny
+        On several GPUs: accelerate launch -m kveraser train all -o my-eraser --preset gpu --model Qwen/Qwen3-8B
+        """,
+    ),
+}
 
 
-@app.command("all")
-def all_stages(
-    output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
-    preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
-    start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
-    push_to_hub: HubOption = None, as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Both stages. Stop it at any time, also by Ctrl-C; the same command goes on from the last checkpoint.
+def _register(name: str, stages: tuple[StageName, ...], about: str) -> None:
+    """A command that runs stages; all have the same options."""
 
-    Example: kveraser train all -o my-eraser --preset tiny
-    On several GPUs: accelerate launch -m kveraser train all -o my-eraser --preset gpu --model Qwen/Qwen3-8B
-    """
-    _train(STAGES, output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub, as_json)
+    @app.command(name, help=about)
+    def command(
+        output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
+        preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
+        start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
+        push_to_hub: HubOption = None, as_json: JsonOption = False,
+    ) -> None:  # fmt: skip
+        _train(stages, output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
+               as_json)  # fmt: skip
+
+
+for _name, (_stages, _about) in _COMMANDS.items():
+    _register(_name, _stages, _about)

@@ -30,7 +30,7 @@ def kl_divergence(recompute: Tensor, method: Tensor) -> Tensor:
         `(tokens,)` float32.
     """
     log_p, log_q = F.log_softmax(recompute.float(), -1), F.log_softmax(method.float(), -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def agreement(recompute: Tensor, method: Tensor) -> float:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +19,7 @@ from starlette.exceptions import HTTPException
 from kveraser.errors import KVEraserError, SessionFileError
 from kveraser.serving.explicit import SessionNotFoundError
 from kveraser.serving.jobs import JobCancelledError, JobTimeoutError, QueueFullError
+from kveraser.serving.waiting import event_line
 
 log = logging.getLogger("kveraser.serving")
 
@@ -38,6 +40,23 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
     kind = _TYPES.get(status, "invalid_request_error")
     text = message.encode("utf-8", "replace").decode()
     return {"error": {"message": text, "type": kind, "param": param, "code": code}}
+
+
+async def to_the_end(lines: AsyncGenerator[str], events: AsyncGenerator[Any]) -> AsyncIterator[str]:
+    """Server-sent lines made of events: an error becomes a line (the status has been sent), and `[DONE]` ends them.
+
+    The work behind the events stops when the client goes away.
+    """
+    try:
+        async for line in lines:
+            yield line
+    except Exception as error:
+        status, message, code, param, _ = describe(error)
+        yield event_line(error_body(status, message, code, param))
+    finally:
+        await lines.aclose()
+        await events.aclose()
+    yield "data: [DONE]\n\n"
 
 
 def describe(error: BaseException) -> tuple[int, str, str | None, str | None, dict[str, str]]:

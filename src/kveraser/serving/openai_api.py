@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from kveraser.serving.access import Owner, owner_of
 from kveraser.serving.decoding import Piece, TokenLogprob
 from kveraser.serving.engine import Engine, Policy, Prompt, Reply
-from kveraser.serving.http_errors import ApiError, describe, error_body
+from kveraser.serving.http_errors import ApiError, to_the_end
 from kveraser.serving.jobs import Job
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.protocol import ChatRequest, CompletionRequest
@@ -167,7 +167,7 @@ def openai_router(engine: Engine, name: str, metrics: Metrics, started: int) -> 
 
         events = stream(engine, work)
         first = await anext(events)  # an error before the first token has a status of its own
-        lines = _lines(first, events, shape, logprobs, with_usage)
+        lines = to_the_end(_lines(first, events, shape, logprobs, with_usage), events)
         return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @router.post("/v1/chat/completions", response_model=None)
@@ -212,7 +212,7 @@ def _chat_ids(engine: Engine, body: ChatRequest) -> tuple[int, ...]:
 
 async def _lines(
     first: Event, events: AsyncGenerator[Event], shape: Shape, logprobs: bool, with_usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """A streamed reply as server-sent events."""
     offset, reply = 0, first[1]
     opening = shape.first()
@@ -227,20 +227,13 @@ async def _lines(
     def interesting(piece: Piece) -> bool:
         return bool(piece.text or piece.finish_reason or (logprobs and piece.tokens))
 
-    try:
-        if interesting(first[0]):
-            yield event_line(chunk(first[0]))
-        offset += sum(len(shape.token_text(token.id)) for token in first[0].tokens)
-        async for piece, _ in events:
-            if interesting(piece):
-                yield event_line(chunk(piece))
-            offset += sum(len(shape.token_text(token.id)) for token in piece.tokens)
-        if with_usage:
-            yield event_line({**shape.head, "object": shape.chunk_object, "choices": [], "usage": usage(reply),
-                         "kveraser": report(reply)})  # fmt: skip
-    except Exception as error:  # the status has been sent
-        status, message, code, param, _ = describe(error)
-        yield event_line(error_body(status, message, code, param))
-    finally:
-        await events.aclose()  # stops the work when the client went away
-    yield "data: [DONE]\n\n"
+    if interesting(first[0]):
+        yield event_line(chunk(first[0]))
+    offset += sum(len(shape.token_text(token.id)) for token in first[0].tokens)
+    async for piece, _ in events:
+        if interesting(piece):
+            yield event_line(chunk(piece))
+        offset += sum(len(shape.token_text(token.id)) for token in piece.tokens)
+    if with_usage:
+        yield event_line({**shape.head, "object": shape.chunk_object, "choices": [], "usage": usage(reply),
+                     "kveraser": report(reply)})  # fmt: skip

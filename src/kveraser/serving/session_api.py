@@ -5,7 +5,7 @@ Knows: JSON and routes. Does not know how a session does what it is asked.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Annotated, Any, Self, TypeVar
 
@@ -17,7 +17,7 @@ from kveraser.serving.access import Owner
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.engine import Engine
 from kveraser.serving.explicit import Answer, Sessions, What, pair, shown
-from kveraser.serving.http_errors import describe, error_body
+from kveraser.serving.http_errors import to_the_end
 from kveraser.serving.jobs import Job
 from kveraser.serving.protocol import Count, Text
 from kveraser.serving.waiting import event_line, run, stream
@@ -181,7 +181,7 @@ def session_router(engine: Engine) -> APIRouter:
 
         events = stream(engine, work)
         first = await anext(events)  # an error before the first text has a status of its own
-        return StreamingResponse(_lines(first, events), media_type="text/event-stream")
+        return StreamingResponse(to_the_end(_lines(first, events), events), media_type="text/event-stream")
 
     return router
 
@@ -190,14 +190,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
     return {"prompt_tokens": answer.prompt_tokens, "kveraser": asdict(answer.reuse)}
 
 
-async def _lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncIterator[str]:
-    try:
-        yield event_line(first)
-        async for event in events:
-            yield event_line(event)
-    except Exception as error:  # the status has been sent
-        status, message, code, param, _ = describe(error)
-        yield event_line(error_body(status, message, code, param))
-    finally:
-        await events.aclose()  # stops the work when the client went away
-    yield "data: [DONE]\n\n"
+async def _lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str]:
+    yield event_line(first)
+    async for event in events:
+        yield event_line(event)

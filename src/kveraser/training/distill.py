@@ -5,9 +5,9 @@ Knows: models, caches as constants, the eraser. Does not know about optimisers o
 Notation of METHOD: the context is `P ++ S ++ X`. The frozen model prefills it once for all erases of a lesson. Then, for
 all erases at once, the eraser re-encodes `S` (with gradients, from the window of `P` that it will see later), and its
 keys and values stand in `S`'s slots; with `repair`, the frozen model runs the first tokens of `X` again, as if they stood
-right behind `P`, and their keys are moved to their places. All probes
-are judged in one forward, each attending to its context alone. The teacher does the same on `P ++ X`. Several lessons
-are packed into the same forwards, since a short one alone cannot keep a processor busy.
+right behind `P`, and their keys are moved to their places. All probes are judged in one forward, each attending to its
+context alone. The teacher does the same on `P ++ X`. Several lessons are packed into the same forwards, since a short one
+alone cannot keep a processor busy.
 """
 
 from __future__ import annotations
@@ -214,40 +214,35 @@ def judge(
         teacher: from `teach`.
         window: what of the context before them the spans attend to, and so do the tokens that are repaired.
         repair: tokens behind each span to run again with the frozen model, as if the span were not there.
+        variant: another way to steer.
     """
     erases = prefilled.erases
     edited = [_Edited(prefilled.context[index]) for index, _ in erases]
     past, slots = [prefilled.states], int(prefilled.states[0][0].shape[-2])
 
-    def rewrite(with_model: nn.Module, runs: Sequence[tuple[int, Span]]) -> None:
-        """Run tokens again, each run in the context of its own erase."""
-        nonlocal slots
-        row = []
-        for number, run in runs:
-            ids, seen = prefilled.lessons[erases[number][0]].ids, [*window_spans(window, run.start)]
-            if with_model is steering_model and variant.suffix_aware:
-                seen += spans_of((run.end, len(ids)))
-            ids = ids[run.slice]
-            if with_model is steering_model and variant.placeholder is not None:
-                ids = (variant.placeholder,) * len(run)
-            row.append(Segment(ids, run.start, edited[number].seen(*seen)))
-            edited[number].move(run, slots)
-            slots += len(run)
-        if row:
-            past.append(run_row(with_model, row, past)[1])
-
-    rewrite(steering_model, [(number, span) for number, (_, erase) in enumerate(erases) for span in erase.spans])
+    row = []
+    for (index, erase), context in zip(erases, edited, strict=True):
+        ids = prefilled.lessons[index].ids
+        for span in erase.spans:
+            visible = window_spans(window, span.start)
+            if variant.suffix_aware:
+                visible = (*visible, *spans_of((span.end, len(ids))))
+            run = ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
+            row.append(Segment(run, span.start, context.seen(*visible)))
+            context.move(span, slots)
+            slots += len(span)
+    past.append(run_row(steering_model, row, past)[1])
 
     behind = [_neighbors(erase.spans, repair, len(prefilled.lessons[index].ids)) for index, erase in erases]
     for turn in zip_longest(*behind):  # what is repaired behind a span is seen, in its place, behind the next one
         row, moves = [], list[int]()
         for number, pair in enumerate(turn):
             if pair is not None:
-                (span, run), ids = pair, prefilled.lessons[erases[number][0]].ids
-                row.append(Segment(ids[run.slice], span.start, edited[number].seen(*window_spans(window, span.start))))
-                edited[number].move(run, slots)
-                moves += [len(span)] * len(run)
-                slots += len(run)
+                (span, near), ids = pair, prefilled.lessons[erases[number][0]].ids
+                row.append(Segment(ids[near.slice], span.start, edited[number].seen(*window_spans(window, span.start))))
+                edited[number].move(near, slots)
+                moves += [len(span)] * len(near)
+                slots += len(near)
         with torch.no_grad():
             past.append(_moved(model, run_row(model, row, past)[1], moves))
 

@@ -1,6 +1,6 @@
 """Lessons: a context with several spans to erase, and everything that is asked about it.
 
-Knows: tasks, token ids, random numbers. Does not know about models.
+Knows: tasks, tokenizers, token ids, random numbers. Does not know about models.
 
 Examples of the data tasks are put one behind the other until the context has the wanted length. Their spans are then
 erased one at a time, while the others stay, or all together; so one prefill serves many spans, questions and both
@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from transformers import PreTrainedTokenizerBase
+
 from kveraser.spans import Span
-from kveraser.tasks import EraseExample, Filler, Sizes, Split, Task
+from kveraser.tasks import EraseExample, Filler, Sizes, Split, Task, read_passages
 
 Encode = Callable[[str], list[int]]
 _CUE, _GOAL = 8, 12
@@ -43,6 +45,22 @@ class Probe:
     gold: bool = False
     cached: int | None = None
     kind: Kind = "query_after"
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """How texts of lessons become ids: without the tokens that a tokenizer puts around them."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    return encode
+
+
+def read_filler(tokenizer: PreTrainedTokenizerBase, text: str | None) -> Filler:
+    """Running text for lessons, from a source that `read_passages` takes."""
+    encode = encoder(tokenizer)
+    return Filler(read_passages(text), lambda part: len(encode(part)))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
-from kveraser.tasks import Filler, Split, as_task, read_passages
+from kveraser.tasks import Filler, Split, as_task
 from kveraser.training.attention import for_packing
 from kveraser.training.card import write_card
 from kveraser.training.checkpoint import State, load_state
 from kveraser.training.config import Stage, StageName, TrainConfig
 from kveraser.training.distill import Judgement, Variant, judge, pack, prefill, teach
-from kveraser.training.lessons import Lesson, LessonPlan
+from kveraser.training.lessons import Lesson, LessonPlan, encoder, read_filler
 from kveraser.training.losses import distillation_loss
 from kveraser.training.progress import Progress, Report, Sums, Validation
 from kveraser.training.run_log import RunLog
@@ -43,6 +43,7 @@ class StageRun:
         model: the backbone, on the device that computes.
         eraser: trained in place; at the end it holds the best weights.
         folder: for `checkpoint.pt`, `best/`, `train.jsonl` and TensorBoard's files.
+        filler: text around the spans; None reads the configuration's.
         variant: another way to steer, for ablations.
 
     Raises:
@@ -61,14 +62,15 @@ class StageRun:
         *,
         accelerator: Accelerator | None = None,
         report: Report | None = None,
+        filler: Filler | None = None,
         variant: Variant = Variant(),  # noqa: B008
     ) -> None:
         self.variant = variant
         self.name, self.config, self.stage, self.folder = name, config, config.stage(name), folder
         self.accelerator = accelerator or Accelerator()
         self.report = report
-        self.encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False)
-        self.filler = Filler(read_passages(config.text), lambda text: len(self.encode(text)))
+        self.encode = encoder(tokenizer)
+        self.filler = filler or read_filler(tokenizer, config.text)
         self.plan = _lesson_plan(self.stage)
         self.backbone = for_packing(model)
         self.eraser = eraser.train()
@@ -144,15 +146,12 @@ class StageRun:
         sums = Sums()
         for group in pack(lessons):
             judged = self._judge(group, repairs[self.step % len(repairs)])
-            kl = distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold)
-            terms = kl
-            if self.stage.cross_entropy:
-                terms = distillation_loss(
-                    judged.teacher, judged.student, judged.targets, judged.gold, self.stage.cross_entropy
-                )
+            terms = distillation_loss(
+                judged.teacher, judged.student, judged.targets, judged.gold, self.stage.cross_entropy
+            )
             loss = (terms * judged.per_token(self.stage.weights)).sum() / total
             loss.backward()
-            sums.add(group, judged, kl.detach(), loss.item())
+            sums.add(group, judged, loss.item())
         sums = sums.over_all(self.accelerator)
         if not math.isfinite(sums.loss):
             raise TrainingError(
@@ -197,8 +196,7 @@ class StageRun:
         sums = Sums()
         for group in pack(self.held_out):
             judged = self._judge(group, self.eraser.repair)
-            kl = distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold)
-            sums.add(group, judged, kl, 0.0)
+            sums.add(group, judged)
         return sums.over_all(self.accelerator).validation
 
     def _validate_and_keep(self) -> Validation:

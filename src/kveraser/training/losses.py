@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kveraser.evaluation.metrics import kl_divergence
+
 
 def distillation_loss(
     teacher: Tensor, student: Tensor, targets: Tensor, gold: Tensor, cross_entropy_weight: float = 0.0
@@ -20,9 +22,8 @@ def distillation_loss(
         targets: `(tokens,)` ids.
         gold: `(tokens,)` bool, which targets belong to a gold answer.
     """
-    log_q = F.log_softmax(student.float(), -1)
-    loss = F.kl_div(log_q, F.log_softmax(teacher.float(), -1), reduction="none", log_target=True).sum(-1)
+    loss = kl_divergence(teacher, student)
     if cross_entropy_weight:
-        entropy = F.nll_loss(log_q, targets, reduction="none")
+        entropy = F.cross_entropy(student.float(), targets, reduction="none")
         loss = loss + cross_entropy_weight * torch.where(gold, entropy, 0.0)
     return loss

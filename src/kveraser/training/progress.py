@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
+from kveraser.evaluation.metrics import kl_divergence
 from kveraser.training.config import StageName
 from kveraser.training.distill import Judgement
 from kveraser.training.lessons import Lesson
@@ -71,8 +71,9 @@ class Sums:
     golds: int = 0
     spans: int = 0
 
-    def add(self, lessons: Sequence[Lesson], judged: Judgement, kl: Tensor, loss: float) -> None:
-        """Add what was judged of some lessons: `kl` of each target token, and the loss they gave."""
+    def add(self, lessons: Sequence[Lesson], judged: Judgement, loss: float = 0.0) -> None:
+        """Add what was judged of some lessons, and the loss they gave."""
+        kl = kl_divergence(judged.teacher, judged.student.detach())
         self.loss += loss
         self.spans += sum(len(erase.spans) for lesson in lessons for erase in lesson.erases)
         right = judged.student.argmax(-1) == judged.targets

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
-from kveraser.tasks import Filler, read_passages
+from kveraser.tasks import Filler
 from kveraser.training.config import STAGES, StageName, TrainConfig
+from kveraser.training.lessons import encoder, read_filler
 from kveraser.training.loop import StageRun
 from kveraser.training.neutral import hide
 from kveraser.training.progress import Report
@@ -68,11 +69,13 @@ def train_eraser(
             for name in stages:
                 shutil.rmtree(output / name, ignore_errors=True)
     accelerator.wait_for_everyone()
-    eraser = None
+    filler = read_filler(tokenizer, config.text)
     for name in stages:
         before = start if name == stages[0] and start is not None else _stage_before(output, name)
-        eraser = _first_eraser(model, tokenizer, config, before)
-        StageRun(model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report).run()
+        eraser = _first_eraser(model, tokenizer, filler, config, before)
+        StageRun(
+            model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report, filler=filler
+        ).run()
         if accelerator.is_main_process:
             _publish(output / name / "best", output / "eraser")
         accelerator.wait_for_everyone()
@@ -86,14 +89,16 @@ def _stage_before(output: Path, name: StageName) -> Path | None:
 
 
 def _first_eraser(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, start: Path | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, filler: Filler, config: TrainConfig, start: Path | None
 ) -> KVEraser:
     options = config.eraser
     eraser = KVEraser.new(
         model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair, seed=config.seed
     )
     if start is None and options.hidden:
-        hide(eraser, model, _some_texts(tokenizer, config), options.hidden)
+        rng, encode = random.Random(config.seed), encoder(tokenizer)
+        texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
+        hide(eraser, model, texts, options.hidden)
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
         if found.lora_config.r != options.rank:
@@ -103,16 +108,6 @@ def _first_eraser(
             )
         eraser.load_weights(start)
     return eraser
-
-
-def _some_texts(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[list[int]]:
-    """Ids of a few texts to measure a model by, from the training split."""
-    rng, filler = (
-        random.Random(config.seed),
-        Filler(read_passages(config.text), lambda text: len(tokenizer.encode(text))),
-    )
-    texts = [filler.text(rng, _TEXT_TOKENS, "train") for _ in range(_TEXTS)]
-    return [tokenizer.encode(text, add_special_tokens=False)[:_TEXT_TOKENS] for text in texts]
 
 
 def _publish(best: Path, target: Path) -> None:

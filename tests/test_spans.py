@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import kveraser as kv
-from kveraser.spans import Span, SpanLedger, gaps, merge_spans, remap
+from kveraser.spans import Span, SpanLedger, gaps, merge_spans, remap, union_spans
 
 
 @pytest.mark.parametrize(
@@ -118,3 +120,11 @@ def test_dropping_slots_tells_which_erased_spans_lost_theirs():
     ledger.mark(Span(14, 15), in_cache=True)
     assert ledger.drop_slots([Span(6, 8)]) == (Span(8, 10),)
     assert ledger.cache_length == 16
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=8))
+def test_a_union_has_every_position_once_and_in_order(bounds):
+    spans = [Span(start, start + size) for start, size in bounds]
+    joined = union_spans(spans)
+    assert [position for span in joined for position in span] == sorted({p for span in spans for p in span})
+    assert all(left.end < right.start for left, right in pairwise(joined))

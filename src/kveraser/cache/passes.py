@@ -5,10 +5,9 @@ Knows: how transformers' models talk to a cache. Does not know whether an eraser
 A pass cache stands in for the user's cache during one forward. Its layers write the new keys and values straight into
 the user's slots, layer by layer, and let the tokens attend to what the pass is meant to see:
 
-    rewrite a range        [0 ............ start)[start .. end)            everything before it, and itself
-    with a window          [0, sink) + [start - local, start)[start, end)  a constant number of slots, and itself
-    rewrite behind a gap   the same, as if the tokens stood where the gap begins; their keys are then moved to their slots
-    rewrite chosen slots   everything; the caller gives a 4-D mask
+    rewrite a range        everything before it, and itself; nothing is copied
+    rewrite runs           each sees chosen slots before it, and itself, and may be computed as if a gap before it were not there
+    rewrite chosen slots   everything up to itself
     look only              the same as a range, nothing is written, stops after a given layer
 
 transformers aligns its causal mask to the cache's length, so `get_seq_length()` is the number of *visible* slots before
@@ -28,11 +27,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kveraser.cache.support import writing
-from kveraser.errors import CacheMismatchError
 from kveraser.interrupts import uninterrupted
-from kveraser.model_view import decoder, evaluating, text_config
-from kveraser.rope import frequencies, rotary_layout, rotate
-from kveraser.spans import Span, merge_spans
+from kveraser.model_view import decoder, evaluating, text_config, view
+from kveraser.rope import Rotation, frequencies, rotary_layout
+from kveraser.spans import Span, union_spans
 
 Window = tuple[int, int]
 """`(sink, local)`: how many of the first slots, and of the slots right before the span, a pass attends to."""
@@ -52,6 +50,10 @@ def window_spans(window: Window | None, start: int) -> tuple[Span, ...]:
     return tuple(Span(a, b) for a, b in ((0, sink), (start - local, start)) if b > a)
 
 
+class _Stop(Exception):
+    """Ends a forward once the states that were wanted are there."""
+
+
 class _PassLayer(DynamicLayer):
     """A stand-in for one layer of the user's cache; `seen` slots are visible before the tokens of the pass."""
 
@@ -65,45 +67,54 @@ class _PassLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
-
-class _RangeLayer(_PassLayer):
-    """Writes `[start, end)` and shows the window before it."""
-
-    def __init__(self, layer: DynamicLayer, span: Span, before: tuple[Span, ...]) -> None:
-        super().__init__(layer, sum(len(run) for run in before))
-        self.span, self.shown = span, merge_spans((*before, span), span.end)
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        shown = []
-        for states, new in ((self.layer.keys, key_states), (self.layer.values, value_states)):
-            assert states is not None
-            states[:, :, self.span.slice] = new
-            runs = [states[:, :, run.slice] for run in self.shown]
-            shown.append(runs[0] if len(runs) == 1 else torch.cat(runs, -2))
-        return shown[0], shown[1]
+        """Take the new states, and give those that the tokens attend to."""
+        raise NotImplementedError
+
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the user's layer."""
+        assert self.layer.keys is not None and self.layer.values is not None
+        return self.layer.keys, self.layer.values
 
 
-class _BehindLayer(_PassLayer):
-    """Writes runs of slots, with keys moved to their positions, and shows the window and the keys as they were made."""
+class _RunsLayer(_PassLayer):
+    """Writes runs of slots and shows others, as they are then; the last tokens' keys are moved before they are written,
+    and shown to these tokens as they were made.
+
+    Args:
+        written: slots of all tokens, in the tokens' order.
+        shown: slots to show.
+        moved: how many tokens at the end have their keys moved, by `move`.
+    """
 
     def __init__(
-        self, layer: DynamicLayer, runs: tuple[Span, ...], before: tuple[Span, ...], move: Callable[[Tensor], Tensor]
+        self,
+        layer: DynamicLayer,
+        written: tuple[Span, ...],
+        shown: tuple[Span, ...],
+        moved: int,
+        move: Callable[[Tensor], Tensor] | None,
     ) -> None:
-        super().__init__(layer, sum(len(run) for run in before))
-        self.runs, self.before, self.move = runs, before, move
+        tokens = sum(map(len, written))
+        super().__init__(layer, sum(map(len, shown)) + moved - tokens)
+        self.written, self.shown, self.still, self.move = written, shown, tokens - moved, move
+        self.lengths = [len(run) for run in written]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        shown = []
-        lengths = [len(run) for run in self.runs]
-        for states, new, kept in (
-            (self.layer.keys, key_states, self.move(key_states)),
-            (self.layer.values, value_states, value_states),
-        ):
-            assert states is not None
-            for run, part in zip(self.runs, kept.split(lengths, -2), strict=True):
+        kept, moves = key_states, key_states.shape[-2] > self.still
+        if moves and self.move is not None:
+            kept = torch.cat([kept[:, :, : self.still], self.move(kept[:, :, self.still :])], -2)
+        found = []
+        pairs = (key_states, kept), (value_states, value_states)
+        for states, (new, keep) in zip(self.states, pairs, strict=True):
+            for run, part in zip(self.written, keep.split(self.lengths, -2), strict=True):
                 states[:, :, run.slice] = part
-            shown.append(torch.cat([*(states[:, :, run.slice] for run in self.before), new], -2))
-        return shown[0], shown[1]
+            parts = [states[:, :, run.slice] for run in self.shown]
+            if moves:
+                parts.append(new[:, :, self.still :])
+            found.append(parts[0] if len(parts) == 1 else torch.cat(parts, -2))
+        return found[0], found[1]
 
 
 class _SlotsLayer(_PassLayer):
@@ -114,14 +125,9 @@ class _SlotsLayer(_PassLayer):
         self.slots = slots
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        assert self.layer.keys is not None and self.layer.values is not None
-        self.layer.keys[:, :, self.slots] = key_states
-        self.layer.values[:, :, self.slots] = value_states
-        return self.layer.keys, self.layer.values
-
-
-class _Stop(Exception):
-    """Ends a forward once the states that were wanted are there."""
+        for states, new in zip(self.states, (key_states, value_states), strict=True):
+            states[:, :, self.slots] = new
+        return self.states
 
 
 class _LookLayer(_PassLayer):
@@ -136,11 +142,8 @@ class _LookLayer(_PassLayer):
         if self.keep:
             self.found = (key_states, value_states)
             raise _Stop
-        assert self.layer.keys is not None and self.layer.values is not None
-        return (
-            torch.cat([self.layer.keys[:, :, : self.seen], key_states], -2),
-            torch.cat([self.layer.values[:, :, : self.seen], value_states], -2),
-        )
+        keys, values = (states[:, :, : self.seen] for states in self.states)
+        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
 
 @dataclass(frozen=True)
@@ -204,65 +207,130 @@ def _forward(model: nn.Module, ids: Tensor, positions: Tensor, cache: Cache, mas
     )
 
 
-def rewrite_range(
-    model: nn.Module, cache: Cache, tokens: Tokens, span: Span, window: Window | None = None, ids: Tensor | None = None
-) -> int:
-    """Run the tokens of `span` again and write their states into their own slots; returns the bytes written.
-
-    They attend to the cached slots before them (with `window`, to a constant number of those) and causally to
-    themselves. Without a window and with the unchanged model, this is exact recomputation.
-
-    Args:
-        ids: other ids `(batch, len(span))` to run in these slots.
-    """
-    before = window_spans(window, span.start)
-    pass_cache = Cache(layers=[_RangeLayer(layer, span, before) for layer in cache.layers])
-    mask = None
-    if tokens.mask is not None:
-        mask = torch.cat([tokens.mask[:, run.slice] for run in (*before, span)], -1)
-    with writing(cache):
-        _forward(model, tokens.ids[:, span.slice] if ids is None else ids, tokens.position(span), pass_cache, mask)
-    return _range_bytes(cache, len(span))
-
-
-def rewrite_behind(
+def _pass(
     model: nn.Module,
     cache: Cache,
-    tokens: Tokens,
-    gap: Span,
-    runs: tuple[Span, ...],
-    window: Window | None = None,
-) -> int:
-    """Run the tokens of `runs` again as if the slots `gap` before them were not there; returns the bytes written.
+    layers: Sequence[_PassLayer],
+    ids: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+) -> None:
+    """Run tokens through the model with `layers` in the place of the cache's own."""
+    with writing(cache), suppress(_Stop):
+        _forward(model, ids, positions, Cache(layers=list(layers)), mask)
 
-    They attend to the slots before the gap (with `window`, to a constant number of those) and causally to themselves, at
-    the positions they would have; then their keys are moved to the positions of their slots. So a token whose
-    states depend on the one right before it meets its neighbor across the gap.
+
+@dataclass(frozen=True)
+class Rewrite:
+    """Tokens that a pass runs again.
+
+    Attributes:
+        slots: where they are: disjoint runs, in order.
+        sees: slots before them that they attend to, besides themselves.
+        gap: slots right before them that they are computed without, at the positions that they would have then; their
+            keys are moved to the positions of their slots. So a token whose states depend on the one right before it
+            meets its neighbor across the gap.
+    """
+
+    slots: tuple[Span, ...]
+    sees: tuple[Span, ...]
+    gap: Span | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.slots))
+
+
+def rewrite_runs(model: nn.Module, cache: Cache, tokens: Tokens, rewrites: Sequence[Rewrite]) -> int:
+    """Run tokens again, all in one forward, and write their states into their slots; returns the bytes written.
+
+    Tokens attend causally to the others of their `Rewrite` and to the slots that it sees, as these are after the pass.
+
+    Args:
+        rewrites: at least one; those with a gap come last.
 
     Raises:
-        UnsupportedCacheError: the model's keys cannot be moved.
+        UnsupportedCacheError: the model's keys cannot be moved, and a gap asks for it.
     """
-    before = window_spans(window, gap.start)
-    gone = len(gap) if tokens.mask is None else tokens.mask[:, gap.slice].long().sum(-1, keepdim=True)
-    there = torch.cat([tokens.position(run) for run in runs], -1)
-    near = (there - gone).clamp(min=0)
-    delta = there - near
-    layout, inv_freq = rotary_layout(model), frequencies(model)
-
-    def move(keys: Tensor) -> Tensor:
-        return rotate(keys, delta, inv_freq, layout.pairing)
-
-    layers = [
-        _BehindLayer(layer, runs, before, move if rotary else lambda keys: keys)
-        for rotary, layer in zip(layout.rotary, cache.layers, strict=True)
-    ]
+    written = tuple(run for rewrite in rewrites for run in rewrite.slots)
+    moved = sum(len(rewrite) for rewrite in rewrites if rewrite.gap is not None)
+    still = tuple(run for rewrite in rewrites if rewrite.gap is None for run in rewrite.slots)
+    shown = union_spans((*(run for rewrite in rewrites for run in rewrite.sees), *still))
+    positions = torch.cat([tokens.position(run) for run in written], -1)
+    moves: list[Rotation | None] = [None] * len(cache.layers)
+    if moved:
+        delta = torch.cat([_gone(tokens, rewrite) for rewrite in rewrites], -1)
+        near = (positions - delta).clamp(min=0)
+        layout = rotary_layout(model)
+        move = Rotation((positions - near)[:, -moved:], frequencies(model), layout.pairing)
+        moves = [move if rotary else None for rotary in layout.rotary]
+        positions = near
+    layers = [_RunsLayer(layer, written, shown, moved, move) for layer, move in zip(cache.layers, moves, strict=True)]
     mask = None
-    if tokens.mask is not None:
-        mask = torch.cat([tokens.mask[:, run.slice] for run in (*before, *runs)], -1)
-    ids = torch.cat([tokens.ids[:, run.slice] for run in runs], -1)
-    with writing(cache):
-        _forward(model, ids, near, Cache(layers=list(layers)), mask)
+    if len(rewrites) > 1 or moved:
+        model = _with_mask(model)
+        mask = _additive(_visible(tokens, rewrites, shown, moved), cache)
+    elif tokens.mask is not None:
+        mask = torch.cat([tokens.mask[:, run.slice] for run in shown], -1)
+    ids = torch.cat([tokens.ids[:, run.slice] for run in written], -1)
+    _pass(model, cache, layers, ids, positions, mask)
     return _range_bytes(cache, ids.shape[1])
+
+
+def _gone(tokens: Tokens, rewrite: Rewrite) -> Tensor:
+    """How many positions nearer the tokens stand without their gap, `(batch or 1, tokens)`."""
+    gap = rewrite.gap
+    if gap is None:
+        count = torch.zeros(1, 1, dtype=torch.long, device=tokens.ids.device)
+    elif tokens.mask is None:
+        count = torch.full((1, 1), len(gap), device=tokens.ids.device)
+    else:
+        count = tokens.mask[:, gap.slice].long().sum(-1, keepdim=True)
+    rows = 1 if tokens.mask is None else len(tokens.mask)
+    return count.expand(rows, len(rewrite))
+
+
+def _visible(tokens: Tokens, rewrites: Sequence[Rewrite], shown: tuple[Span, ...], moved: int) -> Tensor:
+    """What each token attends to, `(batch or 1, 1, tokens, columns)`; columns: the shown slots, then what is moved."""
+    slots = torch.cat([torch.arange(run.start, run.end) for rewrite in rewrites for run in rewrite.slots])
+    columns = torch.cat([*(torch.arange(run.start, run.end) for run in shown), slots[len(slots) - moved :]])
+    as_made = len(columns) - moved
+    visible = torch.zeros(len(slots), len(columns), dtype=torch.bool)
+    at = 0
+    for rewrite in rewrites:
+        rows = slice(at, at + len(rewrite))
+        at = rows.stop
+        for run in rewrite.sees:
+            visible[rows, :as_made] |= (columns[:as_made] >= run.start) & (columns[:as_made] < run.end)
+        own = slice(0, as_made) if rewrite.gap is None else slice(as_made, None)
+        for run in rewrite.slots:
+            inside = (columns[own] >= run.start) & (columns[own] < run.end)
+            visible[rows, own] |= inside & (columns[own] <= slots[rows, None])
+    visible = visible.to(tokens.ids.device)[None, None]
+    if tokens.mask is not None:
+        visible = visible & tokens.mask[:, None, None, columns.to(tokens.mask.device)].bool()
+    return visible
+
+
+def _additive(visible: Tensor, cache: Cache) -> Tensor:
+    """A mask to add to attention scores, in the cache's type."""
+    dtype = cache.layers[0].keys.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def _with_mask(model: nn.Module) -> nn.Module:
+    """The model, or where its attention takes no 4-D mask, a view of it whose attention does."""
+    return model if text_config(model)._attn_implementation in ("sdpa", "eager") else view(model, attention="sdpa")
+
+
+def rewrite_range(model: nn.Module, cache: Cache, tokens: Tokens, span: Span) -> int:
+    """Run the tokens of `span` again and write their states into their slots; returns the bytes written.
+
+    They attend to all slots before them and causally to themselves: with the unchanged model, this is exact
+    recomputation.
+    """
+    before = (Span(0, span.start),) if span.start else ()
+    return rewrite_runs(model, cache, tokens, [Rewrite((span,), before)])
 
 
 def recompute(model: nn.Module, cache: Cache, tokens: Tokens, span: Span, chunk: int = PREFILL_CHUNK) -> int:
@@ -295,27 +363,15 @@ def rewrite_slots(model: nn.Module, cache: Cache, tokens: Tokens, slots: Tensor)
     """Run the tokens at `slots` (sorted, `(n,)`) again, all at once, and write their states; returns the bytes written.
 
     Each attends to every slot up to its own; those among `slots` are seen in their new state, layer by layer.
-
-    Raises:
-        CacheMismatchError: the model's attention implementation cannot take a 4-D mask.
     """
-    implementation = text_config(model)._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise CacheMismatchError(
-            f"recomputing scattered tokens needs a 4-D attention mask, which attn_implementation={implementation!r} "
-            "does not take; load the model with attn_implementation='sdpa'"
-        )
     device, length = tokens.ids.device, int(cache.get_seq_length())
     visible = torch.arange(length, device=device)[None, :] <= slots[:, None]
     visible = visible[None, None]
     if tokens.mask is not None:
         visible = visible & tokens.mask[:, None, None, :length].bool()
-    dtype = cache.layers[0].keys.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
-    pass_cache = Cache(layers=[_SlotsLayer(layer, slots) for layer in cache.layers])
+    layers = [_SlotsLayer(layer, slots) for layer in cache.layers]
     positions = tokens.position(Span(0, length))[:, slots]
-    with writing(cache):
-        _forward(model, tokens.ids[:, slots], positions, pass_cache, mask)
+    _pass(_with_mask(model), cache, layers, tokens.ids[:, slots], positions, _additive(visible, cache))
     return _range_bytes(cache, len(slots))
 
 
@@ -326,8 +382,7 @@ def look(model: nn.Module, cache: Cache, tokens: Tokens, span: Span, layer: int)
     """
     layers = [_LookLayer(entry, span.start, index == layer) for index, entry in enumerate(cache.layers)]
     mask = None if tokens.mask is None else tokens.mask[:, : span.end]
-    with writing(cache), suppress(_Stop):
-        _forward(model, tokens.ids[:, span.slice], tokens.position(span), Cache(layers=list(layers)), mask)
+    _pass(model, cache, layers, tokens.ids[:, span.slice], tokens.position(span), mask)
     found = layers[layer].found
     assert found is not None
     return found

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from kveraser.cache import Window, check_model
 from kveraser.eraser.config import FILE_NAME, EraserConfig, Fingerprint
+from kveraser.eraser.lora import LoraLinear
 from kveraser.errors import EraserMismatchError, OptionError
 from kveraser.model_view import causal_lm, frozen, model_device, model_dtype, view
 
@@ -45,10 +46,10 @@ class KVEraser:
     Attributes:
         config: window, repair and the backbone's fingerprint.
         lora_config: PEFT's configuration.
-        layers: module name in the backbone -> PEFT LoRA layer (without its base layer).
+        layers: module name in the backbone -> the LoRA there (without its base layer).
     """
 
-    def __init__(self, config: EraserConfig, lora_config: LoraConfig, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, config: EraserConfig, lora_config: LoraConfig, layers: dict[str, LoraLinear]) -> None:
         self.config = config
         self.lora_config = lora_config
         self.layers = layers
@@ -158,22 +159,29 @@ class KVEraser:
             )
         self._checked = ref(base)
 
-    def attached(self, model: nn.Module) -> nn.Module:
-        """A view of `model` with the eraser active; `model` itself is left alone. Valid until the model changes."""
+    def attached(self, model: nn.Module, *, first: int | None = None) -> nn.Module:
+        """A view of `model` with the eraser active; `model` itself is left alone. Valid until the model changes.
+
+        Args:
+            first: how many tokens of every row it changes, from the first on; None for all.
+        """
         self.to(model_device(model), model_dtype(model), training_too=False)
-        attached: nn.Module = view(causal_lm(model), self.layers)
+        layers = self.layers
+        if first is not None:
+            layers = {name: layer.for_first(first) for name, layer in layers.items()}
+        attached: nn.Module = view(causal_lm(model), layers)
         return attached
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """LoRA A and B by PEFT's names."""
         for name, layer in self.layers.items():
-            for part in ("lora_A", "lora_B"):
-                yield f"{_KEY_PREFIX}{name}.{part}.weight", getattr(layer, part)[_ADAPTER].weight
+            yield f"{_KEY_PREFIX}{name}.lora_A.weight", layer.down
+            yield f"{_KEY_PREFIX}{name}.lora_B.weight", layer.up
 
     def matrices(self, module: str) -> tuple[nn.Parameter, nn.Parameter, float]:
         """A `(rank, in)`, B `(out, rank)` and the scaling of their product, of the adapted module with that name."""
-        layer: Any = self.layers[module]
-        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, float(layer.scaling[_ADAPTER])
+        layer = self.layers[module]
+        return layer.down, layer.up, layer.scaling
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable weights."""
@@ -279,25 +287,23 @@ def target_linears(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def _lora_layers(model: nn.Module, lora_config: LoraConfig) -> dict[str, nn.Module]:
-    """PEFT's LoRA layers for the model, by module name, made on a skeleton of it that shares its weights."""
+def _lora_layers(model: nn.Module, lora_config: LoraConfig) -> dict[str, LoraLinear]:
+    """The LoRA at every adapted module, by its name, as PEFT makes it on a skeleton of the model that shares its weights."""
     skeleton = frozen(causal_lm(model))
     skeleton.__dict__.pop("peft_config", None)
     _without_adapters(skeleton)
     inject_adapter_in_model(lora_config, skeleton, adapter_name=_ADAPTER)
-    layers: dict[str, Any] = {}
+    layers = {}
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
-            layers[name] = module
+            parts: Any = (module.lora_A[_ADAPTER], module.lora_B[_ADAPTER])
+            down, up = (part.weight.requires_grad_(False) for part in parts)
+            layers[name] = LoraLinear(down, up, float(module.scaling[_ADAPTER]))
     if not layers:
         raise EraserMismatchError(
             f"the adapter's target modules {lora_config.target_modules} do not occur in this model"
         )
-    for layer in layers.values():
-        del layer._modules["base_layer"]
-        for parameter in layer.parameters():  # type: ignore[attr-defined]
-            parameter.requires_grad_(False)
-    return layers  # type: ignore[return-value]
+    return layers
 
 
 def _without_adapters(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ measured once per machine tells which is which; the receipt names the method tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from kveraser.eraser import KVEraser, shipped_eraser
@@ -51,9 +51,10 @@ class Auto(EraseMethod):
         start = min(edit.spans[0].start, edit.length if edit.marks.exact else edit.marks.approximate_from or 0)
         removed = sum(len(span) for span in (*edit.spans, *edit.marks.steered_spans))
         exact = costs.recompute(start, max(edit.length - removed, start))
-        quick = sum(costs.steer(span, eraser.window) for span in edit.spans)
-        if eraser.repair:
-            quick += sum(costs.repair(run, eraser.window) for run in edit.runs_behind(eraser.repair))
+        quick = sum(
+            costs.steer(turn.tokens_steered, turn.tokens - turn.tokens_steered, turn.columns)
+            for turn in steering.passes(replace(edit, spans=rest))
+        )
         return FullRecompute() if exact <= quick * self.patience else steering
 
     def plan(self, edit: Edit) -> Plan:

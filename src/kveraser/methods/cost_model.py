@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from kveraser.cache import PREFILL_CHUNK, Tokens, Window, rewrite_range, window_spans
+from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
 from kveraser.model_view import causal_lm, model_device, model_dtype, text_config
 from kveraser.paths import cache_folder, write_atomically
 from kveraser.spans import Span
@@ -57,17 +57,10 @@ class CostModel:
         borders = [*range(start, end, PREFILL_CHUNK), end]
         return sum(self.plain.seconds(b - a, a) for a, b in pairwise(borders))
 
-    def steer(self, span: Span, window: Window | None) -> float:
-        """Predicted seconds of steering a span."""
-        return self.steering.seconds(len(span), _visible(window, span.start))
-
-    def repair(self, run: Span, window: Window | None) -> float:
-        """Predicted seconds of recomputing a run behind a steered span."""
-        return self.plain.seconds(len(run), _visible(window, run.start))
-
-
-def _visible(window: Window | None, start: int) -> int:
-    return sum(len(run) for run in window_spans(window, start))
+    def steer(self, steered: int, repaired: int, columns: int) -> float:
+        """Predicted seconds of a pass with `steered` tokens under the eraser and `repaired` plain ones, `columns` keys each."""
+        alone = self.steering.base + self.steering.token * steered + self.plain.token * repaired
+        return alone + (self.steering.pair * steered + self.plain.pair * repaired) * columns
 
 
 def fit(samples: list[tuple[int, int, float]]) -> PassCost:

@@ -9,7 +9,6 @@ and values are not repeated.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -53,15 +52,8 @@ def grouped_attention(
 
 def for_packing(model: nn.Module) -> Any:
     """A frozen view of a model that runs packed rows fast; the model and its configuration stay as they are."""
-    base = frozen(causal_lm(model))
+    base = causal_lm(model)
     if model_device(model).type != "cpu" or text_config(model)._attn_implementation != "sdpa":
-        return base
+        return frozen(base)
     AttentionInterface.register(_NAME, grouped_attention)
-    copies: dict[int, Any] = {}
-    for module in base.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            own = copies.setdefault(id(config), copy.copy(config))
-            own._attn_implementation_internal = _NAME
-            module.__dict__["config"] = own
-    return base
+    return frozen(base, attention=_NAME)

@@ -220,31 +220,32 @@ def judge(
     edited = [_Edited(prefilled.context[index]) for index, _ in erases]
     past, slots = [prefilled.states], int(prefilled.states[0][0].shape[-2])
 
-    row = []
-    for (index, erase), context in zip(erases, edited, strict=True):
-        ids = prefilled.lessons[index].ids
-        for span in erase.spans:
-            visible = window_spans(window, span.start)
-            if variant.suffix_aware:
-                visible = (*visible, *spans_of((span.end, len(ids))))
-            run = ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
-            row.append(Segment(run, span.start, context.seen(*visible)))
-            context.move(span, slots)
-            slots += len(span)
-    past.append(run_row(steering_model, row, past)[1])
+    def rewrite(runs: Sequence[tuple[int, Segment, Span]], with_model: nn.Module) -> States:
+        """Run segments, and let their erases see the places `Span` in their new states from now on."""
+        nonlocal slots
+        for number, segment, place in runs:
+            edited[number].move(place, slots)
+            slots += len(segment.ids)
+        return run_row(with_model, [segment for _, segment, _ in runs], past)[1]
 
-    behind = [_neighbors(erase.spans, repair, len(prefilled.lessons[index].ids)) for index, erase in erases]
-    for turn in zip_longest(*behind):  # what is repaired behind a span is seen, in its place, behind the next one
-        row, moves = [], list[int]()
-        for number, pair in enumerate(turn):
-            if pair is not None:
-                (span, near), ids = pair, prefilled.lessons[erases[number][0]].ids
-                row.append(Segment(ids[near.slice], span.start, edited[number].seen(*window_spans(window, span.start))))
-                edited[number].move(near, slots)
-                moves += [len(span)] * len(near)
-                slots += len(near)
-        with torch.no_grad():
-            past.append(_moved(model, run_row(model, row, past)[1], moves))
+    targets = [_targets(erase.spans, repair, len(prefilled.lessons[index].ids)) for index, erase in erases]
+    for turn in zip_longest(*targets):  # from left to right: a span sees what is before it as it is by then
+        steered, repaired, steps = [], [], list[int]()
+        for number, target in enumerate(turn):
+            if target is None:
+                continue
+            (span, near), ids = target, prefilled.lessons[erases[number][0]].ids
+            before = window_spans(window, span.start)
+            visible = (*before, *spans_of((span.end, len(ids)))) if variant.suffix_aware else before
+            run = ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
+            steered.append((number, Segment(run, span.start, edited[number].seen(*visible)), span))
+            if near is not None:
+                repaired.append((number, Segment(ids[near.slice], span.start, edited[number].seen(*before)), near))
+                steps += [len(span)] * len(near)
+        past.append(rewrite(steered, steering_model))
+        if repaired:
+            with torch.no_grad():
+                past.append(_moved(model, rewrite(repaired, model), steps))
 
     row = []
     for (index, erase), context in zip(erases, edited, strict=True):
@@ -265,13 +266,12 @@ def judge(
     )
 
 
-def _neighbors(spans: Sequence[Span], count: int, length: int) -> list[tuple[Span, Span]]:
-    """Each span with the first `count` tokens behind it, up to the next one; spans without such tokens are left out."""
+def _targets(spans: Sequence[Span], count: int, length: int) -> list[tuple[Span, Span | None]]:
+    """Each span with the first `count` tokens behind it, up to the next one; None where there are none."""
     ends = [*(span.start for span in spans[1:]), length]
     return [
-        (span, run)
+        (span, next(iter(spans_of((span.end, min(span.end + count, end)))), None))
         for span, end in zip(spans, ends, strict=True)
-        for run in spans_of((span.end, min(span.end + count, end)))
     ]
 
 

@@ -1,0 +1,51 @@
+"""Views of a model: other modules, another attention, and the user's own left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import FAMILIES, build, make_config, tiny, token_ids
+from kveraser.model_view import frozen, view
+
+
+class Doubled(nn.Module):
+    def forward(self, hidden):
+        return 2 * self.base_layer(hidden)
+
+
+def test_a_view_copies_only_what_it_must():
+    model = tiny()
+    replaced = view(model, {"model.layers.1.mlp.down_proj": Doubled()})
+    own, theirs = dict(replaced.named_modules()), dict(model.named_modules())
+    assert own["model.layers.1.mlp.down_proj.base_layer"] is not None
+    assert own["model.layers.1"] is not theirs["model.layers.1"]
+    assert own["model.layers.0"] is theirs["model.layers.0"]
+    assert view(model) is model
+
+
+def test_a_view_of_a_model_in_training_is_in_eval_mode():
+    model = build(make_config("llama")).train()
+    assert not any(module.training for module in view(model).modules())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_view_can_use_another_attention_than_the_model(family):
+    model, ids = tiny(family), token_ids(12)
+    eager = view(model, attention="eager")
+    assert eager.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
+    assert all(module.config is eager.config for module in eager.modules() if hasattr(module, "config"))
+    with torch.no_grad():
+        torch.testing.assert_close(eager(ids).logits, model(ids).logits)
+
+
+def test_a_frozen_view_takes_no_gradients_and_shares_the_memory():
+    model = build(make_config("llama"))
+    own = frozen(model)
+    assert not any(parameter.requires_grad for parameter in own.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for mine, theirs in zip(own.parameters(), model.parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()

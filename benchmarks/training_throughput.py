@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kveraser as kv
+from kveraser.attention import for_packing
 from kveraser.tasks import Filler, as_task, read_passages, tasks
-from kveraser.training.attention import for_packing
 from kveraser.training.distill import judge, pack, prefill, teach
 from kveraser.training.lessons import Erase, Lesson, LessonPlan
 from kveraser.training.losses import distillation_loss

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kveraser.attention import for_masks
 from kveraser.cache.support import writing
 from kveraser.interrupts import uninterrupted
-from kveraser.model_view import decoder, evaluating, text_config, view
+from kveraser.model_view import decoder, evaluating
 from kveraser.rope import Rotation, frequencies, rotary_layout
 from kveraser.spans import Span, union_spans
 
@@ -266,8 +267,8 @@ def rewrite_runs(model: nn.Module, cache: Cache, tokens: Tokens, rewrites: Seque
         positions = near
     layers = [_RunsLayer(layer, written, shown, moved, move) for layer, move in zip(cache.layers, moves, strict=True)]
     mask = None
-    if len(rewrites) > 1 or moved:
-        model = _with_mask(model)
+    if len(rewrites) > 1 or moved or len(shown) > 1:
+        model = for_masks(model)
         mask = _additive(_visible(tokens, rewrites, shown, moved), cache)
     elif tokens.mask is not None:
         mask = torch.cat([tokens.mask[:, run.slice] for run in shown], -1)
@@ -318,11 +319,6 @@ def _additive(visible: Tensor, cache: Cache) -> Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
-def _with_mask(model: nn.Module) -> nn.Module:
-    """The model, or where its attention takes no 4-D mask, a view of it whose attention does."""
-    return model if text_config(model)._attn_implementation in ("sdpa", "eager") else view(model, attention="sdpa")
-
-
 def rewrite_range(model: nn.Module, cache: Cache, tokens: Tokens, span: Span) -> int:
     """Run the tokens of `span` again and write their states into their slots; returns the bytes written.
 
@@ -371,7 +367,7 @@ def rewrite_slots(model: nn.Module, cache: Cache, tokens: Tokens, slots: Tensor)
         visible = visible & tokens.mask[:, None, None, :length].bool()
     layers = [_SlotsLayer(layer, slots) for layer in cache.layers]
     positions = tokens.position(Span(0, length))[:, slots]
-    _pass(_with_mask(model), cache, layers, tokens.ids[:, slots], positions, _additive(visible, cache))
+    _pass(for_masks(model), cache, layers, tokens.ids[:, slots], positions, _additive(visible, cache))
     return _range_bytes(cache, len(slots))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from kveraser.attention import for_decoding
 from kveraser.cache import (
     PREFILL_CHUNK,
     append,
@@ -24,7 +25,7 @@ from kveraser.cache import (
 from kveraser.context.state import ContextState
 from kveraser.errors import ContextError
 from kveraser.interrupts import uninterrupted
-from kveraser.model_view import evaluating, model_device
+from kveraser.model_view import model_device
 from kveraser.spans import Span
 
 
@@ -54,7 +55,7 @@ class Running(ContextState):
                 for a in range(0, len(new), PREFILL_CHUNK):
                     part = new[a : a + PREFILL_CHUNK]
                     where = torch.arange(length + a, length + a + len(part), device=new.device)[None]
-                    output = evaluating(self.model)(
+                    output = for_decoding(self.model)(
                         input_ids=part[None], position_ids=where, past_key_values=cache, use_cache=True
                     )
                     rows.append(output.logits[0].float())
@@ -77,7 +78,7 @@ class Running(ContextState):
             length = cache_length(self.cache)
             device = model_device(self.model)
             try:
-                output = evaluating(self.model)(
+                output = for_decoding(self.model)(
                     input_ids=new[-1:].to(device)[None],
                     position_ids=torch.tensor([[length]], device=device),
                     past_key_values=self.cache,
@@ -135,7 +136,7 @@ class Running(ContextState):
                 if rows > 1:
                     cache = copy.deepcopy(cache)
                     cache.batch_repeat_interleave(rows)
-                output = evaluating(self.model).generate(
+                output = for_decoding(self.model).generate(
                     input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache,
                     max_new_tokens=max_new_tokens, **settings,
                 )  # fmt: skip

@@ -39,7 +39,8 @@ class LoraLinear(nn.Module):
         """From `(..., tokens, in)` to `(..., tokens, out)`."""
         result: Tensor = self.base_layer(hidden)  # type: ignore[operator]
         changed = hidden if self.first is None else hidden[..., : self.first, :]
-        added = F.linear(F.linear(changed.to(self.down.dtype), self.down), self.up)
+        rows = changed.flatten(0, -2).to(self.down.dtype)  # a slice of a batch is multiplied slowly
+        added = F.linear(F.linear(rows, self.down), self.up).view(*changed.shape[:-1], -1)
         if torch.is_grad_enabled():
             added = (added * self.scaling).to(result.dtype)
             if self.first is None:

@@ -1,0 +1,115 @@
+"""What an erase costs, by method, length of the context, size and place of the span.
+
+    python benchmarks/latency.py [--full] [--json] [--output FOLDER]
+
+Ratios are to full recomputation in the same context, to the same method in the shortest context (growth), and to the floor:
+a plain forward of the span's tokens on an empty cache, which no method that computes new states can beat. States are
+random. Contexts beyond the model's positions are for time alone. Full recomputation of a long context is run once.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+from measuring import interleaved, plain_forward, random_cache, random_ids, report
+from rich.table import Table
+
+import kveraser as kv
+from kveraser.eraser import shipped_eraser
+from kveraser.methods import as_method
+
+PLACES = {"early": 1 / 16, "quarter": 1 / 4, "middle": 1 / 2, "late": 7 / 8}
+METHODS = ("kveraser", "kveraser:repair=0", "delete-and-shift", "local-suffix-repair", "selective-recompute")
+EXACT = "full-recompute"
+FLOOR = "floor"
+LONG = 4096
+"""From here on, full recomputation is run once, and selective recomputation only with `--full`."""
+
+
+def erasing(model: Any, cache: Any, ids: Any, span: kv.Span, method: str, eraser: kv.KVEraser) -> Callable[[], float]:
+    """Erase, undo, and say how long the erase took."""
+
+    def run() -> float:
+        receipt = kv.erase(model, cache, ids, span, as_method(method), eraser=eraser)
+        kv.restore(cache, receipt)
+        return receipt.seconds
+
+    return run
+
+
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Milliseconds over the length of the context."""
+    plot = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = plot.add_subplot()
+    shown = [row for row in rows if row["span"] == 64 and row["place"] == "quarter"]
+    for method, marker in zip(dict.fromkeys(row["method"] for row in shown), "sox^Dv*+P", strict=False):
+        own = [row for row in shown if row["method"] == method]
+        axes.plot([row["context"] for row in own], [row["milliseconds"] for row in own], marker=marker, label=method)
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the context", ylabel="milliseconds of an erase",
+             title="A span of 64 tokens at a quarter of the context")  # fmt: skip
+    axes.set_xticks(sorted({row["context"] for row in shown}), sorted({row["context"] for row in shown}))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return plot
+
+
+def main(
+    full: Annotated[bool, typer.Option("--full", help="Everything: 1K to 32K, three sizes, three places.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed turns of all cases of a group.")] = 7,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for latency.json and latency.png.")] = None,
+) -> None:
+    """Time erases and print a table."""
+    model, _ = kv.load_backbone()
+    eraser = shipped_eraser(model)
+    lengths = (1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 8192, 32768)
+    shapes = [(64, "quarter")]
+    if full:
+        shapes += [(16, "quarter"), (256, "quarter"), (64, "early"), (64, "middle"), (64, "late")]
+    caches = {length: (random_cache(model, length), random_ids(model, length)) for length in lengths}
+    rows: list[dict[str, Any]] = []
+    for size, place in shapes:
+        cases: dict[tuple[str, int], Callable[[], Any]] = {
+            (FLOOR, 0): lambda size=size: plain_forward(model, random_ids(model, size))  # type: ignore[misc]
+        }
+        slow: dict[tuple[str, int], Callable[[], Any]] = {}
+        for length in lengths:
+            start = min(int(length * PLACES[place]), length - size - 64)
+            span = kv.Span(start, start + size)
+            for method in (*METHODS, EXACT):
+                run = erasing(model, *caches[length], span, method, eraser)
+                if method not in (EXACT, METHODS[-1]) or length < LONG:
+                    cases[method, length] = run
+                elif full and (size, place) == shapes[0]:
+                    slow[method, length] = run
+        found = interleaved(model, cases, repeats, f"{size} tokens, {place}")
+        found |= interleaved(model, slow, 1, f"{size} tokens, {place}: the slow ones, once", warm_up=0)
+        typical = {case: statistics.median(seconds) for case, seconds in found.items()}
+        for (method, length), seconds in sorted(typical.items(), key=lambda item: item[0][1]):
+            exact, first = typical.get((EXACT, length)), typical.get((method, lengths[0]))
+            rows.append({
+                "method": method, "context": length, "span": size, "place": place, "milliseconds": 1000 * seconds,
+                "over_floor": seconds / typical[FLOOR, 0], "growth": first and seconds / first,
+                "faster_than_recomputing": exact and exact / seconds, "seconds": found[method, length],
+            })  # fmt: skip
+    table = Table("span", "place", "context", "method", title="erasing, medians")
+    for title in ("ms", "/ floor", "growth", "recompute /"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        numbers = [row["milliseconds"], row["over_floor"], row["growth"], row["faster_than_recomputing"]]
+        shown = [
+            "" if number is None else f"{number:.{digits}f}"
+            for number, digits in zip(numbers, (1, 2, 2, 1), strict=True)
+        ]
+        table.add_row(str(row["span"]), row["place"], str(row["context"] or ""), row["method"], *shown)
+    report("latency", model, rows, table, figure([row for row in rows if row["context"]]), output, as_json)
+
+
+if __name__ == "__main__":
+    typer.run(main)

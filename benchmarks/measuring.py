@@ -1,0 +1,123 @@
+"""What the benchmarks share: caches of any length, interleaved timing, peak memory, files.
+
+Ratios within one run are what counts: on a busy machine milliseconds are worth little. All cases of a group take turns, so
+that what disturbs one disturbs all; the median is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers.cache_utils import Cache, DynamicCache
+
+from kveraser.cache import growable_cache
+from kveraser.evaluation.provenance import environment, placement
+from kveraser.model_view import decoder, model_device, model_dtype, text_config
+
+Result = TypeVar("Result")
+
+
+def wait(model: nn.Module) -> None:
+    """Let the device finish."""
+    if model_device(model).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def random_cache(model: nn.Module, tokens: int, *, growable: bool = True, seed: int = 0) -> Cache:
+    """A cache with random states of the model's shape: for time and memory, a context's content does not matter."""
+    config, device = text_config(model), model_device(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = growable_cache() if growable else DynamicCache()
+    generator = torch.Generator().manual_seed(seed)
+    for index in range(config.num_hidden_layers):
+        pair = torch.randn(2, 1, heads, tokens, head_dim, generator=generator, dtype=torch.float32)
+        keys, values = pair.to(device, model_dtype(model))
+        cache.update(keys, values, index)
+    return cache
+
+
+def random_ids(model: nn.Module, tokens: int, seed: int = 0) -> torch.Tensor:
+    """`(1, tokens)` ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, text_config(model).vocab_size, (1, tokens), generator=generator).to(model_device(model))
+
+
+@torch.no_grad()
+def plain_forward(model: nn.Module, ids: torch.Tensor) -> None:
+    """The floor of every erase: the span's tokens once through the model, on an empty cache."""
+    decoder(model)(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+
+
+def interleaved(
+    model: nn.Module, cases: Mapping[Any, Callable[[], Any]], repeats: int, title: str, warm_up: int = 1
+) -> dict[Any, list[float]]:
+    """Seconds of every case, which take turns."""
+    seconds: dict[Any, list[float]] = {name: [] for name in cases}
+    for turn in track(range(-warm_up, repeats), title, console=Console(stderr=True), transient=True):
+        for name, run in cases.items():
+            wait(model)
+            started = time.perf_counter()
+            own = run()  # a case that undoes its work says itself how long the work took
+            wait(model)
+            taken = own if isinstance(own, float) else time.perf_counter() - started
+            if turn >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """The median of one case's seconds over that of another."""
+    return statistics.median(slow) / statistics.median(fast)
+
+
+def peak_bytes(model: nn.Module, run: Callable[[], Result]) -> tuple[int, Result]:
+    """Bytes allocated at most at any time during a call, beyond what was there before; and what the call returned."""
+    if model_device(model).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        return torch.cuda.max_memory_allocated() - before, result
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        result = run()
+    now = peak = 0
+    changes = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, result
+
+
+def report(
+    name: str,
+    model: nn.Module,
+    rows: Sequence[Mapping[str, Any]],
+    table: Table,
+    figure: Figure | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Print a table, or JSON; write `NAME.json` and `NAME.png` where a folder is given."""
+    document = {"benchmark": name, **environment(model), **placement(model), "rows": list(rows)}
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        Console().print(table)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if figure is not None:
+            FigureCanvasAgg(figure).print_png(output / f"{name}.png")

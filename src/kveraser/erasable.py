@@ -146,8 +146,11 @@ class ErasableContext(TokenContext):
 
     def text_of(self, span: Span) -> str:
         """The text of a span, also of an erased one; of a purged one nothing is left."""
-        ids = [token for token in self._ids.view[span.slice].tolist() if token >= 0]
-        return decode(self._require_tokenizer(), ids)
+        return decode(self._require_tokenizer(), self.ids_of(span))
+
+    def ids_of(self, span: Span) -> list[int]:
+        """The ids of a span, also of an erased one; of a purged one nothing is left."""
+        return [token for token in self._ids.view[span.slice].tolist() if token >= 0]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens around it."""
@@ -270,7 +273,8 @@ class ErasableContext(TokenContext):
             elif length:
                 new.cache.layers.extend(GrowableLayer() for _ in self.cache.layers)
                 append(new.cache, snapshot(self.cache, Span(0, length)))
-            new._register(ids)
+            if length:
+                new._register(ids)
             if take:
                 self.__init__(self.model, self.tokenizer, self.eraser)  # type: ignore[misc]
             return new

@@ -20,35 +20,52 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
+class TokenBorders:
+    """Where the tokens of a text begin and end.
+
+    Borders are found by decoding prefixes (about 20 of them for one span), which works with every tokenizer, also where
+    a character takes several tokens.
+
+    Attributes:
+        text: the text of the ids.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+        self._tokenizer, self._ids = tokenizer, ids
+        self.text = decode(tokenizer, ids)
+        self._lengths: dict[int, int] = {}
+
+    def span(self, start: int, end: int) -> Span:
+        """The smallest span of whole tokens that holds the characters `[start, end)`; not empty."""
+        counts = range(len(self._ids) + 1)
+        first = bisect_left(counts, start, key=self._characters)
+        if self._characters(first) > start:  # the text begins inside a token
+            first -= 1
+        last = bisect_left(counts, end, key=self._characters)
+        return Span(first, max(last, first + 1))
+
+    def _characters(self, count: int) -> int:
+        """Whole characters in the first `count` tokens; a character that is cut decodes to something else."""
+        if count not in self._lengths:
+            start = decode(self._tokenizer, self._ids[:count])
+            length = min(len(start), len(self.text))
+            while length and start[length - 1] != self.text[length - 1]:
+                length -= 1
+            self._lengths[count] = length
+        return self._lengths[count]
+
+
 def occurrences(tokenizer: PreTrainedTokenizerBase, ids: list[int], needle: str) -> list[Span]:
     """Every place of `needle` in the text of `ids`, as the smallest spans of whole tokens that hold it.
 
-    Token borders are found by decoding prefixes (about 20 of them), which works with every tokenizer, also where a
-    character takes several tokens. A token that holds a part of the text belongs to the span as a whole.
+    A token that holds a part of the text belongs to the span as a whole.
     """
-    text = decode(tokenizer, ids)
-    lengths: dict[int, int] = {}
-
-    def characters(count: int) -> int:
-        """Whole characters in the first `count` tokens; a character that is cut decodes to something else."""
-        if count not in lengths:
-            start = decode(tokenizer, ids[:count])
-            length = min(len(start), len(text))
-            while length and start[length - 1] != text[length - 1]:
-                length -= 1
-            lengths[count] = length
-        return lengths[count]
-
+    borders = TokenBorders(tokenizer, ids)
     spans = []
-    counts = range(len(ids) + 1)
-    at = text.find(needle)
+    at = borders.text.find(needle)
     while at >= 0:
-        start = bisect_left(counts, at, key=characters)
-        if characters(start) > at:  # the text begins inside a token
-            start -= 1
-        end = bisect_left(counts, at + len(needle), key=characters)
-        spans.append(Span(start, max(end, start + 1)))
-        at = text.find(needle, at + 1)
+        spans.append(borders.span(at, at + len(needle)))
+        at = borders.text.find(needle, at + 1)
     return spans
 
 

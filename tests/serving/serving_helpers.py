@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
+import threading
+import time
 from contextlib import contextmanager
 
 import httpx
+import uvicorn
 
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.serving.app import AppOptions, create_app
@@ -13,6 +18,7 @@ from kveraser.serving.decoding import Sampling
 from kveraser.serving.engine import Engine, EngineOptions, Prompt
 
 NAME = "org/tiny"
+REAL = "smollm2-135m-instruct"
 
 
 def messages(talk=None):
@@ -76,6 +82,41 @@ class Server:
     def chat(self, talk=None, key=None, **options):
         body = {"model": NAME, "messages": messages(talk), "max_tokens": 6, "temperature": 0, **options}
         return self.call("POST", "/v1/chat/completions", key, json=body)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def running(engine, *keys, name=NAME):
+    """A real server in a thread, which closes the engine at the end; gives its URL."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, AppOptions(name, keys)), port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def tiny_engine(**options):
+    """An engine on a tiny random model."""
+    model = text_model()
+    return Engine(model, make_tokenizer(), random_eraser(model), EngineOptions(**options))
+
+
+def event_list(text):
+    """The events of a stream, which has to end as it should."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-import uvicorn
-from serving_helpers import NAME, TALK, chat_ids, messages, servers, without
+from serving_helpers import NAME, TALK, chat_ids, messages, running, servers, tiny_engine, without
 
-from conftest import make_tokenizer, random_eraser, text_model
-from kveraser.serving.app import AppOptions, create_app
-from kveraser.serving.engine import Engine, EngineOptions
+from conftest import make_tokenizer
 
 
 @pytest.fixture
@@ -29,20 +25,8 @@ def serve():
 @pytest.fixture(scope="module")
 def url():
     """A real server in a thread."""
-    model = text_model()
-    engine = Engine(model, make_tokenizer(), random_eraser(model), EngineOptions(cache_budget=1 << 22))
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    app = create_app(engine, AppOptions(NAME, ("alpha", "beta")))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
+    with running(tiny_engine(cache_budget=1 << 22), "alpha", "beta") as address:
+        yield address
 
 
 def client(url, key="alpha"):
@@ -255,6 +239,5 @@ def test_no_prompt_reaches_a_log_not_even_with_a_mistake_of_ours(serve, caplog, 
 
 def test_the_openapi_document_names_every_route(serve):
     paths = serve().call("GET", "/openapi.json").json()["paths"]
-    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/healthz", "/metrics", "/v1/sessions"} <= set(
-        paths
-    )
+    assert {"/v1/models", "/v1/chat/completions", "/v1/completions", "/healthz", "/metrics", "/v1/sessions",
+            "/v1/sessions/{session_id}/compare", "/v1/examples", "/v1/methods"} <= set(paths)  # fmt: skip

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from serving_helpers import servers
+from serving_helpers import free_port, running, servers, tiny_engine
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.serving.comparing import Question, compare
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.engine import Engine, EngineOptions
 from kveraser.serving.explicit import Sessions, What
@@ -223,6 +229,151 @@ def test_what_was_acknowledged_is_there_after_kill_minus_nine(tmp_path):
         assert context.generate("the code?", max_new_tokens=8) == twin.generate("the code?", max_new_tokens=8)
     finally:
         engine.close()
+
+
+def told_over_http(url, number):
+    """What a client is told that works on a session of its own: messages, an erase, questions, undoing, repairing."""
+    with httpx.Client(base_url=url, timeout=120) as client:
+
+        def post(path, **body):
+            return client.post(path, json=body).raise_for_status().json()
+
+        at, told = f"/v1/sessions/{post('/v1/sessions')['id']}", []
+        for turn in range(2):
+            post(f"{at}/messages", role="tool", content=f"the code of {number} is {turn}", id=f"call-{turn}")
+            told.append(post(f"{at}/generate", prompt="the code?", max_tokens=4)["text"])
+        erase = post(f"{at}/erase", message="call-0")
+        told += [answer["text"] for answer in post(f"{at}/compare", prompt="it", max_tokens=3)["answers"]]
+        if number % 2:
+            post(f"{at}/restore", erase=erase["id"])
+        else:
+            post(f"{at}/repair")
+        told.append(post(f"{at}/generate", prompt="the code?", max_tokens=4)["text"])
+        return told
+
+
+def told_alone(number):
+    """The same from a context of the library."""
+    ctx, told = kv.ErasableContext(text_model(), make_tokenizer(), random_eraser(text_model())), []
+    for turn in range(2):
+        ctx.append_message("tool", f"the code of {number} is {turn}", id=f"call-{turn}")
+        told.append(ctx.generate("the code?", max_new_tokens=4))
+    receipt = ctx.erase("call-0")
+    told += [answer.text for answer in compare(ctx, Question("it", 3), Job(lambda job: None, 60)).answers]
+    if number % 2:
+        ctx.restore(receipt)
+    else:
+        ctx.repair()
+    return [*told, ctx.generate("the code?", max_new_tokens=4)]
+
+
+def test_sixteen_clients_with_sessions_of_their_own_are_told_what_each_would_be_told_alone():
+    budget = 400_000  # less than what they need: sessions go to disk and come back
+    engine, most = tiny_engine(cache_budget=budget), []
+    with running(engine) as url, ThreadPoolExecutor(16) as pool:
+        together = [pool.submit(told_over_http, url, number) for number in range(16)]
+        while not all(each.done() for each in together):
+            most.append(engine.submit(lambda job: engine.store.bytes).future.result(60))
+            time.sleep(0.02)
+        assert [each.result() for each in together] == [told_alone(number) for number in range(16)]
+        assert 'status="5' not in httpx.get(f"{url}/metrics").text
+        assert engine.store.count[1] > 0
+    assert max(most) <= budget
+
+
+def operations(number):
+    """What a client does with its session, without end: (what, message)."""
+    for turn in itertools.count():
+        yield "message", turn
+        yield "question", turn
+        if turn % 2:
+            yield "erase", turn // 2
+
+
+def do_over_http(client, at, number, what, turn):
+    if what == "message":
+        body = {"role": "tool", "content": f"the code of {number} is {turn}", "id": f"call-{turn}"}
+        reply = client.post(f"{at}/messages", json=body)
+    elif what == "question":
+        reply = client.post(f"{at}/generate", json={"prompt": f"and {turn}?", "max_tokens": 3, "keep": True})
+    else:
+        reply = client.delete(f"{at}/messages/call-{turn}")
+    reply.raise_for_status()
+
+
+def do_directly(context, number, what, turn):
+    if what == "message":
+        context.append_message("tool", f"the code of {number} is {turn}", id=f"call-{turn}")
+    elif what == "question":
+        context.generate(f"and {turn}?", max_new_tokens=3, keep=True)
+    else:
+        context.erase(f"call-{turn}")
+
+
+@contextmanager
+def server_process(folder):
+    """`kveraser serve` in a process of its own; gives it, and its URL."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    command = [sys.executable, "-m", "kveraser", "serve", "--model", folder / "model", "--eraser", folder / "eraser",
+               "--dtype", "float32", "--port", port, "--state-dir", folder / "state"]  # fmt: skip
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for _ in range(1200):
+                assert process.poll() is None, process.stderr.read()
+                with suppress(httpx.TransportError):
+                    httpx.get(f"{url}/healthz")
+                    break
+                time.sleep(0.1)
+            yield process, url
+        finally:
+            process.kill()
+
+
+def test_after_kill_minus_nine_under_load_every_acknowledged_turn_is_there_and_goes_on_identically(tmp_path):
+    model = text_model()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    random_eraser(model).save_pretrained(tmp_path / "eraser")
+    sessions = {}  # of each client: where, and how many operations were acknowledged
+
+    with server_process(tmp_path) as (process, url):
+
+        def work(number):
+            with httpx.Client(base_url=url, timeout=120) as client, suppress(httpx.TransportError):
+                at = f"/v1/sessions/{client.post('/v1/sessions').json()['id']}"
+                for count, (what, turn) in enumerate(operations(number), start=1):
+                    do_over_http(client, at, number, what, turn)
+                    sessions[number] = at, count
+
+        with ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(work, number) for number in range(4)]
+            while len(sessions) < 4 or min(count for _, count in sessions.values()) < 8:
+                assert not any(client.done() for client in clients)
+                time.sleep(0.001)
+            process.kill()
+            for client in clients:
+                client.result()
+
+    with server_process(tmp_path) as (_, url), httpx.Client(base_url=url, timeout=120) as client:
+        for number, (at, count) in sessions.items():
+            twin = kv.ErasableContext(model, make_tokenizer(), random_eraser(model))
+            todo = operations(number)
+            for what, turn in itertools.islice(todo, count):
+                do_directly(twin, number, what, turn)
+
+            def ledger(context):
+                runs = [(span, "live") for span in context.live_spans] + [(span, "erased") for span in context.erased]
+                return [([span.start, span.end], state, context.text_of(span)) for span, state in sorted(runs)]
+
+            shown = client.get(at).json()
+            found = [(run["span"], run["state"], run["text"]) for run in shown["runs"]]
+            if found != ledger(twin):  # one more may be on disk and not acknowledged
+                do_directly(twin, number, *next(todo))
+            assert found == ledger(twin)
+            assert shown["exact"] == twin.exact
+            for prompt in ("the code?", "and it?"):
+                reply = client.post(f"{at}/generate", json={"prompt": prompt, "max_tokens": 6, "keep": True}).json()
+                assert reply["text"] == twin.generate(prompt, max_new_tokens=6, keep=True)
 
 
 class Machine(RuleBasedStateMachine):

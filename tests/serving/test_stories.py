@@ -1,35 +1,43 @@
-"""The four stories through the server, with the real model: a message is dropped, and what it said is gone."""
+"""The four stories through the server and the `openai` client, with the real model: a message is dropped, and what it said
+is gone."""
 
 from __future__ import annotations
 
+import openai
 import pytest
+from serving_helpers import REAL, running
 
 from kveraser.demo.stories import pages, stories
 from kveraser.evaluation import leaks
-from kveraser.serving.decoding import Sampling
-from kveraser.serving.engine import Engine, Prompt
+from kveraser.serving.engine import Engine
 
 pytestmark = pytest.mark.model
 
 
+@pytest.fixture(scope="module")
+def ask(smollm):
+    """Asks as any client does; gives the text, what the server says of it, and the number of prompt tokens."""
+    with running(Engine(*smollm), name=REAL) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        def asked(talk, policy):
+            reply = client.chat.completions.create(
+                model=REAL, messages=talk, max_tokens=12, temperature=0, extra_body={"kveraser": {"policy": policy}}
+            )
+            return reply.choices[0].message.content, reply.model_extra["kveraser"], reply.usage
+
+        yield asked
+
+
 @pytest.mark.parametrize("story", stories(), ids=lambda story: story.name)
-def test_a_dropped_message_is_steered_away_and_nearly_all_else_is_reused(smollm, story):
-    engine = Engine(*smollm)
+def test_a_dropped_message_is_steered_away_and_nearly_all_else_is_reused(ask, story):
     parts = [*[page for page in pages() if len(page) > 100][-6:], story.prefix, story.span, story.suffix]
-    talk = [{"role": "user", "content": part.strip()} for part in parts] + [{"role": "user", "content": story.question}]
-
-    def ask(entries, policy):
-        text = engine.tokenizer.apply_chat_template(entries, tokenize=False, add_generation_prompt=True)
-        ids = tuple(engine.tokenizer.encode(text, add_special_tokens=False))
-        prompt = Prompt("", ids, policy, Sampling(12))
-        return engine.submit(lambda job: engine.complete(prompt, job)).future.result(120)
-
-    try:
-        ask(talk, "exact")
-        reply = ask([entry for entry in talk if entry["content"] != story.span.strip()], "kveraser")
-        assert reply.reuse.method == "kveraser"
-        assert not reply.reuse.exact
-        assert reply.reuse.tokens_reused >= 0.95 * reply.prompt_tokens
-        assert not leaks(reply.text, story.erased), reply.text
-    finally:
-        engine.close()
+    opening = {"role": "system", "content": f"This is about a {story.name}."}  # nothing is shared between the stories
+    talk = [opening, *({"role": "user", "content": part.strip()} for part in [*parts, story.question])]
+    ask(talk, "exact")
+    text, found, usage = ask([entry for entry in talk if entry["content"] != story.span.strip()], "kveraser")
+    assert found["method"] == "kveraser"
+    assert not found["exact"]
+    assert found["tokens_reused"] >= 0.95 * usage.prompt_tokens
+    assert usage.prompt_tokens_details.cached_tokens == found["tokens_reused"]
+    assert not leaks(text, story.erased), text

@@ -1,4 +1,4 @@
-"""`kveraser serve`: the OpenAI-compatible server."""
+"""`kveraser serve`: the OpenAI-compatible server, and its page."""
 
 from __future__ import annotations
 
@@ -102,6 +102,7 @@ def serve_command(
         name = served_name or model
         hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
         app = create_app(engine, AppOptions(name, keys, limit, hosts))
-        stderr.print(f"serving {name!r} at http://{host}:{port}/v1 (policy {policy}); Ctrl-C stops", highlight=False)
+        at = f"http://{host}:{port}"
+        stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
         settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
         uvicorn.run(app, host=host.strip("[]"), port=port, **settings)

@@ -17,10 +17,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from kveraser import __version__
 from kveraser.serving.access import BodyLimit, Keys, owner_of
+from kveraser.serving.compare_api import compare_router
 from kveraser.serving.engine import Engine
 from kveraser.serving.http_errors import install_handlers
 from kveraser.serving.metrics import CountRequests, Metrics
 from kveraser.serving.openai_api import openai_router
+from kveraser.serving.page import page_router
 from kveraser.serving.session_api import session_router
 
 
@@ -56,6 +58,8 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
     install_handlers(app)
     app.include_router(openai_router(engine, options.model_name, metrics, int(time.time())))
     app.include_router(session_router(engine))
+    app.include_router(compare_router(engine))
+    app.include_router(page_router(engine))
 
     @app.get("/healthz", tags=["operation"])
     async def health() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TopPLogitsWarper
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from kveraser.context import TokenContext
 
@@ -59,6 +59,12 @@ class Piece:
     tokens: tuple[TokenLogprob, ...] = ()
     sampled: int = 0
     finish_reason: str | None = None
+
+
+def end_ids(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a reply."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
 
 
 def decode(

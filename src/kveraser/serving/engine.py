@@ -24,7 +24,7 @@ from kveraser.eraser import KVEraser, shipped_eraser
 from kveraser.errors import ContextError, EraserMismatchError, OptionError
 from kveraser.model_view import causal_lm, model_dtype, text_config
 from kveraser.serving.contexts import Held, Reused, reuse_by_steering, reuse_exactly, whole_placeholders
-from kveraser.serving.decoding import Piece, Sampling, TokenLogprob, decode
+from kveraser.serving.decoding import Piece, Sampling, TokenLogprob, decode, end_ids
 from kveraser.serving.jobs import Job, Worker
 from kveraser.serving.matching import Match, match
 from kveraser.serving.sessions import SessionStore
@@ -137,8 +137,7 @@ class Engine:
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.token_bytes = int(2 * config.num_hidden_layers * heads * size * model_dtype(model).itemsize)
         self.vocabulary = int(causal_lm(model).get_input_embeddings().num_embeddings)
-        ends = model.generation_config.eos_token_id
-        self.end_ids: set[int] = set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+        self.end_ids = end_ids(model)
         self._starts = _message_starts(tokenizer)
         self._placeholder = tuple(tokenizer.encode(self.options.placeholder, add_special_tokens=False))
         self.store = SessionStore(

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteriaList
 
 from kveraser.cache import PREFILL_CHUNK, cache_length
+from kveraser.context import RepairProgress
 from kveraser.erasable import ErasableContext
 from kveraser.errors import ContextError, KVEraserError, RestoreError, SpanError
 from kveraser.methods import EraseReceipt
+from kveraser.serving.comparing import Comparison, Event, Question, compare
 from kveraser.serving.contexts import Held
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.engine import Engine, Reuse
 from kveraser.serving.jobs import Job
+from kveraser.serving.selection import runs_of, spans_of_characters
+from kveraser.serving.watching import Emitter, Watch
 from kveraser.spans import Span
 from kveraser.text import find_text
 
@@ -42,18 +46,23 @@ class Answer:
 
 @dataclass(frozen=True)
 class What:
-    """What to erase: a text that occurs once in what is live, or a message by its id, or ledger spans."""
+    """What to erase: a text that occurs once in what is live, a message by its id, ledger spans, or characters of the
+    session's text (see `selection`)."""
 
     text: str | None = None
     message: str | None = None
     spans: tuple[Span, ...] = ()
+    characters: tuple[tuple[int, int], ...] = ()
 
     def spans_in(self, context: ErasableContext) -> tuple[Span, ...]:
         """The ledger spans.
 
         Raises:
-            SpanError: no message with that id; a text that is not there, or more than once.
+            SpanError: no message with that id; a text that is not there, or more than once; characters that are not
+                there, or erased already.
         """
+        if self.characters:
+            return spans_of_characters(context, self.characters)
         if self.message is not None:
             found = [span for message, span in context.messages if message.id == self.message]
             if not found:
@@ -140,16 +149,43 @@ class Sessions:
             return {"bit_exact": report.bit_exact, "exact": report.exact, "seconds": report.seconds,
                     "tokens_recomputed": report.tokens_recomputed}  # fmt: skip
 
-    def repair(self, owner: str, name: str, job: Job) -> int:
-        """Recompute exactly what approximate erases left; the number of tokens."""
+    def repair(
+        self,
+        owner: str,
+        name: str,
+        job: Job,
+        *,
+        chunk: int = PREFILL_CHUNK,
+        emit: Callable[[RepairProgress], None] | None = None,
+    ) -> int:
+        """Recompute exactly what approximate erases left; the number of tokens.
+
+        Args:
+            chunk: tokens that are run at once.
+            emit: called after every chunk.
+        """
         held = self.get(owner, name)
         if held.exact:
             return 0
         self.store.make_room(held.bytes, keep=held)
-        while not (progress := held.context.repair(chunk=PREFILL_CHUNK, max_chunks=1)).finished:
+        while not (progress := held.context.repair(chunk=chunk, max_chunks=1, progress=emit)).finished:
             job.check()
         with self._saved(held):
             return progress.total
+
+    def compare(
+        self, owner: str, name: str, question: Question, job: Job, emit: Callable[[Event], None] | None = None
+    ) -> Comparison:
+        """Ask before the erases, now, and after recomputing; the session stays as it is.
+
+        Args:
+            emit: called with what happens as it happens.
+        """
+        held = self.get(owner, name)
+        more = len(held.context.encode(question.prompt)) + 64 + question.max_tokens
+        more += sum(map(len, held.context.erased))  # which a method may have removed
+        self._fit(held, more, copies=2)
+        return compare(held.context, question, job, emit)
 
     def generate(
         self,
@@ -173,8 +209,8 @@ class Sessions:
         if not sampling.greedy:
             sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         if emit is not None:
-            sampled["streamer"] = _Emitter(self.engine.tokenizer, emit)
-        watch = _Watch(job)
+            sampled["streamer"] = Emitter(self.engine.tokenizer, emit)
+        watch = Watch(job)
         before, exact = cache_length(held.context.cache), held.exact
 
         def answer() -> str:
@@ -199,7 +235,6 @@ class Sessions:
         held = self.get(owner, name)
         context = held.context
         erased = context.erased
-        runs = [(span, "live") for span in context.live_spans] + [(span, "erased") for span in erased]
         return {
             "tokens": len(context),
             "live_tokens": len(context) - sum(map(len, erased)),
@@ -209,18 +244,20 @@ class Sessions:
                  "erased": any(span.overlaps(gone) for gone in erased)}
                 for message, span in context.messages
             ],
-            "runs": [{"span": pair(span), "state": state, "text": context.text_of(span)} for span, state in sorted(runs)],
+            "runs": [{"span": pair(run.span), "state": "live" if run.live else "erased", "text": context.text_of(run.span)}
+                     for run in runs_of(context)],
             "erases": [shown(receipt) for receipt in context.receipts],
         }  # fmt: skip
 
-    def _fit(self, held: Held, more: int) -> None:
-        """Make room, or refuse what can never fit."""
+    def _fit(self, held: Held, more: int, copies: int = 1) -> None:
+        """Make room for `more` tokens, in so many copies of the session, or refuse what can never fit."""
         total = cache_length(held.context.cache) + more
         if total > self.engine.context_length:
             raise ContextError(f"{total} tokens are more than the context length of {self.engine.context_length}")
-        size = int(total * self.engine.token_bytes * 1.5)
+        size = int(total * self.engine.token_bytes * 1.5) * copies
         if size > self.store.budget:
-            raise ContextError(f"{total} tokens do not fit into the cache budget of {self.store.budget} bytes")
+            times = f"{copies} times " if copies > 1 else ""
+            raise ContextError(f"{times}{total} tokens do not fit into the cache budget of {self.store.budget} bytes")
         self.store.make_room(max(size - held.bytes, 0), keep=held)
 
     @contextmanager
@@ -242,31 +279,6 @@ class Sessions:
             self.store.drop(held)
             raise
         self.store.make_room()
-
-
-class _Watch(StoppingCriteria):
-    """Stops a generation when nobody waits any more; notes when it began and how long the prompt was."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.prompt_length, self.first = job, 0, 0.0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
-        if not self.prompt_length:
-            self.prompt_length, self.first = input_ids.shape[1] - 1, time.perf_counter()
-        self.job.check()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class _Emitter(TextStreamer):
-    """Passes text on as it becomes certain."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.emit(text)
 
 
 def pair(span: Span) -> list[int]:

@@ -13,15 +13,18 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from kveraser.errors import KVEraserError, SessionFileError
 from kveraser.serving.explicit import SessionNotFoundError
 from kveraser.serving.jobs import JobCancelledError, JobTimeoutError, QueueFullError
-from kveraser.serving.waiting import event_line
+from kveraser.serving.waiting import event_line, first_of
 
 log = logging.getLogger("kveraser.serving")
+
+EVENT_STREAM = "text/event-stream"
+"""The media type of server-sent events."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
           429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # fmt: skip
@@ -57,6 +60,20 @@ async def to_the_end(lines: AsyncGenerator[str], events: AsyncGenerator[Any]) ->
         await lines.aclose()
         await events.aclose()
     yield "data: [DONE]\n\n"
+
+
+async def event_response(request: Request, events: AsyncGenerator[dict[str, Any]]) -> StreamingResponse:
+    """A response that streams events as they are; an error before the first of them has a status of its own."""
+    first = await first_of(request, events)
+
+    async def lines() -> AsyncGenerator[str]:
+        yield event_line(first)
+        async for event in events:
+            yield event_line(event)
+
+    return StreamingResponse(
+        to_the_end(lines(), events), media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"}
+    )
 
 
 def describe(error: BaseException) -> tuple[int, str, str | None, str | None, dict[str, str]]:

@@ -18,11 +18,11 @@ from jinja2 import TemplateError
 from kveraser.serving.access import Owner, owner_of
 from kveraser.serving.decoding import Piece, TokenLogprob
 from kveraser.serving.engine import Engine, Policy, Prompt, Reply
-from kveraser.serving.http_errors import ApiError, to_the_end
+from kveraser.serving.http_errors import EVENT_STREAM, ApiError, to_the_end
 from kveraser.serving.jobs import Job
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.protocol import ChatRequest, CompletionRequest
-from kveraser.serving.waiting import event_line, run, stream
+from kveraser.serving.waiting import event_line, first_of, run, stream
 
 Event = tuple[Piece, Reply]
 Answer = dict[str, Any] | StreamingResponse
@@ -166,9 +166,9 @@ def openai_router(engine: Engine, name: str, metrics: Metrics, started: int) -> 
             counted(engine.complete(prompt, job, lambda piece, reply: emit((piece, reply))))
 
         events = stream(engine, work)
-        first = await anext(events)  # an error before the first token has a status of its own
+        first = await first_of(request, events)  # an error before the first token has a status of its own
         lines = to_the_end(_lines(first, events, shape, logprobs, with_usage), events)
-        return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(lines, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"})
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request, owner: Owner) -> Answer:

@@ -5,25 +5,30 @@ Knows: JSON and routes. Does not know how a session does what it is asked.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kveraser.context import RepairProgress
 from kveraser.serving.access import Owner
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.engine import Engine
 from kveraser.serving.explicit import Answer, Sessions, What, pair, shown
-from kveraser.serving.http_errors import to_the_end
+from kveraser.serving.http_errors import EVENT_STREAM, event_response
 from kveraser.serving.jobs import Job
 from kveraser.serving.protocol import Count, Text
-from kveraser.serving.waiting import event_line, run, stream
+from kveraser.serving.waiting import run, stream
 from kveraser.spans import Span
 
-T = TypeVar("T")
+PROGRESS_CHUNK = 128
+"""Tokens that a repair runs at once when its progress is watched."""
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {EVENT_STREAM: {}}}}
+"""What OpenAPI is told of a route that also streams."""
+
 Position = Annotated[int, Field(ge=0, le=1 << 31)]
 SessionId = Annotated[str, Path(max_length=64)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -50,21 +55,29 @@ class NewText(Body):
 
 
 class EraseBody(Body):
-    """What to erase: exactly one of `text`, `message`, `spans`."""
+    """What to erase: exactly one of `text`, `message`, `spans`, `characters`."""
 
     text: Text | None = Field(None, description="A text that occurs once in what is live.")
     message: Name | None = Field(None, description="The id of a message.")
     spans: Annotated[list[tuple[Position, Position]], Field(min_length=1, max_length=256)] | None = Field(
         None, description="Half-open token spans of the ledger."
     )
+    characters: Annotated[list[tuple[Position, Position]], Field(min_length=1, max_length=256)] | None = Field(
+        None, description="Half-open ranges of code points in the session's text: that of its `runs`, joined."
+    )
     method: str = Field("kveraser", max_length=256, description="A name, or NAME:OPTION=VALUE,...")
     purge: bool = Field(False, description="Make it final: repaired exactly, then overwritten everywhere.")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if sum(value is not None for value in (self.text, self.message, self.spans)) != 1:
-            raise ValueError("exactly one of text, message and spans is needed")
+        if sum(value is not None for value in (self.text, self.message, self.spans, self.characters)) != 1:
+            raise ValueError("exactly one of text, message, spans and characters is needed")
         return self
+
+    def what(self) -> What:
+        """What to erase."""
+        spans = tuple(Span(start, end) for start, end in self.spans or ())
+        return What(self.text, self.message, spans, tuple(self.characters or ()))
 
 
 class RestoreBody(Body):
@@ -136,16 +149,15 @@ def session_router(engine: Engine) -> APIRouter:
         purge: bool = False,
     ) -> dict[str, Any]:
         """Erase the content of a message."""
-        body = EraseBody(text=None, message=message_id, spans=None, method=method, purge=purge)
+        body = EraseBody(text=None, message=message_id, spans=None, characters=None, method=method, purge=purge)
         return await erase(session_id, body, request, owner)
 
     @router.post("/{session_id}/erase")
     async def erase(session_id: SessionId, body: EraseBody, request: Request, owner: Owner) -> dict[str, Any]:
-        """Erase a text, a message or token spans."""
+        """Erase a text, a message, token spans or a selection."""
 
         def work(job: Job) -> dict[str, Any]:
-            what = What(body.text, body.message, tuple(Span(start, end) for start, end in body.spans or ()))
-            receipt = sessions.erase(owner, session_id, what, body.method, purge=body.purge)
+            receipt = sessions.erase(owner, session_id, body.what(), body.method, purge=body.purge)
             # After a purge the session is exact, whatever the erase itself was.
             return {**shown(receipt), "exact": receipt.exact or body.purge, "purged": body.purge}
 
@@ -156,13 +168,31 @@ def session_router(engine: Engine) -> APIRouter:
         """Undo an erase."""
         return await run(engine, request, lambda job: sessions.restore(owner, session_id, body.erase))
 
-    @router.post("/{session_id}/repair")
-    async def repair(session_id: SessionId, request: Request, owner: Owner) -> dict[str, Any]:
+    @router.post("/{session_id}/repair", response_model=None, responses=STREAMS)
+    async def repair(
+        session_id: SessionId,
+        request: Request,
+        owner: Owner,
+        stream_it: Annotated[
+            bool, Query(alias="stream", description="Send `done` of `total` tokens as they come.")
+        ] = False,
+    ) -> dict[str, Any] | StreamingResponse:
         """Recompute exactly what approximate erases left."""
-        tokens = await run(engine, request, lambda job: sessions.repair(owner, session_id, job))
+        if not stream_it:
+            return repaired(await run(engine, request, lambda job: sessions.repair(owner, session_id, job)))
+
+        def work(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
+            def tell(progress: RepairProgress) -> None:
+                emit({"done": progress.done, "total": progress.total})
+
+            emit(repaired(sessions.repair(owner, session_id, job, chunk=PROGRESS_CHUNK, emit=tell)))
+
+        return await event_response(request, stream(engine, work))
+
+    def repaired(tokens: int) -> dict[str, Any]:
         return {"exact": True, "tokens_recomputed": tokens}
 
-    @router.post("/{session_id}/generate", response_model=None)
+    @router.post("/{session_id}/generate", response_model=None, responses=STREAMS)
     async def generate(
         session_id: SessionId, body: GenerateBody, request: Request, owner: Owner
     ) -> dict[str, Any] | StreamingResponse:
@@ -179,18 +209,10 @@ def session_router(engine: Engine) -> APIRouter:
         def work(job: Job, emit: Callable[[dict[str, Any]], None]) -> None:
             emit(_facts(answer(job, lambda text: emit({"text": text}))))
 
-        events = stream(engine, work)
-        first = await anext(events)  # an error before the first text has a status of its own
-        return StreamingResponse(to_the_end(_lines(first, events), events), media_type="text/event-stream")
+        return await event_response(request, stream(engine, work))
 
     return router
 
 
 def _facts(answer: Answer) -> dict[str, Any]:
     return {"prompt_tokens": answer.prompt_tokens, "kveraser": asdict(answer.reuse)}
-
-
-async def _lines(first: dict[str, Any], events: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[str]:
-    yield event_line(first)
-    async for event in events:
-        yield event_line(event)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from kveraser.serving.engine import Engine
-from kveraser.serving.jobs import Job
+from kveraser.serving.jobs import Job, JobCancelledError
 
 T = TypeVar("T")
 _LOOK_EVERY = 0.2  # seconds between looks whether the client is still there
@@ -38,6 +38,22 @@ async def run(engine: Engine, request: Request, work: Callable[[Job], T]) -> T:
     except BaseException:
         job.cancel()
         raise
+
+
+async def first_of(request: Request, events: AsyncGenerator[T]) -> T:
+    """The first of some events; if the client goes away before it, the events are closed.
+
+    Raises:
+        JobCancelledError: the client has gone.
+        whatever the events raise.
+    """
+    first = asyncio.ensure_future(anext(events))
+    while not (await asyncio.wait({first}, timeout=_LOOK_EVERY))[0]:
+        if await request.is_disconnected():
+            first.cancel()
+            await asyncio.wait({first})
+            raise JobCancelledError("the request was cancelled")
+    return first.result()
 
 
 async def stream(engine: Engine, work: Callable[[Job, Callable[[T], None]], None]) -> AsyncGenerator[T]:

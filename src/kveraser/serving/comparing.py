@@ -1,0 +1,228 @@
+"""The same question before the erases of a session, now, and after full recomputation.
+
+Knows: contexts, greedy answers, distributions. Does not know about HTTP or where sessions are kept. The session is only
+run ahead of, which leaves it as it is, bit for bit; the other two answers come from a scratch copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from kveraser.cache import PREFILL_CHUNK, get_marks
+from kveraser.chat import Message, added_by, reply_prompt
+from kveraser.erasable import ErasableContext
+from kveraser.errors import ContextError
+from kveraser.evaluation.metrics import kl_divergence
+from kveraser.serving.decoding import end_ids
+from kveraser.serving.jobs import Job
+from kveraser.serving.watching import Emitter, FirstLine, NotEmpty, Rows, Watch
+from kveraser.spans import Span
+
+Version = Literal["before", "now", "recomputed"]
+Event = dict[str, Any]
+
+LOOK = 32
+"""Answer tokens whose distributions are looked at."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every version.
+
+    Attributes:
+        prompt: a user's message if the session is a chat, else text as it is.
+        max_tokens: at most so many per answer.
+        first_line: end every answer with its first line that is not blank.
+        top: the most likely tokens to report of every version.
+    """
+
+    prompt: str
+    max_tokens: int = 32
+    first_line: bool = False
+    top: int = 5
+
+
+@dataclass(frozen=True)
+class VersionAnswer:
+    """One version's greedy answer.
+
+    Attributes:
+        version: `before` (nothing erased), `now` (the session as it is), `recomputed` (what is live, read afresh).
+        exact: whether the context equals a fresh prefill of what it holds.
+        methods: of the erases that are in effect.
+        edit_seconds: of these erases, or of recomputing; None before.
+        first_seconds: from the question to the first token.
+        seconds: from the question to the end.
+        text, tokens: the answer, and its length.
+    """
+
+    version: Version
+    exact: bool
+    methods: tuple[str, ...]
+    edit_seconds: float | None
+    first_seconds: float
+    seconds: float
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """The next token in every version, where the answers part (where they do not: where the versions differ most).
+
+    Attributes:
+        after: what all answers have said up to there.
+        tokens: the most likely tokens of all versions, the likeliest first.
+        probabilities: of these tokens, by version.
+        kl: KL(recomputed || version) in nats, by version; empty where nothing is erased.
+    """
+
+    after: str
+    tokens: tuple[str, ...]
+    probabilities: dict[Version, tuple[float, ...]]
+    kl: dict[Version, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out. Where nothing is erased, there is `now` alone."""
+
+    answers: tuple[VersionAnswer, ...]
+    distributions: Distributions
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An answer with its ids, and the logits `(vocab,)` that gave the first of them."""
+
+    answer: VersionAnswer
+    ids: list[int]
+    rows: list[Tensor]
+
+
+def compare(
+    context: ErasableContext, question: Question, job: Job, emit: Callable[[Event], None] | None = None
+) -> Comparison:
+    """Ask the same before the erases, now, and after recomputing; the context stays as it is.
+
+    Args:
+        emit: called as it comes with `{version, done, total}` (tokens of a copy read), `{version, text}` (more of an
+            answer), and `{version, answer}` (what else there is to say of it).
+
+    Raises:
+        ContextError: an empty context, a chat's question without content.
+        JobCancelledError, JobTimeoutError: nobody waits any more.
+    """
+    tell = emit or (lambda event: None)
+    if len(context) == 0:
+        raise ContextError("the session is empty; append something before asking")
+    ids = _prompt_ids(context, question.prompt)
+
+    def ask(version: Version, asked: ErasableContext, methods: tuple[str, ...], seconds: float | None) -> _Said:
+        said = _answer(version, asked, ids, question, methods, seconds, job, tell)
+        tell({"version": version, "answer": said.answer})
+        return said
+
+    everything = context.ids_of(Span(0, len(context)))
+    live = context.live_ids
+    if len(everything) == len(live):
+        said = [ask("now", context, (), None)]
+        return Comparison((said[0].answer,), _distributions(context, said, question.top))
+    gone = [span for span in context.erased if context.ids_of(span)]
+    shared = len(context.ids_of(Span(0, gone[0].start))) if gone[0].start else 0
+    known = get_marks(context.cache).approximate_from
+    kept = shared if known is None else min(shared, known)
+    scratch = context.prefix(kept)
+    _read(scratch, everything[kept:], "before", job, tell)
+    before = ask("before", scratch, (), None)
+    edits = [receipt for receipt in context.receipts if receipt.tokens_removed]
+    methods = tuple(dict.fromkeys(receipt.method for receipt in edits))
+    now = ask("now", context, methods, sum(receipt.seconds for receipt in edits))
+    started = time.perf_counter()
+    scratch = scratch.prefix(shared, take=True)
+    _read(scratch, live[shared:], "recomputed", job, tell)
+    recomputed = ask("recomputed", scratch, ("full-recompute",), time.perf_counter() - started)
+    said = [before, now, recomputed]
+    return Comparison(tuple(one.answer for one in said), _distributions(context, said, question.top))
+
+
+def _prompt_ids(context: ErasableContext, prompt: str) -> list[int]:
+    """The question's ids: as a user's message in a chat, else as they are."""
+    if not context.messages:
+        return context.encode(prompt)
+    if not prompt.strip():
+        raise ContextError("the question has no content")
+    assert context.tokenizer is not None
+    messages = [message for message, _ in context.messages]
+    user = Message("user", prompt)
+    text = added_by(context.tokenizer, messages, user).text
+    return context.encode(text + reply_prompt(context.tokenizer, [*messages, user]))
+
+
+def _read(scratch: ErasableContext, ids: list[int], version: Version, job: Job, tell: Callable[[Event], None]) -> None:
+    """Have a scratch context read more, a chunk at a time."""
+    for at in range(0, len(ids), PREFILL_CHUNK):
+        tell({"version": version, "done": at, "total": len(ids)})
+        job.check()
+        scratch.append_ids(ids[at : at + PREFILL_CHUNK])
+    tell({"version": version, "done": len(ids), "total": len(ids)})
+
+
+def _answer(
+    version: Version, context: ErasableContext, ids: list[int], question: Question, methods: tuple[str, ...],
+    edit_seconds: float | None, job: Job, tell: Callable[[Event], None],
+) -> _Said:  # fmt: skip
+    assert context.tokenizer is not None
+    started, watch, rows = time.perf_counter(), Watch(job), Rows(LOOK)
+    ends = end_ids(context.model)
+    stop: list[Any] = [watch, *([FirstLine(context.tokenizer)] if question.first_line else [])]
+    said = context.generate_ids(
+        ids, max_new_tokens=question.max_tokens, stopping_criteria=StoppingCriteriaList(stop),
+        logits_processor=LogitsProcessorList([rows, NotEmpty(ends)]),
+        streamer=Emitter(context.tokenizer, lambda text: tell({"version": version, "text": text})),
+    )  # fmt: skip
+    answer = VersionAnswer(
+        version=version,
+        exact=context.exact,
+        methods=methods,
+        edit_seconds=edit_seconds,
+        first_seconds=watch.first - started,
+        seconds=time.perf_counter() - started,
+        text=context.decode(said),
+        tokens=len(said),
+    )
+    return _Said(answer, said, rows.rows)
+
+
+def _distributions(context: ErasableContext, said: list[_Said], top: int) -> Distributions:
+    """The next token where the answers part; where they do not, where the versions differ most."""
+    steps = range(min(len(one.rows) for one in said))
+    divergences = [[_kl(said[-1].rows[step], one.rows[step]) for one in said] for step in steps]
+    parted = [step for step in steps if len({one.ids[step] for one in said}) > 1]
+    step = parted[0] if parted else max(steps, key=lambda step: (sum(divergences[step]), -step))
+    chances = [one.rows[step].softmax(-1) for one in said]
+    likely = torch.cat([chance.topk(min(top, len(chance))).indices for chance in chances]).unique()
+    likely = likely[torch.stack(chances)[:, likely].amax(0).argsort(descending=True)]
+    versions = [one.answer.version for one in said]
+    return Distributions(
+        after=context.decode(said[0].ids[:step]),
+        tokens=tuple(_token_text(context, token) for token in likely.tolist()),
+        probabilities={v: tuple(chance[likely].tolist()) for v, chance in zip(versions, chances, strict=True)},
+        kl=dict(zip(versions, divergences[step], strict=True)) if len(said) > 1 else {},
+    )
+
+
+def _kl(recomputed: Tensor, version: Tensor) -> float:
+    return max(kl_divergence(recomputed[None], version[None]).item(), 0.0)
+
+
+def _token_text(context: ErasableContext, token: int) -> str:
+    assert context.tokenizer is not None
+    return str(context.tokenizer.decode([token], clean_up_tokenization_spaces=False))

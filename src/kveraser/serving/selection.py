@@ -1,0 +1,56 @@
+"""What is seen of a session, and from what is selected of it to spans.
+
+Knows: contexts, characters. Does not know about HTTP. The session's text is that of its runs, live and erased ones, joined;
+characters are counted in it as Unicode code points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kveraser.erasable import ErasableContext
+from kveraser.errors import SpanError
+from kveraser.spans import Span
+from kveraser.text import TokenBorders
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """A maximal run of the ledger that is live, or one that was erased."""
+
+    span: Span
+    live: bool
+
+
+def runs_of(context: ErasableContext) -> list[Run]:
+    """All runs of a context in order."""
+    return sorted([Run(span, True) for span in context.live_spans] + [Run(span, False) for span in context.erased])
+
+
+def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+    """The smallest ledger spans that hold ranges of characters, `[start, end)` each; what is erased already is left out.
+
+    Raises:
+        SpanError: an empty or reversed range, one that ends behind the text, or one without live text.
+    """
+    assert context.tokenizer is not None
+    borders, at = list[tuple[int, Span, TokenBorders]](), 0
+    for run in runs_of(context):
+        found = TokenBorders(context.tokenizer, context.ids_of(run.span))
+        if run.live:
+            borders.append((at, run.span, found))
+        at += len(found.text)
+    spans = list[Span]()
+    for start, end in ranges:
+        if not 0 <= start < end <= at:
+            raise SpanError(f"characters [{start}, {end}) are no part of the session's text, which has {at}")
+        inside = [
+            text.span(max(start - first, 0), min(end - first, len(text.text))).shift(run.start)
+            for first, run, text in borders
+            if start < first + len(text.text) and first < end
+        ]
+        if not inside:
+            raise SpanError(f"the characters [{start}, {end}) are erased already")
+        spans += inside
+    return tuple(spans)

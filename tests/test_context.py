@@ -122,6 +122,18 @@ def test_spans_stay_valid_when_a_method_moves_the_suffix(method):
     assert context.erased == (first, second)
 
 
+def test_restoring_a_span_that_had_repaired_another_erased_since_recomputes():
+    context, (_, first, second, _) = filled(10, 6, 4, 20, repair=8)
+    receipt = context.erase_spans(first)
+    context.erase_spans(second)
+    report = context.restore(receipt)
+    assert not report.bit_exact
+    assert report.exact
+    assert context.erased == (second,)
+    expected = prefill(context.model, context.token_ids[None], [10, 16])
+    assert relative(states(context.cache), states(expected)) < 1e-5
+
+
 @pytest.mark.parametrize("later", METHODS)
 def test_an_id_that_stood_in_for_erased_ones_goes_when_its_token_is_erased(later):
     context, spans = filled(10, 3, 4, 3, 9)

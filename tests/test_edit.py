@@ -190,6 +190,25 @@ def test_steering_edits_can_be_restored_in_any_order(order, kind):
     assert get_marks(cache).exact
 
 
+@given(st.integers(0, 12))
+def test_restoring_an_edit_never_brings_back_what_a_later_one_has_erased(distance):
+    model, ids = tiny(), token_ids(40)
+    eraser = random_eraser(model, repair=6)
+    cache = prefill(model, ids)
+    first = kv.erase(model, cache, ids, kv.Span(5, 9), eraser=eraser)
+    second_span = kv.Span(9 + distance, 12 + distance)
+    kv.erase(model, cache, first.token_ids(ids), second_span, eraser=eraser)
+    before = states(cache)
+    if distance < 6:  # the first edit had repaired tokens that the second one erased
+        with pytest.raises(kv.RestoreError, match="restore the later one first"):
+            kv.restore(cache, first)
+        assert same(states(cache), before)
+    else:
+        kv.restore(cache, first)
+        for now, then in zip(states(cache), before, strict=True):
+            assert torch.equal(now[:, :, second_span.slice], then[:, :, second_span.slice])
+
+
 def test_edits_that_moved_the_suffix_are_restored_newest_first():
     model, ids = tiny(), token_ids(40)
     cache = prefill(model, ids)

@@ -26,6 +26,7 @@ class EditMark:
         length_after: the cache's length right after it.
         in_place: whether every slot stayed where it was.
         before, after: the first slot that may not be exact, before and after the edit (None: all are).
+        written: slots that it wrote in their place.
     """
 
     id: str
@@ -33,6 +34,7 @@ class EditMark:
     in_place: bool
     before: int | None = None
     after: int | None = None
+    written: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)

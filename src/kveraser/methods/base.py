@@ -72,23 +72,35 @@ class Edit:
 
     def neighbors(self, count: int) -> list[tuple[Span, tuple[Span, ...]]]:
         """For each of the spans, the first `count` live slots behind it (none beyond the next one), as disjoint runs."""
-        found: list[tuple[Span, list[Span]]] = []
-        at, budget = self.spans[0].start, 0
-        blocks = sorted((*self.spans, *(steered for steered in self.marks.steered_spans if steered.start > at)))
-        for block in (*blocks, Span(self.length, self.length + 1)):
-            taken = min(block.start - at, budget)
-            if taken > 0:
-                found[-1][1].append(Span(at, at + taken))
-                budget -= taken
-            if block in self.spans:
-                found.append((block, []))
-                budget = count
-            at = block.end
-        return [(span, tuple(runs)) for span, runs in found]
+        return neighbors(self.spans, self.marks.steered_spans, self.length, count)
 
     def runs_behind(self, count: int) -> tuple[Span, ...]:
         """The first `count` live slots behind each of the spans, as disjoint runs in order."""
         return tuple(run for _, runs in self.neighbors(count) for run in runs)
+
+
+def neighbors(
+    spans: tuple[Span, ...], steered: tuple[Span, ...], length: int, count: int
+) -> list[tuple[Span, tuple[Span, ...]]]:
+    """For each of the (sorted) spans, the first `count` live slots behind it, as disjoint runs.
+
+    Args:
+        steered: slots with steering states of earlier edits; they are no live ones.
+        length: number of slots.
+    """
+    found: list[tuple[Span, list[Span]]] = []
+    at, budget = spans[0].start, 0
+    blocks = sorted((*spans, *(span for span in steered if span.start > at)))
+    for block in (*blocks, Span(length, length + 1)):
+        taken = min(block.start - at, budget)
+        if taken > 0:
+            found[-1][1].append(Span(at, at + taken))
+            budget -= taken
+        if block in spans:
+            found.append((block, []))
+            budget = count
+        at = block.end
+    return [(span, tuple(runs)) for span, runs in found]
 
 
 @dataclass(frozen=True)
@@ -310,7 +322,8 @@ class EraseMethod(ABC):
             )
             after = outcome.marks.approximate_from
             length = cache_length(edit.cache)
-            mark = EditMark(receipt.id, length, plan.layout_from >= edit.length, edit.marks.approximate_from, after)
+            in_place, before = plan.layout_from >= edit.length, edit.marks.approximate_from
+            mark = EditMark(receipt.id, length, in_place, before, after, plan.in_place)
             with uninterrupted():
                 if commit is not None:
                     commit(receipt)
@@ -336,7 +349,8 @@ class EraseMethod(ABC):
 def put_back(cache: Cache, receipt: EraseReceipt) -> int:
     """Undo an edit by the states its receipt kept; returns the length the cache had right after the edit.
 
-    Allowed for the newest edit, and for an older one when it and all later ones left every slot in its place.
+    Allowed for the newest edit, and for an older one when it and all later ones left every slot in its place, and none
+    of the later ones wrote a slot that it had written.
 
     Raises:
         RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped since, or
@@ -369,6 +383,12 @@ def put_back(cache: Cache, receipt: EraseReceipt) -> int:
             undone = {edit.id for edit in receipt.undo.marks.edits} - set(ids)
             set_marks(cache, receipt.undo.marks.without_edits(undone))
         return mark.length_after
+    kept = [span for span, _ in receipt.undo.regions]
+    if any(span.overlaps(other) for edit in later for other in edit.written for span in kept):
+        raise RestoreError(  # the kept states may hold what a later edit has erased
+            f"a later edit wrote slots that the {receipt.method} edit of {receipt.span} kept the states of; restore the "
+            "later one first"
+        )
     if cache_length(cache) != mark.length_after:
         raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
     with uninterrupted():

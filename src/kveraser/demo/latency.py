@@ -6,14 +6,11 @@ Knows: contexts and methods. A quick look for the demo; `benchmarks/` measures p
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from kveraser.demo.stories import pages
-from kveraser.erasable import ErasableContext
-from kveraser.eraser import KVEraser
+from kveraser.evaluation.compare import Context
 from kveraser.methods import DeleteAndShift, EraseMethod, FullRecompute, LocalSuffixRepair, Steering
 
 PREFIX, SPAN = 256, 64
@@ -26,14 +23,15 @@ def latency_methods() -> list[EraseMethod]:
 
 
 def measure_latency(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    eraser: KVEraser | None,
-    *,
-    done: Callable[[str], None] | None = None,
+    context: Context, methods: Sequence[EraseMethod], *, done: Callable[[str], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Milliseconds per method and suffix length, from one growing context; medians of three for the quick methods."""
-    context = ErasableContext(model, tokenizer, eraser)
+    """Milliseconds per method and suffix length, from one growing context; medians of three for the quick methods.
+
+    Args:
+        context: a new one, with room for all of it.
+        methods: to be timed.
+        done: called with the method's name after each.
+    """
     text = context.encode("\n\n".join(pages()))
     ids = (text * (1 + (PREFIX + SPAN + SUFFIXES[-1]) // len(text)))[: PREFIX + SPAN + SUFFIXES[-1]]
     context.append(ids[:PREFIX])
@@ -43,7 +41,7 @@ def measure_latency(
     for suffix in SUFFIXES:
         context.append(ids[at : PREFIX + SPAN + suffix])
         at = PREFIX + SPAN + suffix
-        for method in latency_methods():
+        for method in methods:
             times = []
             for _ in range(1 if method.exact and suffix > 512 else 3):
                 receipt = context.erase(span, method)

@@ -7,28 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from kveraser.demo.stories import Story
-from kveraser.erasable import ErasableContext
-from kveraser.eraser import KVEraser
 from kveraser.evaluation import MethodResult, Protocol, compare_methods, read_parts
+from kveraser.evaluation.compare import Context
 from kveraser.methods import EraseMethod
 from kveraser.tasks import ask
 
 
 def tell(
     story: Story,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    eraser: KVEraser | None,
+    context: Context,
     methods: Sequence[EraseMethod],
     protocol: Protocol,
     *,
     done: Callable[[MethodResult], None] | None = None,
 ) -> list[MethodResult]:
-    """One story in one protocol, by the given methods."""
-    context = ErasableContext(model, tokenizer, eraser)
+    """One story in one protocol, by the given methods; `context` is a new one."""
     spans = read_parts(context, [(story.prefix, False), (story.span, True), (story.suffix, False)])
     question: str | None = ask(story.question)
     if protocol == "query_cached":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kveraser.cache import Window
 from kveraser.errors import EraserMismatchError
@@ -22,6 +22,11 @@ FORMAT = 1
 _SAMPLES = 32
 _SHAPE_KEYS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads", "vocab_size")  # fmt: skip
+
+
+def sampled_places(count: int) -> Tensor:
+    """Where in a flat weight of `count` values a fingerprint looks, `(16,)` int64."""
+    return torch.linspace(0, count - 1, _SAMPLES // 2, dtype=torch.float64).long()
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,16 @@ class Fingerprint:
         samples: list[float] = []
         for weight in (embedding, *last_norm[:1]):
             flat = weight.detach().reshape(-1)
-            places = torch.linspace(0, flat.numel() - 1, _SAMPLES // 2, dtype=torch.float64).long()
+            places = sampled_places(flat.numel())
             samples += [round(value, 8) for value in flat[places.to(flat.device)].float().tolist()]
         return cls(shape, samples)
 
     def difference(self, model: nn.Module) -> str | None:
         """What differs between `model` and the fingerprinted one, in words; None when it is the same backbone."""
-        other = Fingerprint.of(model)
+        return self.difference_to(Fingerprint.of(model))
+
+    def difference_to(self, other: Fingerprint) -> str | None:
+        """What differs between another fingerprint and this one, in words; None when both are of one backbone."""
         for key, value in self.shape.items():
             if other.shape.get(key) != value:
                 return f"{key} is {other.shape.get(key)}, the eraser's backbone has {value}"

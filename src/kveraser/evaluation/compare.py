@@ -10,19 +10,34 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from kveraser.erasable import ErasableContext
+from kveraser.context import RestoreReport
 from kveraser.evaluation.metrics import agreement, kl_divergence, log_probability
 from kveraser.methods import EraseMethod, EraseReceipt, FullRecompute, method_label
-from kveraser.model_view import model_device
 from kveraser.spans import Span
 
 Protocol = Literal["query_after", "query_cached"]
 PROTOCOLS: tuple[Protocol, Protocol] = ("query_after", "query_cached")
+
+
+class Context(Interface):
+    """What a context must be able to do to be compared: `ErasableContext`, or the context of an engine."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def append(self, text: Any, /) -> Span: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+    def erase(self, what: Any, method: Any) -> Any: ...
+    def restore(self, receipt: Any) -> RestoreReport: ...
+    def logits_ids(self, ids: Any, *, from_last: bool = False) -> Tensor: ...
+    @property
+    def generate_ids(self) -> Callable[..., list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class MethodResult:
         return asdict(self)
 
 
-def read_parts(context: ErasableContext, parts: Iterable[tuple[str, bool]]) -> tuple[Span, ...]:
+def read_parts(context: Context, parts: Iterable[tuple[str, bool]]) -> tuple[Span, ...]:
     """Let a context read texts one after the other; returns the spans of those that are to be erased."""
     spans = []
     for text, erased in parts:
@@ -70,7 +85,7 @@ def read_parts(context: ErasableContext, parts: Iterable[tuple[str, bool]]) -> t
 class _LineEnd(StoppingCriteria):
     """Ends an answer with its first line that is not blank."""
 
-    def __init__(self, context: ErasableContext) -> None:
+    def __init__(self, context: Context) -> None:
         self.context, self.start = context, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -99,7 +114,7 @@ class _Comparison:
 
     def __init__(
         self,
-        context: ErasableContext,
+        context: Context,
         spans: Sequence[Span],
         question: str | None,
         erased: str | None,
@@ -126,7 +141,7 @@ class _Comparison:
         return _Seen(receipt, statistics.median([*times, seconds]), said, logits, erased)
 
     def _erase(self, method: EraseMethod) -> tuple[EraseReceipt, float]:
-        device = model_device(self.context.model)
+        device = self.context.device
         self._wait(device)
         started = time.perf_counter()
         receipt = self.context.erase(self.spans, method)
@@ -146,7 +161,7 @@ class _Comparison:
 
 
 def compare_methods(
-    context: ErasableContext,
+    context: Context,
     spans: Span | Sequence[Span],
     question: str | None,
     methods: Sequence[EraseMethod],

@@ -1,0 +1,4 @@
+"""Erasing inside inference engines that people already run. One folder or file per engine; nothing else imports them.
+
+Each needs an engine that is installed apart (an extra of the package), and says so when it is missing.
+"""

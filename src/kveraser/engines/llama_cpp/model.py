@@ -1,0 +1,207 @@
+"""A GGUF model in llama.cpp: loading it, what can be edited of it, and erasers for it.
+
+Knows: llama.cpp's models and adapters. Does not know about caches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import weakref
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from kveraser.backbone import embedded_gguf
+from kveraser.engines.llama_cpp.library import captured, lib, said
+from kveraser.engines.llama_cpp.tokenizer import LlamaCppTokenizer
+from kveraser.engines.llama_cpp.weights import gguf_fingerprint
+from kveraser.eraser import EraserConfig, shipped_erasers
+from kveraser.eraser.config import FILE_NAME
+from kveraser.errors import BackboneError, EraserMismatchError, UnsupportedCacheError
+from kveraser.export import EraserFiles, GgufEraser, read_gguf_eraser, write_gguf_eraser
+from kveraser.export.source import LORA_CONFIG
+from kveraser.paths import cache_folder
+
+_ROPES = (0, 2)  # neighboring and half-split dimensions; multi-dimensional positions and none are not moved here
+
+
+class LlamaCppModel:
+    """A model that llama.cpp has loaded, used read-only by any number of contexts.
+
+    Args:
+        file: GGUF file; None takes the embedded default.
+        threads: for contexts on it; None takes the number of cores.
+        gpu_layers: layers to keep on a GPU, where the library was built with one; -1 for all.
+
+    Raises:
+        BackboneError: not there, or not loadable.
+        UnsupportedCacheError: a model whose cache cannot be edited.
+    """
+
+    def __init__(
+        self, file: str | PathLike[str] | None = None, *, threads: int | None = None, gpu_layers: int = -1
+    ) -> None:
+        self.file = Path(file) if file is not None else embedded_gguf()
+        if not self.file.is_file():
+            raise BackboneError(f"there is no GGUF file {self.file}")
+        self._adapters: dict[tuple[str, str], Any] = {}
+        self.threads = threads or os.cpu_count() or 1
+        parameters = lib.llama_model_default_params()
+        parameters.n_gpu_layers = gpu_layers
+        with captured() as messages:
+            self.handle: Any = lib.llama_model_load_from_file(str(self.file).encode(), parameters)
+        if not self.handle:
+            raise BackboneError(f"llama.cpp cannot load {self.file}: {said(messages)}")
+        self.close = weakref.finalize(self, _free, self.handle)
+        try:
+            self._check()
+            self.tokenizer = LlamaCppTokenizer(lib.llama_model_get_vocab(self.handle))
+        except BaseException:
+            self.close()
+            raise
+        self.vocabulary = len(self.tokenizer)
+
+    def __repr__(self) -> str:
+        return f"LlamaCppModel({self.file.name!r}, {self.description})"
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and quantisation, as llama.cpp puts it."""
+        buffer = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self.handle, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the longest context in training."""
+        return int(lib.llama_model_n_ctx_train(self.handle))
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a key."""
+        given = self.metadata(f"{self.metadata('general.architecture')}.attention.key_length")
+        heads = int(lib.llama_model_n_head(self.handle))
+        return int(given) if given else int(lib.llama_model_n_embd(self.handle)) // heads
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers in one token's keys, over all layers; its values have as many."""
+        return int(lib.llama_model_n_layer(self.handle) * lib.llama_model_n_head_kv(self.handle)) * self.head_size
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the file's metadata as text."""
+        buffer = ctypes.create_string_buffer(4096)
+        length = int(lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer)))
+        return None if length < 0 else buffer.value.decode("utf-8", "replace")
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this model from others in a saved session."""
+        sizes = {"parameters": lib.llama_model_n_params(self.handle), "bytes": lib.llama_model_size(self.handle)}
+        return {
+            "model": self.description,
+            "vocabulary": self.vocabulary,
+            **sizes,
+            "name": self.metadata("general.name"),
+        }
+
+    def _check(self) -> None:
+        """Refuse what the calls of `cells` would not survive, or would get wrong."""
+        architecture = self.metadata("general.architecture")
+        reasons = {
+            "a sliding window": lib.llama_model_n_swa(self.handle) > 0,
+            "a recurrent state": lib.llama_model_is_recurrent(self.handle) or lib.llama_model_is_hybrid(self.handle),
+            "an encoder": lib.llama_model_has_encoder(self.handle) or not lib.llama_model_has_decoder(self.handle),
+            "compressed keys (MLA)": bool(self.metadata(f"{architecture}.attention.kv_lora_rank")),
+            "no plain rotary positions": lib.llama_model_rope_type(self.handle) not in _ROPES,
+        }
+        found = [reason for reason, there in reasons.items() if there]
+        if found:
+            raise UnsupportedCacheError(
+                f"{self.file.name} ({architecture}) has {' and '.join(found)}, so its cache in llama.cpp cannot be edited; "
+                "use a model with full attention and rotary positions, or process the shortened text again"
+            )
+
+    # -- erasers -------------------------------------------------------------------------------------------------
+
+    def find_eraser(self, source: str | PathLike[str] | None = None, *, check_weights: bool = True) -> GgufEraser:
+        """The eraser to use, as a GGUF file.
+
+        Args:
+            source: GGUF adapter or eraser's folder (exported into the cache folder once); None takes the one that ships.
+            check_weights: False accepts one whose backbone has the same shape and other weights, such as a coarser
+                quantisation than the one it was made for.
+
+        Raises:
+            EraserMismatchError: none ships for this model, or it was made for another one.
+        """
+        if source is None:
+            return self._shipped(check_weights)
+        place = Path(source)
+        found = read_gguf_eraser(place) if place.is_file() else exported(place)
+        self._check_eraser(found.config, str(place), check_weights)
+        return found
+
+    def _shipped(self, check_weights: bool) -> GgufEraser:
+        differences = []
+        for name, folder in shipped_erasers().items():
+            difference = self._difference(EraserConfig.read(folder / FILE_NAME))
+            if difference is None or (not check_weights and "weights" in difference):
+                return exported(folder)
+            differences.append(f"{name}: {difference}")
+        raise EraserMismatchError(
+            f"no eraser ships for {self.file.name} ({'; '.join(differences) or 'there is none'}); "
+            "use method='full-recompute', or give the GGUF adapter or folder of one"
+        )
+
+    def _difference(self, config: EraserConfig) -> str | None:
+        model_type = str(config.fingerprint.shape["model_type"])
+        return config.fingerprint.difference_to(gguf_fingerprint(self.file, model_type))
+
+    def _check_eraser(self, config: EraserConfig, source: str, check_weights: bool) -> None:
+        difference = self._difference(config)
+        if difference is not None and (check_weights or "weights" not in difference):
+            raise EraserMismatchError(
+                f"the eraser in {source} was made for another model than {self.file.name}: {difference}; "
+                "use method='full-recompute', or check_weights=False for another quantisation of its backbone"
+            )
+
+    def load_adapter(self, eraser: GgufEraser) -> Any:
+        """An eraser's matrices, loaded once; they belong to the model and are freed with it.
+
+        Raises:
+            EraserMismatchError: llama.cpp refuses the file.
+        """
+        key = (str(eraser.file), eraser.source_sha256)
+        if key not in self._adapters:
+            with captured() as messages:
+                adapter = lib.llama_adapter_lora_init(self.handle, str(eraser.file).encode())
+            if not adapter:
+                raise EraserMismatchError(f"llama.cpp cannot load {eraser.file}: {said(messages)}")
+            self._adapters[key] = adapter
+        return self._adapters[key]
+
+
+def exported(folder: Path) -> GgufEraser:
+    """The GGUF form of an eraser's folder, made once and kept in the cache folder under the checksum of its files.
+
+    Raises:
+        EraserMismatchError: the folder holds no eraser, or a damaged one.
+    """
+    files = EraserFiles.read(folder)
+    texts = [(folder / name).read_bytes() for name in (FILE_NAME, LORA_CONFIG)]
+    key = hashlib.sha256(b"\0".join([files.sha256.encode(), *texts])).hexdigest()
+    file = cache_folder() / "gguf-erasers" / f"{key[:16]}.gguf"
+    if file.exists():
+        with suppress(EraserMismatchError):  # damaged: made anew
+            found = read_gguf_eraser(file)
+            if found.source_sha256 == files.sha256:
+                return found
+    return write_gguf_eraser(folder, file)
+
+
+def _free(handle: Any) -> None:
+    with captured():
+        lib.llama_model_free(handle)

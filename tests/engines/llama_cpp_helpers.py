@@ -1,0 +1,80 @@
+"""Tiny random models as GGUF files: the same weights for llama.cpp and for transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
+
+from conftest import build, make_config
+from kveraser.eraser import Fingerprint
+from kveraser.export.names import Naming
+
+VOCABULARY = 320
+LETTERS = [chr(code) for code in range(33, 127)]
+
+
+def tiny_pair(file, family="llama", heads=4, kv_heads=2, head=64, layers=3, **changes):
+    """A random transformers model, and its GGUF file at `file`."""
+    config = make_config(
+        family, kv_heads, vocab_size=VOCABULARY, hidden_size=heads * head, intermediate_size=96,
+        num_attention_heads=heads, num_hidden_layers=layers, max_position_embeddings=2048, tie_word_embeddings=True,
+        **changes,
+    )  # fmt: skip
+    if hasattr(config, "head_dim"):
+        config.head_dim = head
+    model = build(config)
+    naming = Naming(Fingerprint.of(model).shape)
+    arch = naming.architecture.name
+    writer = GGUFWriter(str(file), arch)
+    writer.add_name("tiny")
+    writer.add_block_count(layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(VOCABULARY)
+    tokens = [*LETTERS, "Ġ", "Ċ", "th"]
+    tokens += [f"[unused{n}]" for n in range(VOCABULARY - len(tokens) - 1)] + ["</s>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (VOCABULARY - 1) + [3])
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(VOCABULARY - 1)
+    writer.add_add_bos_token(False)
+    for name, weight in model.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if module == "lm_head":
+            continue
+        values = naming.rows(module, weight.float().numpy())
+        writer.add_tensor(naming.tensor(module).removesuffix("weight") + kind, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def without_effect(folder, target):
+    """A copy of an eraser's folder whose LoRA B is zero."""
+    target.mkdir()
+    for file in folder.iterdir():
+        if file.suffix == ".json":
+            (target / file.name).write_bytes(file.read_bytes())
+    weights = load_file(str(folder / "adapter_model.safetensors"))
+    zeroed = {name: torch.zeros_like(w) if "lora_B" in name else w for name, w in weights.items()}
+    save_file(zeroed, str(target / "adapter_model.safetensors"))
+    return target
+
+
+def ids_of(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 90, (count,), generator=generator).tolist()

@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kveraser.cache import growable_cache
 from kveraser.evaluation.provenance import environment, placement
+from kveraser.evaluation.report import markdown_table
 from kveraser.model_view import decoder, model_device, model_dtype, text_config
 
 Result = TypeVar("Result")
@@ -110,7 +111,7 @@ def report(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Print a table, or JSON; write `NAME.json` and `NAME.png` where a folder is given."""
+    """Print a table, or JSON; write `NAME.json`, `NAME.md` and `NAME.png` where a folder is given."""
     document = {"benchmark": name, **environment(model), **placement(model), "rows": list(rows)}
     if as_json:
         print(json.dumps(document, indent=2))
@@ -119,5 +120,12 @@ def report(
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        (output / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
         if figure is not None:
             FigureCanvasAgg(figure).print_png(output / f"{name}.png")
+
+
+def _markdown(table: Table) -> str:
+    """A table as Markdown."""
+    body = zip(*(column.cells for column in table.columns), strict=True)
+    return markdown_table([str(column.header) for column in table.columns], [list(map(str, row)) for row in body])

@@ -64,8 +64,14 @@ def gguf_command(
         if as_json:
             print_json(found)
             return
-        stdout.print(f"{output}: {made.modules} modules of rank {made.rank}, window {made.config.window}, ", end="", soft_wrap=True)
-        stdout.print(f"repair {made.config.repair}, {found['bytes']} bytes\nmade from {made.source_sha256}", soft_wrap=True)
+        stdout.print(
+            f"{output}: {made.modules} modules of rank {made.rank}, window {made.config.window}, ",
+            end="",
+            soft_wrap=True,
+        )
+        stdout.print(
+            f"repair {made.config.repair}, {found['bytes']} bytes\nmade from {made.source_sha256}", soft_wrap=True
+        )
 
 
 @app.command("peft")

@@ -1,0 +1,175 @@
+"""One erase on a server: the requests it takes, and the entries that it needs meanwhile.
+
+Knows: a server with our connector, token ids, slots. Does not know about text or messages.
+
+The server keeps the states of what has been read since the last erase (never those of the spans), computes steering states
+with the eraser's adapter and the states of the tokens behind a span with the model itself, each over a window of kept
+states, and puts the pieces together. Random ids ("tombstones") stand for the erased ones from then on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kveraser.cache import Window
+from kveraser.engines.vllm_http import VLLMClient
+from kveraser.engines.vllm_passes import Pass, crop_point, erasing_passes
+from kveraser.engines.vllm_protocol import Demand, Piece, Save, put, take
+from kveraser.errors import EngineError
+from kveraser.spans import Span, SpanLedger
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited context on the server: the first `tokens` of a session are served from it, under `salt`."""
+
+    id: str
+    tokens: int
+    salt: str
+
+
+@dataclass(frozen=True)
+class State:
+    """A session's context: ids of the slots (tombstones where steering states are), ledger, edit."""
+
+    ids: tuple[int, ...]
+    ledger: SpanLedger
+    edit: Edit | None
+
+
+@dataclass(frozen=True)
+class Served:
+    """How a server serves the model and its eraser.
+
+    Attributes:
+        model, eraser: as the server names them.
+        window, repair: what the eraser attends to, and how many tokens behind a span are computed again.
+        vocabulary: number of token ids; `special` ones among them are never tombstones.
+    """
+
+    client: VLLMClient
+    model: str
+    eraser: str
+    window: Window | None
+    repair: int
+    vocabulary: int
+    special: Set[int]
+
+
+class Erasing:
+    """One erase under way.
+
+    Attributes:
+        requests: sent so far.
+        recomputed: tokens run through the model or the eraser so far.
+    """
+
+    def __init__(self, served: Served, before: State) -> None:
+        self._served, self._before = served, before
+        self._entries: list[str] = []
+        self.requests = self.recomputed = 0
+
+    def run(self, spans: tuple[Span, ...]) -> State:
+        """Erase ledger spans; returns the state after it."""
+        state = self._before
+        ledger, length = state.ledger.copy(), len(state.ids)
+        slots = tuple(ledger.span_to_cache(span) for span in spans)
+        steered = tuple(ledger.span_to_cache(entry.span) for entry in ledger.erased if entry.in_cache)
+        rest, end = crop_point(slots, steered, length)
+        if end < length:
+            ledger.drop_slots([Span(end, length)])
+        for span, slot in zip(spans, slots, strict=True):
+            ledger.mark(span, in_cache=slot in rest)
+        ids = list(state.ids[:end])
+        edit = state.edit
+        if rest:
+            edit = self._steer(ids, rest, tuple(span for span in steered if span.end <= end))
+        elif edit and end < edit.tokens:
+            survives = any(span.end <= end for span in steered)
+            edit = self._compose(ids, (Piece(edit.id, 0, end),)) if survives else None
+        return State(tuple(ids), ledger, edit)
+
+    def forget(self, *more: str) -> None:
+        """Drop the entries that were needed on the way."""
+        gone = (*self._entries, *more)
+        self._entries = []
+        if gone:
+            try:
+                self._served.client.complete(self._served.model, [0], max_tokens=1, demand=Demand(drop=gone))
+            except EngineError:  # they are dropped sooner or later, to make room
+                return
+
+    def _steer(self, ids: list[int], spans: tuple[Span, ...], steered: tuple[Span, ...]) -> Edit:
+        pieces = self._base(ids, spans)
+        for step in erasing_passes(spans, steered, len(ids), self._served.window, self._served.repair):
+            pieces = put(pieces, step.run.start, self._run(step, pieces, ids))
+        for span in spans:
+            ids[span.slice] = self._tombstones(len(span))
+        return self._compose(ids, pieces)
+
+    def _base(self, ids: list[int], spans: tuple[Span, ...]) -> tuple[Piece, ...]:
+        """Pieces for all slots: those of the edit so far, and newly kept ones; none is kept of the spans themselves."""
+        edit = self._before.edit
+        known = min(edit.tokens, len(ids)) if edit else 0
+        pieces: tuple[Piece, ...] = (Piece(edit.id, 0, known),) if edit else ()
+        saves, at = [], known
+        for border in (*spans, Span(len(ids), len(ids) + 1)):
+            if border.start > at:
+                saves.append(Save(at, border.start))
+            at = max(at, border.end)
+        saved: list[Piece] = []
+        if saves:
+            demand = Demand(edit=edit.id if edit else None, save=tuple(saves))
+            done = self._send(self._served.model, ids, demand, edit.salt if edit else None)
+            saved = [Piece(entry, 0, len(save)) for entry, save in zip(done, saves, strict=True)]
+        at = known
+        for piece, save in zip(saved, saves, strict=True):
+            pieces += (*_hole(at, save.start), piece)
+            at = save.end
+        return pieces + _hole(at, len(ids))
+
+    def _run(self, step: Pass, pieces: tuple[Piece, ...], ids: list[int]) -> Piece:
+        """Run one pass; the piece of states it made."""
+        load = tuple(
+            replace(piece, move=move) for shown, move in step.shown for piece in take(pieces, shown.start, shown.end)
+        )
+        if any(piece.entry == "" for piece in load):
+            raise EngineError("a pass would attend to states that are not kept")
+        prompt = [*self._tombstones(step.seen), *ids[step.run.slice]]
+        demand = Demand(load=load, save=(Save(step.seen, len(prompt), step.kept_move),))
+        entries = self._send(self._served.eraser if step.eraser else self._served.model, prompt, demand)
+        self.recomputed += len(step.run)
+        return Piece(entries[0], 0, len(step.run))
+
+    def _compose(self, ids: list[int], pieces: tuple[Piece, ...]) -> Edit:
+        said = self._complete(self._served.model, ids, Demand(compose=pieces), None)
+        return Edit(**said["edit"])
+
+    def _send(self, model: str, ids: list[int], demand: Demand, salt: str | None = None) -> list[str]:
+        entries = list(self._complete(model, ids, demand, salt).get("saved", ()))
+        self._entries += entries
+        if len(entries) != len(demand.save):
+            raise EngineError("the server did not keep the states it was asked to keep; its log says why")
+        return entries
+
+    def _complete(self, model: str, ids: list[int], demand: Demand, salt: str | None) -> dict[str, Any]:
+        self.requests += 1
+        return self._served.client.complete(model, ids, max_tokens=1, demand=demand, salt=salt).said
+
+    def _tombstones(self, count: int) -> list[int]:
+        """Random ids of ordinary tokens."""
+        chance = random.SystemRandom()
+        found: list[int] = []
+        while len(found) < count:
+            token = chance.randrange(self._served.vocabulary)
+            if token not in self._served.special:
+                found.append(token)
+        return found
+
+
+def _hole(start: int, end: int) -> tuple[Piece, ...]:
+    """A stand-in for slots whose states are not kept, because they are about to be exchanged."""
+    return (Piece("", 0, end - start),) if end > start else ()

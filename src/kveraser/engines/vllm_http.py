@@ -1,0 +1,132 @@
+"""A vLLM server seen from outside: completions of token ids, with what the connector says and is told.
+
+Knows: HTTP and JSON, by the standard library. Does not know about text, spans or erasing.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kveraser.engines.vllm_protocol import KEY, Demand
+from kveraser.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server answered.
+
+    Attributes:
+        ids: the new token ids, the end token included when it was reached.
+        text: of them, without special tokens.
+        logprobs: of each new token, when asked for.
+        said: what the connector answered.
+        cached: prompt tokens that were not computed, when the server tells.
+    """
+
+    ids: list[int]
+    text: str
+    logprobs: list[float] | None
+    said: dict[str, Any]
+    cached: int | None = None
+
+
+class VLLMClient:
+    """One server.
+
+    Args:
+        base_url: "http://host:port", with or without "/v1".
+        api_key: when the server wants one.
+        timeout: seconds per request.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None = None, timeout: float = 600.0) -> None:
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        if not self.base_url.startswith(("http://", "https://")):
+            raise EngineError(f"a server's address begins with http:// or https://, got {base_url!r}")
+        self._api_key, self._timeout = api_key, timeout
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models and adapters that the server offers."""
+        return list(self.call("/v1/models")["data"])
+
+    def tokenize(self, model: str, text: str) -> list[int]:
+        """Token ids of a text, by the server's tokenizer, without special tokens around it."""
+        return list(self.call("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})["tokens"])
+
+    def complete(
+        self,
+        model: str,
+        ids: Sequence[int],
+        *,
+        max_tokens: int,
+        demand: Demand | None = None,
+        salt: str | None = None,
+        **options: Any,
+    ) -> Completion:
+        """Continue token ids.
+
+        Args:
+            options: further fields of the request (temperature, logprobs, stop, ...).
+
+        Raises:
+            EngineError: the server cannot be reached, refuses, or could not load what was demanded.
+        """
+        body: dict[str, Any] = {
+            "model": model,
+            "prompt": list(ids),
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "return_token_ids": True,
+            **options,
+        }
+        if demand is not None:
+            body["kv_transfer_params"] = demand.params()
+        if salt is not None:
+            body["cache_salt"] = salt
+        data = self.call("/v1/completions", body)
+        choice = data["choices"][0]
+        if choice.get("finish_reason") == "error":
+            raise EngineError("the server could not finish the request; its log says why")
+        said = (data.get("kv_transfer_params") or {}).get(KEY) or {}
+        if "error" in said:
+            raise EngineError(f"the server refuses: {said['error']}")
+        details = (data.get("usage") or {}).get("prompt_tokens_details") or {}
+        return Completion(
+            ids=list(choice.get("token_ids") or ()),
+            text=choice["text"],
+            logprobs=(choice.get("logprobs") or {}).get("token_logprobs"),
+            said=said,
+            cached=details.get("cached_tokens"),
+        )
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """One request; the response's JSON.
+
+        Raises:
+            EngineError: it cannot be reached, or answers with an error.
+        """
+        headers = {"Content-Type": "application/json"}
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base_url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            raise EngineError(f"{self.base_url}{path} answered {error.code}: {_message(text)}") from error
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{self.base_url}{path} cannot be reached: {error}") from error
+
+
+def _message(text: str) -> str:
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:300]

@@ -1,0 +1,88 @@
+"""Which forwards an erase takes in an engine that only knows prompts, and where their keys go.
+
+Knows: integers (slots, positions). Does not know about vLLM, files, HTTP or tensors.
+
+In transformers a windowed pass runs tokens at their own positions with a hole between the shown slots. A prompt has no
+holes: its tokens stand at 0, 1, 2, ... So a pass is written as a compact prompt, shown slots first, and what a rotary
+embedding needs is made up for by moving keys:
+
+    context    [0 sink) ........ [start - local, start) [start, end) ....
+    prompt     [ sink ][  local  ][ tokens ]               a token at position p stands at p - shift
+    shown keys are moved by -shift, so that every distance is the real one (a sink key may stand before position 0),
+    kept keys are moved from where they were computed to the slots they are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kveraser.cache import Window, window_spans
+from kveraser.methods.base import neighbors
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward over the tokens of some slots.
+
+    Attributes:
+        eraser: whether the eraser is active.
+        shown: slots that the tokens attend to, in prompt order, each with the positions to move its keys by.
+        run: the slots whose tokens run, and whose states are kept.
+        kept_move: positions to move the new keys by before they go into their slots.
+    """
+
+    eraser: bool
+    shown: tuple[tuple[Span, int], ...]
+    run: Span
+    kept_move: int
+
+    @property
+    def seen(self) -> int:
+        """Number of shown slots: where the tokens stand in the prompt."""
+        return sum(len(span) for span, _ in self.shown)
+
+
+def erasing_passes(
+    spans: tuple[Span, ...], steered: tuple[Span, ...], length: int, window: Window | None, repair: int
+) -> Iterator[Pass]:
+    """The passes that erase `spans` by steering, from left to right; each reads what the ones before it have written.
+
+    Args:
+        spans: slots to erase, sorted and disjoint.
+        steered: slots that hold steering states already.
+        length: number of slots.
+        window: `(sink, local)` slots a pass attends to before its tokens; None for all.
+        repair: live tokens behind each span that are computed again, as if the span were absent.
+    """
+    for span, runs in neighbors(spans, steered, length, repair):
+        before = tuple((run, 0) for run in window_spans(window, span.start))
+        yield _pass(True, before, span, 0)
+        gap = len(span)
+        for number, run in enumerate(runs):
+            yield _pass(False, (*before, *((done, -gap) for done in runs[:number])), run, gap)
+
+
+def _pass(eraser: bool, shown: tuple[tuple[Span, int], ...], run: Span, gap: int) -> Pass:
+    seen = sum(len(span) for span, _ in shown)
+    shift = run.start - gap - seen
+    return Pass(eraser, tuple((span, move - shift) for span, move in shown), run, shift + gap)
+
+
+def crop_point(spans: tuple[Span, ...], steered: tuple[Span, ...], length: int) -> tuple[tuple[Span, ...], int]:
+    """Take the spans that end the context off the others; returns these, and the slot from which on all is dropped.
+
+    Steered slots that would then be last are dropped with them: a context ends with a live token.
+    """
+    rest, end = list(spans), length
+    while end:
+        at_end = [span for span in rest if span.end == end]
+        if at_end:
+            rest.remove(at_end[0])
+            end = at_end[0].start
+        elif end < length and any(span.start < end <= span.end for span in steered):
+            end = next(span.start for span in steered if span.start < end <= span.end)
+        else:
+            break
+    return tuple(rest), end

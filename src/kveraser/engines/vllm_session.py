@@ -1,0 +1,375 @@
+"""`VLLMSession`: a live context on a vLLM server, from which spans can be erased over HTTP.
+
+Knows: a server with our connector, tokenizers, chat templates. Does not know how the engine keeps states, and holds none:
+only token ids, and the id of the edited context they go with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kveraser.cache import Window
+from kveraser.chat import Message, added_by, reply_prompt
+from kveraser.engines.vllm_erasing import Edit, Erasing, Served, State
+from kveraser.engines.vllm_http import Completion, VLLMClient
+from kveraser.engines.vllm_protocol import Demand
+from kveraser.errors import ContextError, EngineError, OptionError, RestoreError, SpanError
+from kveraser.spans import Span, SpanLedger, merge_spans
+from kveraser.text import decode, find_text
+
+What = Span | str | Iterable[Span | str]
+
+_PROBE = "The café's 3rd door:\n\t{x} = 1,024"
+
+
+@dataclass(frozen=True)
+class VLLMReceipt:
+    """What an erase did.
+
+    Attributes:
+        spans: what was erased, in ledger positions, sorted.
+        exact: whether the context now equals one that never held the spans (they ended it, and were cut off).
+        tokens_recomputed: tokens that were run through the model or the eraser.
+        requests: requests sent to the server.
+        edit: the edited context that is served now.
+    """
+
+    spans: tuple[Span, ...]
+    exact: bool
+    tokens_recomputed: int
+    requests: int
+    edit: Edit | None
+    _before: State | None = field(default=None, repr=False, compare=False)
+    _length: int = field(default=0, repr=False)
+
+    @property
+    def span(self) -> Span:
+        """The erased span; with several, the range from the first to the last."""
+        return Span(self.spans[0].start, self.spans[-1].end)
+
+
+class VLLMSession:
+    """A context on a vLLM server that runs with our connector (see `kveraser.engines.vllm_server`).
+
+    Args:
+        base_url: "http://host:port".
+        model: as the server names it; None takes the first one.
+        eraser: the server's name of the eraser's adapter.
+        tokenizer: the model's; None loads it from where the server says the model is (a hub id or a folder).
+        window, repair: instead of what the eraser was trained with; `window="full"` attends to the whole prefix.
+        api_key, timeout: for HTTP.
+
+    Raises:
+        EngineError: the server cannot be reached, lacks the connector or the adapter, or tokenizes otherwise.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        eraser: str = "eraser",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        window: Window | str | None = None,
+        repair: int | None = None,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        self._client = VLLMClient(base_url, api_key=api_key, timeout=timeout)
+        served = {entry["id"]: entry for entry in self._client.models()}
+        self.model = model or next(name for name, entry in served.items() if not entry.get("parent"))
+        self.eraser = eraser
+        for name in (self.model, eraser):
+            if name not in served:
+                raise EngineError(f"the server offers {', '.join(served)}, not {name!r}; start it with --lora-modules")
+        self.tokenizer = tokenizer or _load_tokenizer(served[self.model])
+        if self._encode(_PROBE) != self._client.tokenize(self.model, _PROBE):
+            raise EngineError(f"the server tokenizes otherwise than this tokenizer ({self.tokenizer.name_or_path})")
+        about = self._client.complete(self.model, [0], max_tokens=1, demand=Demand(about=True)).said.get("about")
+        if about is None:
+            raise EngineError(
+                "the server runs without kveraser's connector, so nothing can be erased; start it with "
+                "`python -m kveraser.engines.vllm_server`"
+            )
+        trained = None if about["window"] is None else (about["window"][0], about["window"][1])
+        self.window = trained if window is None else _checked_window(window)
+        self.repair = about["repair"] if repair is None else repair
+        if self.repair < 0:
+            raise OptionError(f"repair={repair} must be at least 0 tokens")
+        self._special = set(self.tokenizer.all_special_ids)
+        self._state = State((), SpanLedger(), None)
+        self._messages: list[Message] = []
+        self._message_spans: list[Span] = []
+        self._last: VLLMReceipt | None = None
+        self._lock = RLock()
+
+    def __len__(self) -> int:
+        return len(self._state.ids)
+
+    # -- growing -------------------------------------------------------------------------------------------------
+
+    def append(self, text: str | Sequence[int]) -> Span:
+        """Put text (or token ids) behind the context; returns its span, valid for ever. Nothing is sent yet.
+
+        Raises:
+            ContextError: empty text.
+        """
+        with self._lock:
+            ids = self._encode(text, first=not len(self)) if isinstance(text, str) else [int(token) for token in text]
+            if not ids:
+                raise ContextError("there is nothing to append: the text has no tokens")
+            state = self._state
+            ledger = state.ledger.copy()
+            span = ledger.append(len(ids))
+            self._state = State((*state.ids, *ids), ledger, state.edit)
+            return span
+
+    def append_message(self, role: str, content: str, *, id: str | None = None) -> Span:
+        """Put one chat message behind the context; returns the span of its content alone.
+
+        Args:
+            id: a name by which the message can be erased.
+
+        Raises:
+            ContextError: no content, an id that is taken, or a chat template that is not prefix-stable.
+        """
+        with self._lock:
+            if not content.strip():
+                raise ContextError(f"the {role!r} message has no content, so it would have no span")
+            if id is not None and any(message.id == id for message in self._messages):
+                raise ContextError(f"there is a message with id {id!r} already; give another one")
+            message = Message(role, content, id)
+            ids, inside = self._rendered(message)
+            span = self.append(ids)
+            self._messages.append(message)
+            self._message_spans.append(inside.shift(span.start))
+            return self._message_spans[-1]
+
+    # -- erasing -------------------------------------------------------------------------------------------------
+
+    def erase(self, what: What, *, undo: bool = True) -> VLLMReceipt:
+        """Take spans out of the context.
+
+        Args:
+            what: a span (as `append` returned it), a message id, a text that occurs once, or several of these.
+            undo: keep the erased ids here, for `restore`; without, nothing of them is left in the session, and the
+                states it replaces are dropped on the server.
+
+        Raises:
+            SpanError: out of range, empty, overlapping an erased span, text not found or found twice.
+            EngineError: the server could not do it. In every case the session is as it was.
+        """
+        with self._lock:
+            wanted = [what] if isinstance(what, Span | str) else list(what)
+            spans = merge_spans([self.locate(entry) for entry in wanted], self._state.ledger.length)
+            for span in spans:
+                self._state.ledger.check_live(span)
+            before = self._state
+            work = Erasing(self._served(), before)
+            try:
+                after = work.run(spans)
+            except BaseException:
+                work.forget()
+                raise
+            kept = {after.edit, before.edit if undo else None}
+            undoable = self._last._before.edit if self._last and self._last._before else None
+            work.forget(*{edit.id for edit in (before.edit, undoable) if edit and edit not in kept})
+            receipt = VLLMReceipt(
+                spans,
+                after.edit is None,
+                work.recomputed,
+                work.requests,
+                after.edit,
+                before if undo else None,
+                after.ledger.length,
+            )
+            self._state, self._last = after, receipt
+            if not undo:
+                self._forget(spans)
+            return receipt
+
+    def restore(self, receipt: VLLMReceipt) -> None:
+        """Undo the latest erase. What was appended since stays, and is computed again.
+
+        Raises:
+            RestoreError: not the latest erase of this session, or made with `undo=False`.
+        """
+        with self._lock:
+            if receipt is not self._last or receipt._before is None:
+                raise RestoreError("only the latest erase of a session can be undone, once, unless it said undo=False")
+            before, now = receipt._before, self._state
+            added = now.ledger.length - receipt._length
+            ledger = before.ledger.copy()
+            if added:
+                ledger.append(added)
+            later = now.ids[len(now.ids) - added :] if added else ()
+            self._state, self._last = State((*before.ids, *later), ledger, before.edit), None
+
+    def locate(self, what: Span | str) -> Span:
+        """The ledger span meant by a span, a message id, or a text that occurs once.
+
+        Raises:
+            SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
+        """
+        if isinstance(what, Span):
+            return what
+        if not isinstance(what, str):
+            raise SpanError(f"a Span, a message id or a text is needed, got {type(what).__name__} {what!r}")
+        for message, span in zip(self._messages, self._message_spans, strict=True):
+            if message.id is not None and message.id == what:
+                return span
+        return find_text(self.tokenizer, [(run, self._ids_of(run)) for run in self._state.ledger.live()], what)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        """The text that is in the context: appended and not erased."""
+        return decode(self.tokenizer, [token for run in self._state.ledger.live() for token in self._ids_of(run)])
+
+    def request(self, prompt: str | Sequence[int] = ()) -> dict[str, Any]:
+        """What any client of the server has to send for this context, with `prompt` behind it.
+
+        For example `openai_client.completions.create(model=session.model, max_tokens=20, **session.request(question))`.
+        """
+        with self._lock:
+            ids = self._encode(prompt, first=not len(self)) if isinstance(prompt, str) else list(prompt)
+            extra: dict[str, Any] = {}
+            if edit := self._state.edit:
+                extra = {"cache_salt": edit.salt, "kv_transfer_params": Demand(edit=edit.id).params()}
+            return {"prompt": [*self._state.ids, *ids], "extra_body": extra}
+
+    def complete(self, prompt: str | Sequence[int] = (), *, max_new_tokens: int = 64, **options: Any) -> Completion:
+        """Continue the context, greedily unless told otherwise; the context stays as it is.
+
+        Raises:
+            ContextError: an empty context and no prompt.
+            EngineError: the server could not do it (an edited context may have been dropped to make room).
+        """
+        said = self.request(prompt)
+        if not said["prompt"]:
+            raise ContextError("the context is empty; append something, or give a prompt")
+        edit = self._state.edit
+        return self._client.complete(
+            self.model,
+            said["prompt"],
+            max_tokens=max_new_tokens,
+            demand=Demand(edit=edit.id) if edit else None,
+            salt=edit.salt if edit else None,
+            **options,
+        )
+
+    def generate(
+        self, prompt: str | Sequence[int] = (), *, max_new_tokens: int = 64, keep: bool = False, **options: Any
+    ) -> str:
+        """Continue the context and return the new text.
+
+        Args:
+            keep: put prompt and answer behind the context; otherwise it stays as it is.
+            options: further fields of the request (temperature, top_p, stop, ...).
+        """
+        with self._lock:
+            done = self.complete(prompt, max_new_tokens=max_new_tokens, **options)
+            if keep:
+                ids = self._encode(prompt, first=not len(self)) if isinstance(prompt, str) else list(prompt)
+                self.append([*ids, *done.ids])
+            return done.text
+
+    def chat(self, content: str, *, max_new_tokens: int = 256, keep: bool = True, **options: Any) -> str:
+        """Answer a user's message.
+
+        Args:
+            keep: put message and answer behind the context; otherwise it stays as it is.
+        """
+        with self._lock:
+            user = Message("user", content)
+            if not content.strip():
+                raise ContextError("the user's message has no content")
+            ids, inside = self._rendered(user)
+            opening = self._encode(reply_prompt(self.tokenizer, [*self._messages, user]))
+            done = self.complete([*ids, *opening], max_new_tokens=max_new_tokens, **options)
+            if keep:
+                self._keep_exchange(user, ids, inside, opening, done)
+            return done.text
+
+    def close(self) -> None:
+        """Drop the session's edited context on the server."""
+        with self._lock:
+            edits = {
+                state.edit.id for state in (self._state, self._last and self._last._before) if state and state.edit
+            }
+            if edits:
+                self._client.complete(self.model, [0], max_tokens=1, demand=Demand(drop=tuple(edits)))
+            self._state, self._last = State((), SpanLedger(), None), None
+            self._messages, self._message_spans = [], []
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _served(self) -> Served:
+        return Served(
+            self._client, self.model, self.eraser, self.window, self.repair, len(self.tokenizer), self._special
+        )
+
+    def _encode(self, text: str, first: bool = False) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=first))
+
+    def _ids_of(self, run: Span) -> list[int]:
+        return list(self._state.ids[self._state.ledger.span_to_cache(run).slice])
+
+    def _rendered(self, message: Message) -> tuple[list[int], Span]:
+        """Ids that a message adds, and where in them its content is."""
+        added = added_by(self.tokenizer, self._messages, message)
+        encoded = self.tokenizer(added.text, add_special_tokens=False, return_offsets_mapping=True)
+        inside = [
+            number
+            for number, (start, end) in enumerate(encoded["offset_mapping"])
+            if end > added.content_start and start < added.content_end and end > start
+        ]
+        return list(encoded["input_ids"]), Span(inside[0], inside[-1] + 1)
+
+    def _keep_exchange(self, user: Message, ids: list[int], inside: Span, opening: list[int], done: Completion) -> None:
+        asked = self.append([*ids, *opening])
+        self._messages.append(user)
+        self._message_spans.append(inside.shift(asked.start))
+        if not done.text.strip():
+            return
+        said = Message("assistant", done.text)
+        added = added_by(self.tokenizer, self._messages, said)
+        ended = done.ids[-1] in self._special
+        answer = self.append(done.ids)
+        self._messages.append(said)
+        self._message_spans.append(Span(answer.start, max(answer.end - ended, answer.start + 1)))
+        closing = added.text[added.content_end :]
+        if ended:
+            closing = closing.removeprefix(str(self.tokenizer.decode([done.ids[-1]])))
+        if closing:
+            self.append(self._encode(closing))
+
+    def _forget(self, spans: tuple[Span, ...]) -> None:
+        for number, (message, span) in enumerate(zip(self._messages, self._message_spans, strict=True)):
+            if any(span.overlaps(gone) for gone in spans):
+                self._messages[number] = Message(message.role, "(removed)", message.id)
+
+
+def _checked_window(window: Window | str) -> Window | None:
+    if window == "full":
+        return None
+    if isinstance(window, str) or len(window) != 2 or min(window) < 0:
+        raise OptionError(f"window={window!r} must be two counts (sink, local) of at least 0, or 'full'")
+    return window
+
+
+def _load_tokenizer(served: dict[str, Any]) -> PreTrainedTokenizerBase:
+    place = served.get("root") or served["id"]
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"the server's model is at {place!r}, and no tokenizer can be loaded from there; give one with tokenizer="
+        ) from error
+    return tokenizer

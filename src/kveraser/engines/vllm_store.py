@@ -1,0 +1,422 @@
+"""A folder of keys and values that an engine's processes share: saved states, and edited contexts made of them.
+
+Knows: files, checksums, sizes. Does not know about vLLM, requests or tokens' meaning.
+
+    <folder>/<id>/manifest.json      what the entry is; written last, with a checksum of its own
+    <folder>/<id>/<file>             safetensors "keys" and "values" (layers, tokens, kv_heads, head_dim), named after
+                                     chunk, layers, heads and the SHA-256 of the file
+
+A worker writes its layers and heads of each chunk of tokens into a pending folder; sealing checks that the files cover
+everything and renames the folder. So an entry is there whole or not at all, and it can be read with another split into
+workers than it was written with. An edited context shares its files with the entries it is made of by hard links (copies
+where the file system has none), so that every entry stands on its own and the file system counts the references.
+
+The folder is bounded: making room drops the entries that were used longest ago. Whatever is missing or altered is an
+error, never a guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from kveraser.engines.vllm_protocol import Piece, checked_id, is_id
+from kveraser.errors import StoreError
+from kveraser.paths import write_atomically
+
+CHUNK = 256
+"""Tokens per file."""
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_FILE = re.compile(r"(\d+)\.(\d+)-(\d+)\.(\d+)-(\d+)\.([0-9a-f]{64})\.safetensors")
+_STALE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What states of a model look like, over all workers.
+
+    Attributes:
+        model: identifies the model and its configuration.
+        dtype: of the states, as torch calls it ("float32").
+    """
+
+    model: str
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * int(getattr(torch, self.dtype).itemsize)
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """One file: the states of a chunk in `layers` `[a, b)` and `heads` `[a, b)`."""
+
+    name: str
+    chunk: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+    @classmethod
+    def parse(cls, name: str) -> StateFile | None:
+        """From a file name; None for a file that is none of ours."""
+        match = _FILE.fullmatch(name)
+        if match is None:
+            return None
+        chunk, first, last, low, high = (int(part) for part in match.groups()[:5])
+        return cls(name, chunk, (first, last), (low, high))
+
+    @property
+    def sha256(self) -> str:
+        """The checksum that is part of the name."""
+        return self.name.split(".")[-2]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `[start, end)` of a chunk, and the files that hold the chunk."""
+
+    start: int
+    end: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sealed entry.
+
+    Attributes:
+        tokens: how many tokens' states it holds.
+        parts: where they are.
+        ids: for an edited context, the checksum of the token ids that stand for it (see `digest_ids`).
+        salt: for an edited context, the secret that keeps its blocks apart in the engine's prefix cache.
+    """
+
+    id: str
+    geometry: Geometry
+    tokens: int
+    parts: tuple[Part, ...]
+    ids: str | None = None
+    salt: str | None = None
+
+
+class EditStore:
+    """The entries in a folder.
+
+    Args:
+        folder: shared by all processes of the engine (on several machines: a shared file system).
+        capacity: bytes that the files may take in all.
+        geometry: of the states of this engine's model; entries of others are refused.
+
+    Raises:
+        StoreError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, capacity: int, geometry: Geometry) -> None:
+        self.folder, self.capacity, self.geometry = Path(folder), capacity, geometry
+        if capacity <= 0:
+            raise StoreError(f"the store's capacity must be more than 0 bytes, got {capacity}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(f"{self.folder} is not writable")
+        except OSError as error:
+            raise StoreError(f"the store {self.folder} cannot be used: {error}") from error
+
+    # -- writing (workers) ---------------------------------------------------------------------------------------
+
+    def write(self, entry: str, first_layer: int, first_head: int, keys: Tensor, values: Tensor) -> None:
+        """Write one worker's share of a new entry, `(layers, tokens, kv_heads, head_dim)` each."""
+        folder = self._pending(entry)
+        folder.mkdir(exist_ok=True, mode=0o700)
+        layers, tokens, heads, _ = keys.shape
+        for chunk, start in enumerate(range(0, tokens, CHUNK)):
+            stop = min(start + CHUNK, tokens)
+            data = save({"keys": keys[:, start:stop].contiguous(), "values": values[:, start:stop].contiguous()})
+            place = f"{chunk}.{first_layer}-{first_layer + layers}.{first_head}-{first_head + heads}"
+            write_atomically(folder / f"{place}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+
+    # -- entries (scheduler) -------------------------------------------------------------------------------------
+
+    @staticmethod
+    def new_id() -> str:
+        """An id that nobody can guess."""
+        return secrets.token_hex(16)
+
+    def seal(self, entry: str, tokens: int) -> Entry:
+        """Make what the workers wrote an entry.
+
+        Raises:
+            StoreError: files are missing. The entry is then gone.
+        """
+        folder = self._pending(entry)
+        try:
+            files = [file for name in _names(folder) if (file := StateFile.parse(name))]
+            parts = []
+            for chunk, start in enumerate(range(0, tokens, CHUNK)):
+                mine = [file for file in files if file.chunk == chunk]
+                covered = sum((f.layers[1] - f.layers[0]) * (f.heads[1] - f.heads[0]) for f in mine)
+                if covered != self.geometry.layers * self.geometry.kv_heads:
+                    raise StoreError(
+                        f"the states of tokens from {start} on were not written by all workers: {covered} of "
+                        f"{self.geometry.layers * self.geometry.kv_heads} layers x heads are there"
+                    )
+                parts.append(Part(0, min(CHUNK, tokens - start), tuple(sorted(file.name for file in mine))))
+            return self._finish(folder, Entry(entry, self.geometry, tokens, tuple(parts)))
+        except (OSError, StoreError) as error:
+            self.discard(entry)
+            raise error if isinstance(error, StoreError) else StoreError(f"entry {entry}: {error}") from error
+
+    def compose(self, pieces: Sequence[Piece], ids: str) -> Entry:
+        """Make an edited context of pieces of other entries; it keeps working when those are dropped.
+
+        Args:
+            pieces: one behind the other, from position 0; keys are taken as they are.
+            ids: `digest_ids` of the token ids that stand for it.
+
+        Raises:
+            StoreError: an entry is missing or too short, or a key would have to be moved.
+        """
+        parts: list[Part] = []
+        new = self.new_id()
+        folder = self._pending(new)
+        folder.mkdir(mode=0o700)
+        try:
+            for piece in pieces:
+                if piece.move:
+                    raise StoreError(f"an edited context takes keys as they are, not moved by {piece.move}")
+                source = self.entry(piece.entry)
+                for part in _slice(source, piece.start, piece.end):
+                    for name in part.files:
+                        _share(self.folder / piece.entry / name, folder / name)
+                    parts.append(part)
+            tokens = sum(len(piece) for piece in pieces)
+            made = Entry(new, self.geometry, tokens, tuple(parts), ids, secrets.token_hex(16))
+            return self._finish(folder, made)
+        except OSError as error:
+            raise StoreError(f"an edited context cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def entry(self, entry: str) -> Entry:
+        """The entry with that id; counts as a use of it.
+
+        Raises:
+            StoreError: missing, damaged, or of another model.
+        """
+        file = self.folder / checked_id(entry) / _MANIFEST
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            body = data["body"]
+            if data["format"] != FORMAT or data["sha256"] != _digest(body):
+                raise ValueError("its manifest was altered, or is of another version")
+            found = Entry(
+                id=entry,
+                geometry=Geometry(**body["geometry"]),
+                tokens=body["tokens"],
+                parts=tuple(Part(start, end, tuple(files)) for start, end, files in body["parts"]),
+                ids=body["ids"],
+                salt=body["salt"],
+            )
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"there is no entry {entry} in the store; it was dropped to make room, or never was: erase again"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"entry {entry} is damaged: {error}") from error
+        if found.geometry != self.geometry:
+            raise StoreError(f"entry {entry} is of another model: {found.geometry}, this engine has {self.geometry}")
+        with suppress(OSError):  # it was dropped meanwhile: reading it will say so
+            os.utime(file)
+        return found
+
+    def drop(self, entry: str) -> None:
+        """Forget an entry; one that is not there is no error."""
+        folder = self.folder / checked_id(entry)
+        gone = self.folder / f".{secrets.token_hex(8)}.gone"
+        try:
+            os.replace(folder, gone)
+        except OSError:
+            return
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def discard(self, entry: str) -> None:
+        """Remove what was written of an entry that will not be sealed."""
+        shutil.rmtree(self._pending(entry), ignore_errors=True)
+
+    def make_room(self, size: int, keep: Iterable[str] = ()) -> None:
+        """Drop the entries used longest ago, but not those in `keep`, until `size` more bytes fit.
+
+        Raises:
+            StoreError: they never will.
+        """
+        kept = set(keep)
+        if size > self.capacity:
+            raise StoreError(
+                f"the states take {size:,} bytes, the store holds {self.capacity:,}; give it more with capacity_gb"
+            )
+        oldest = sorted((entry for entry in self.ids() if entry not in kept), key=self._last_use)
+        while self.size() + size > self.capacity:
+            if not oldest:
+                raise StoreError(
+                    f"no room for {size:,} bytes beside the {self.size():,} in use, the store holds {self.capacity:,}; "
+                    "give it more with capacity_gb"
+                )
+            self.drop(oldest.pop(0))
+
+    def ids(self) -> list[str]:
+        """Ids of all entries."""
+        return [name for name in _names(self.folder) if is_id(name)]
+
+    def size(self) -> int:
+        """Bytes that the files take; shared ones count once."""
+        seen: dict[tuple[int, int], int] = {}
+        for root, _, files in os.walk(self.folder):
+            for name in files:
+                try:
+                    info = os.stat(os.path.join(root, name))
+                except OSError:
+                    continue
+                seen[info.st_dev, info.st_ino] = info.st_size
+        return sum(seen.values())
+
+    def clean(self) -> None:
+        """Remove what processes that died have left half-written."""
+        for name in _names(self.folder):
+            folder = self.folder / name
+            try:
+                if name.startswith(".") and time.time() - folder.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
+            except OSError:
+                continue
+
+    # -- reading (workers) ---------------------------------------------------------------------------------------
+
+    def read(self, entry: Entry, start: int, end: int, layers: range, heads: range) -> tuple[Tensor, Tensor]:
+        """Keys and values `(layers, tokens, kv_heads, head_dim)` of tokens `[start, end)`, on the CPU.
+
+        Raises:
+            StoreError: a file is missing or damaged.
+        """
+        found = [self._read_part(entry.id, part, layers, heads) for part in _slice(entry, start, end)]
+        return torch.cat([keys for keys, _ in found], 1), torch.cat([values for _, values in found], 1)
+
+    def _read_part(self, entry: str, part: Part, layers: range, heads: range) -> tuple[Tensor, Tensor]:
+        shape = (len(layers), part.end - part.start, len(heads), self.geometry.head_dim)
+        dtype = getattr(torch, self.geometry.dtype)
+        states = {"keys": torch.empty(shape, dtype=dtype), "values": torch.empty(shape, dtype=dtype)}
+        covered = 0
+        for name in part.files:
+            file = StateFile.parse(name)
+            if file is None:
+                raise StoreError(f"entry {entry} is damaged: {name!r} is no name of a file of states")
+            rows = range(max(layers.start, file.layers[0]), min(layers.stop, file.layers[1]))
+            columns = range(max(heads.start, file.heads[0]), min(heads.stop, file.heads[1]))
+            if not rows or not columns:
+                continue
+            tensors = self._load(entry, file)
+            for key, target in states.items():
+                target[
+                    rows.start - layers.start : rows.stop - layers.start,
+                    :,
+                    columns.start - heads.start : columns.stop - heads.start,
+                ] = tensors[key][
+                    rows.start - file.layers[0] : rows.stop - file.layers[0],
+                    part.start : part.end,
+                    columns.start - file.heads[0] : columns.stop - file.heads[0],
+                ]
+            covered += len(rows) * len(columns)
+        if covered != len(layers) * len(heads):
+            raise StoreError(f"entry {entry} is damaged: it lacks states of some layers or heads")
+        return states["keys"], states["values"]
+
+    def _load(self, entry: str, file: StateFile) -> dict[str, Tensor]:
+        try:
+            data = (self.folder / entry / file.name).read_bytes()
+            if hashlib.sha256(data).hexdigest() != file.sha256:
+                raise StoreError(f"entry {entry} is damaged: the checksum of {file.name} does not match")
+            return load(data)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"entry {entry} cannot be read: {error}") from error
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _pending(self, entry: str) -> Path:
+        return self.folder / f".{checked_id(entry)}.pending"
+
+    def _last_use(self, entry: str) -> float:
+        try:
+            return (self.folder / entry / _MANIFEST).stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def _finish(self, folder: Path, entry: Entry) -> Entry:
+        body = {
+            "geometry": asdict(entry.geometry),
+            "tokens": entry.tokens,
+            "parts": [[part.start, part.end, list(part.files)] for part in entry.parts],
+            "ids": entry.ids,
+            "salt": entry.salt,
+        }
+        data = {"format": FORMAT, "sha256": _digest(body), "body": body}
+        write_atomically(folder / _MANIFEST, json.dumps(data).encode())
+        os.replace(folder, self.folder / entry.id)
+        return entry
+
+
+def digest_ids(ids: Iterable[int]) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(b"".join(int(token).to_bytes(8, "little") for token in ids)).hexdigest()
+
+
+def _digest(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _slice(entry: Entry, start: int, end: int) -> Iterator[Part]:
+    """The parts of tokens `[start, end)`."""
+    if not 0 <= start < end <= entry.tokens:
+        raise StoreError(f"entry {entry.id} has {entry.tokens} tokens, [{start}, {end}) was asked for")
+    at = 0
+    for part in entry.parts:
+        low, high = max(start, at), min(end, at + part.end - part.start)
+        if low < high:
+            yield replace(part, start=part.start + low - at, end=part.start + high - at)
+        at += part.end - part.start
+
+
+def _share(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []

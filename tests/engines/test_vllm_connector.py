@@ -1,0 +1,207 @@
+"""The scheduler's half of the connector: what it admits, and when it does not start. Needs vLLM, but no server."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM, which wants an environment of its own: run `make test-vllm`", allow_module_level=True)
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from kveraser.engines.vllm_connector import EraserConnector
+from kveraser.engines.vllm_protocol import KEY, Demand, Piece, Save
+from kveraser.engines.vllm_server import shipped_folder
+from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
+
+LAYERS, HEADS, WIDTH = 2, 3, 8
+
+
+def full_attention(**changes):
+    return FullAttentionSpec(block_size=32, num_kv_heads=HEADS, head_size=WIDTH, dtype=torch.float32, **changes)
+
+
+def connect(folder, *, policy="fail", spec=None, options=None, cache_dtype="auto", draft=None, slots=2):
+    shape = SimpleNamespace(model_type="tiny", num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(
+            kv_load_failure_policy=policy,
+            kv_connector_extra_config={"store": str(folder)} if options is None else options,
+            is_kv_producer=True,
+        ),
+        cache_config=SimpleNamespace(cache_dtype=cache_dtype),
+        model_config=SimpleNamespace(
+            model="org/tiny",
+            dtype=torch.float32,
+            max_model_len=512,
+            hf_text_config=shape,
+            get_total_num_kv_heads=lambda: HEADS,
+            get_head_size=lambda: WIDTH,
+        ),
+        parallel_config=SimpleNamespace(),
+        speculative_config=draft,
+        lora_config=SimpleNamespace(max_loras=slots),
+    )
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec or full_attention())])
+    return EraserConnector(config, KVConnectorRole.SCHEDULER, groups)
+
+
+def ask(connector, ids, params, **changes):
+    """A request as the scheduler sees it, after its arrival."""
+    request = SimpleNamespace(
+        request_id=f"request-{len(connector._admitted)}",
+        prompt_token_ids=list(ids),
+        kv_transfer_params=params.params() if isinstance(params, Demand) else params,
+        num_tokens=len(ids),
+        cache_salt="theirs",
+        block_hashes=["hash of the first block"],
+        lora_request=None,
+        skip_reading_prefix_cache=False,
+        get_finished_reason=lambda: "stop",
+    )
+    vars(request).update(changes)
+    request.update_block_hashes = lambda: request.block_hashes.append(f"under {request.cache_salt}")
+    connector.on_new_request(request)
+    return request
+
+
+def finish(connector, request):
+    _, said = connector.request_finished(request, [])
+    return said and said[KEY]
+
+
+def make_edit(connector, ids):
+    """An edited context that stands for `ids`, made of states that were written before."""
+    store = connector._store
+    name = store.new_id()
+    states = torch.randn(LAYERS, len(ids), HEADS, WIDTH)
+    store.write(name, 0, 0, states, states.clone())
+    store.seal(name, len(ids))
+    request = ask(connector, [*ids, 5], Demand(compose=(Piece(name, 0, len(ids)),)))
+    return finish(connector, request)["edit"]
+
+
+IDS = list(range(100, 200))
+
+
+def test_a_plain_request_is_left_alone(tmp_path):
+    connector = connect(tmp_path)
+    for params in (None, {"do_remote_prefill": True}):
+        request = ask(connector, IDS, params)
+        assert (request.cache_salt, request.block_hashes) == ("theirs", ["hash of the first block"])
+        assert connector.get_num_new_matched_tokens(request, 0) == (0, False)
+        assert finish(connector, request) is None
+
+
+def test_an_edit_is_loaded_under_its_own_salt(tmp_path):
+    connector = connect(tmp_path)
+    edit = make_edit(connector, IDS)
+    request = ask(connector, [*IDS, 1, 2], Demand(edit=edit["id"]))
+    assert (request.cache_salt, request.block_hashes) == (edit["salt"], [f"under {edit['salt']}"])
+    assert connector.get_num_new_matched_tokens(request, 0) == (100, False)
+    assert connector.get_num_new_matched_tokens(request, 96) == (4, False)
+    request = ask(connector, IDS, Demand(edit=edit["id"]))  # no new text: the last token runs again
+    assert connector.get_num_new_matched_tokens(request, 0) == (99, False)
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes"),
+    [
+        ([*IDS[:50], 7, *IDS[51:], 1], {}),
+        (IDS[:99], {}),
+        ([1, *IDS], {}),
+        ([*IDS, 1], {"lora_request": "adapter"}),
+        ([*IDS, 1], {"skip_reading_prefix_cache": True}),
+    ],
+    ids=["another id", "too short", "shifted", "with an adapter", "with logprobs of the prompt"],
+)
+def test_an_edit_is_refused_for_what_it_was_not_made_for(tmp_path, ids, changes):
+    connector = connect(tmp_path)
+    edit = make_edit(connector, IDS)
+    request = ask(connector, ids, Demand(edit=edit["id"]), **changes)
+    assert connector._admitted[request.request_id].refused
+    # It finds no block of another request, and claims states that the workers will then report as failed.
+    assert request.cache_salt not in ("theirs", edit["salt"])
+    assert request.block_hashes == [f"under {request.cache_salt}"]
+    assert not request.skip_reading_prefix_cache
+    assert connector.get_num_new_matched_tokens(request, 0) == (len(ids) - 1, False)
+    assert "error" in finish(connector, request)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        Demand(edit="0" * 32),
+        Demand(load=(Piece("0" * 32, 0, 5),)),
+        Demand(save=(Save(0, 500),)),
+        {KEY: {"edit": "../x"}},
+        {KEY: 5},
+    ],
+    ids=["no such edit", "no such entry", "beyond the prompt", "a path", "nonsense"],
+)
+def test_what_cannot_be_done_is_refused_and_the_engine_goes_on(tmp_path, params):
+    connector = connect(tmp_path)
+    request = ask(connector, IDS, params)
+    assert connector._admitted[request.request_id].refused
+    assert "error" in finish(connector, request)
+    assert connector._admitted == {}
+
+
+def test_an_edited_context_whose_request_fails_is_dropped(tmp_path):
+    connector = connect(tmp_path)
+    edit = make_edit(connector, IDS)
+    demand = Demand(compose=(Piece(edit["id"], 0, 50),))
+    request = ask(connector, IDS, demand, get_finished_reason=lambda: "error")
+    finish(connector, request)
+    assert connector._store.ids().count(edit["id"]) == 1
+    assert len(connector._store.ids()) == 2  # the edit, and the states it was made of
+
+
+def test_states_that_the_workers_have_not_written_are_no_entry(tmp_path):
+    connector = connect(tmp_path)
+    request = ask(connector, IDS, Demand(save=(Save(0, 50),)))
+    connector._admitted[request.request_id].written = True
+    assert "not written by all workers" in finish(connector, request)["error"]
+    assert connector._store.ids() == []
+
+
+def test_what_does_not_fit_into_the_store_is_refused(tmp_path):
+    connector = connect(tmp_path, options={"store": str(tmp_path), "capacity_gb": 1e-5})
+    request = ask(connector, IDS, Demand(save=(Save(0, 100),)))
+    assert "capacity_gb" in finish(connector, request)["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"policy": "recompute"}, OptionError, "kv_load_failure_policy"),
+        ({"options": {}}, OptionError, "store"),
+        ({"cache_dtype": "fp8"}, UnsupportedCacheError, "quantised"),
+        ({"slots": 1}, OptionError, "--max-loras 2"),
+        ({"draft": object()}, UnsupportedCacheError, "draft"),
+        ({"spec": full_attention(sliding_window=64)}, UnsupportedCacheError, "sliding"),
+        (
+            {
+                "spec": SlidingWindowSpec(
+                    block_size=32, num_kv_heads=3, head_size=8, dtype=torch.float32, sliding_window=64
+                )
+            },
+            UnsupportedCacheError,
+            "SlidingWindowSpec",
+        ),
+    ],
+)
+def test_it_does_not_start_where_it_could_not_keep_its_promises(tmp_path, changes, error, match):
+    with pytest.raises(error, match=match):
+        connect(tmp_path, **changes)
+
+
+def test_it_does_not_start_with_an_eraser_of_another_model(tmp_path):
+    options = {"store": str(tmp_path), "eraser": str(shipped_folder("smollm2-135m-instruct"))}
+    with pytest.raises(EraserMismatchError, match="made for a model with"):
+        connect(tmp_path, options=options)

@@ -1,0 +1,125 @@
+"""Talking to a server, and the command line it is started with: no vLLM needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from kveraser.engines import vllm_demo
+from kveraser.engines.vllm_http import VLLMClient
+from kveraser.engines.vllm_protocol import KEY, Demand
+from kveraser.engines.vllm_server import running_server, server_arguments, shipped_folder
+from kveraser.errors import EngineError, OptionError
+
+
+@pytest.fixture
+def answering():
+    """A server that gives one answer, and remembers what it was asked."""
+    servers = []
+
+    def serve(status, answer):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.server.asked = json.loads(body), dict(self.headers)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+            def log_message(self, *args):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server, VLLMClient(f"http://127.0.0.1:{server.server_port}/v1", api_key="key", timeout=10)
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_completion_carries_the_demand_the_salt_and_the_key(answering):
+    choice = {"text": "a b", "token_ids": [5, 6], "logprobs": {"token_logprobs": [-0.5, -1.0]}}
+    usage = {"prompt_tokens_details": {"cached_tokens": 3}}
+    server, client = answering(200, {"choices": [choice], "usage": usage, "kv_transfer_params": {KEY: {"saved": []}}})
+    done = client.complete("m", (1, 2), max_tokens=2, demand=Demand(edit="0" * 32), salt="s", top_p=0.5)
+    assert (done.ids, done.text, done.logprobs, done.said, done.cached) == (
+        [5, 6],
+        "a b",
+        [-0.5, -1.0],
+        {"saved": []},
+        3,
+    )
+    body, headers = server.asked
+    assert body["prompt"] == [1, 2]
+    assert (body["cache_salt"], body["top_p"], body["temperature"]) == ("s", 0.5, 0.0)
+    assert body["kv_transfer_params"] == {KEY: {"edit": "0" * 32}}
+    assert headers["Authorization"] == "Bearer key"
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "match"),
+    [
+        (400, {"error": {"message": "too long"}}, "400: too long"),
+        (500, b"boom", "500: boom"),
+        (200, b"no json", "cannot be reached"),
+        (200, {"choices": [{"text": "", "finish_reason": "error"}]}, "could not finish"),
+        (200, {"choices": [{"text": ""}], "kv_transfer_params": {KEY: {"error": "no room"}}}, "refuses: no room"),
+    ],
+)
+def test_whatever_a_server_does_wrong_is_an_error_of_ours(answering, status, answer, match):
+    _, client = answering(status, answer)
+    with pytest.raises(EngineError, match=match):
+        client.complete("m", [1], max_tokens=1)
+
+
+def test_a_server_that_is_not_there_is_an_error_of_ours():
+    with pytest.raises(EngineError, match="cannot be reached"):
+        VLLMClient("http://127.0.0.1:9", timeout=2).models()
+    with pytest.raises(EngineError, match="http"):
+        VLLMClient("localhost:8000")
+
+
+def test_the_servers_arguments_fail_closed_and_name_the_eraser_that_ships():
+    eraser = shipped_folder("smollm2-135m-instruct")
+    said = server_arguments("some/model", eraser, "/edits", capacity_gb=3, extra=["--tensor-parallel-size", "2"])
+    transfer = json.loads(said[said.index("--kv-transfer-config") + 1])
+    assert transfer["kv_load_failure_policy"] == "fail"
+    assert transfer["kv_connector_extra_config"] == {"store": "/edits", "capacity_gb": 3, "eraser": str(eraser)}
+    assert said[said.index("--lora-modules") + 1] == f"eraser={eraser}"
+    assert said[said.index("--max-lora-rank") + 1] == "16"
+    assert said[said.index("--max-loras") + 1] == "2"
+    assert said[-2:] == ["--tensor-parallel-size", "2"]
+
+
+def test_a_folder_without_an_eraser_is_named(tmp_path):
+    with pytest.raises(OptionError, match="adapter_config.json"):
+        server_arguments("some/model", tmp_path, "/edits")
+    with pytest.raises(OptionError, match="no eraser ships for 'some/model'"):
+        shipped_folder("some/model")
+
+
+def test_a_server_that_ends_at_once_is_an_error_that_names_its_log(tmp_path):
+    log = tmp_path / "server.log"
+    with pytest.raises(EngineError, match="server.log"), running_server(["--no-such-option"], log=log):
+        pass
+    assert log.exists()
+
+
+def test_the_demo_says_when_there_is_no_server(capsys):
+    assert vllm_demo.main(["--url", "http://127.0.0.1:9"]) == 2
+    assert "EngineError" in capsys.readouterr().out
+
+
+def test_only_the_connector_needs_vllm():
+    modules = ("vllm_session", "vllm_server", "vllm_demo", "vllm_store")
+    code = "import sys; sys.modules['vllm'] = None; import kveraser; "
+    code += "; ".join(f"import kveraser.engines.{name}" for name in modules)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ help:
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
-	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1: a quick look, with RESULTS=FOLDER PAGES="
+	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 OTHER_LENGTHS=: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make test-oldest   the tests with the oldest supported transformers"
@@ -90,15 +90,17 @@ test-llama-cpp: .venv-llama-cpp/.engine
 	.venv-llama-cpp/bin/python -m pytest tests/engines/test_llama_cpp.py tests/engines/test_llama_cpp_model.py tests/test_export.py
 
 # What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
-LIMIT ?= 5
+LIMIT ?= 6
 LENGTHS ?= 256 1024
-QUESTIONS ?= 20
+OTHER_LENGTHS ?= 512 2048 4096
+QUESTIONS ?= 100
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 results: $(STAMP)
 	$(EVAL) --limit $(LIMIT) $(addprefix --lengths ,$(LENGTHS)) --output $(RESULTS)/tasks
+	$(if $(OTHER_LENGTHS),$(EVAL) --limit 1 $(addprefix --lengths ,$(OTHER_LENGTHS)) --output $(RESULTS)/lengths)
 	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json

@@ -38,6 +38,7 @@ class Ablation:
 COMMON = (
     "eraser.window=[4,512]",
     "eraser.repair=0",
+    "eraser.hidden=0",
     "finetune.contexts=4",
     "finetune.tokens=[64,256]",
     "finetune.spacing=128",
@@ -64,7 +65,7 @@ ABLATIONS = {
     "content-blind": Ablation("newlines in place of the span's tokens", variant=Variant(placeholder=198)),
     "answers-only": Ablation("no dense supervision", ONLY_ANSWERS),
     "cross-entropy": Ablation("KL + 0.3 cross-entropy on gold answers", ("finetune.cross_entropy=0.3",)),
-    "plain-start": Ablation("a fresh LoRA, without pre-training", ("eraser.hidden=0",), from_start=False),
+    "neutral-start": Ablation("a start close to neutral", ("eraser.hidden=4",), from_start=False),
     "longer": Ablation("contexts of 64 to 1024 tokens", ("finetune.tokens=[64,1024]",)),
 }
 

@@ -69,7 +69,7 @@ def grouped_attention(
     grouped = (query * scale).reshape(batch, groups, heads // groups * tokens, size)
     scores = (grouped @ key.transpose(-1, -2)).view(batch, heads, tokens, -1)
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores += attention_mask
     weights = torch.softmax(scores, -1).view(batch, groups, heads // groups * tokens, -1)
     return (weights @ value).view(batch, heads, tokens, size).transpose(1, 2), None
 

@@ -38,13 +38,16 @@ class LoraLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """From `(..., tokens, in)` to `(..., tokens, out)`."""
         result: Tensor = self.base_layer(hidden)  # type: ignore[operator]
-        changed = hidden if self.first is None else hidden[..., : self.first, :]
+        changed, into = hidden, result
+        if self.first is not None:
+            changed, into = hidden[..., : self.first, :], result[..., : self.first, :]
         rows = changed.flatten(0, -2).to(self.down.dtype)  # a slice of a batch is multiplied slowly
-        added = F.linear(F.linear(rows, self.down), self.up).view(*changed.shape[:-1], -1)
+        inner = F.linear(rows, self.down)
         if torch.is_grad_enabled():
-            added = (added * self.scaling).to(result.dtype)
-            if self.first is None:
-                return result + added
-            return torch.cat([result[..., : self.first, :] + added, result[..., self.first :, :]], -2)
-        result[..., : added.shape[-2], :].add_(added, alpha=self.scaling)
+            added = (F.linear(inner, self.up).view(into.shape) * self.scaling).to(result.dtype)
+            return result + added if self.first is None else torch.cat([into + added, result[..., self.first :, :]], -2)
+        if into.is_contiguous() and into.dtype == inner.dtype:
+            into.view(rows.shape[0], -1).addmm_(inner, self.up.t(), alpha=self.scaling)
+        else:
+            into.add_(F.linear(inner, self.up).view(into.shape), alpha=self.scaling)
         return result

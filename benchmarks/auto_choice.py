@@ -40,7 +40,7 @@ def first(run: Callable[[], tuple[float, str]]) -> float:
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Timed turns.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Timed turns.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for auto_choice.json.")] = None,
 ) -> None:

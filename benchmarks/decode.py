@@ -60,7 +60,7 @@ def decode(model: Any, cache: Any, first: torch.Tensor, steps: int) -> list[int]
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="Also 32K tokens, and more repeats.")] = False,
-    steps: Annotated[int, typer.Option(help="Tokens per turn.")] = 16,
+    steps: Annotated[int, typer.Option(help="Tokens per turn.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for decode.json.")] = None,
 ) -> None:

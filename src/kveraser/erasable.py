@@ -18,11 +18,11 @@ from kveraser.cache import GrowableLayer, append, cache_length, get_marks, snaps
 from kveraser.chat import Message, added_by, reply_prompt
 from kveraser.context import TokenContext
 from kveraser.eraser import KVEraser
-from kveraser.errors import ContextError, SpanError
+from kveraser.errors import ContextError
 from kveraser.methods import EraseMethod, EraseReceipt
 from kveraser.session_file import SessionState, read_session, write_session
 from kveraser.spans import Span
-from kveraser.text import decode, find_text
+from kveraser.text import decode, find_text, located
 
 What = Span | str | Iterable[Span | str]
 
@@ -122,15 +122,8 @@ class ErasableContext(TokenContext):
         Raises:
             SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
         """
-        if isinstance(what, Span):
-            return what
-        if not isinstance(what, str):
-            raise SpanError(f"a Span, a message id or a text is needed, got {type(what).__name__} {what!r}")
-        for message, span in zip(self._messages, self._message_spans, strict=True):
-            if message.id is not None and message.id == what:
-                return span
-        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
-        return find_text(self._require_tokenizer(), runs, what)
+        named = zip((message.id for message in self._messages), self._message_spans, strict=True)
+        return located(what, named, self._find)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -323,6 +316,10 @@ class ErasableContext(TokenContext):
                 write_session(folder, SessionState.of(self, self._messages, self._message_spans), overwrite=True)
 
     # -- tokenizer -----------------------------------------------------------------------------------------------
+
+    def _find(self, text: str) -> Span:
+        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
+        return find_text(self._require_tokenizer(), runs, text)
 
     def _require_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

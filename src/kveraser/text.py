@@ -6,7 +6,7 @@ Knows: tokenizers. Does not know about caches or models.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -67,6 +67,23 @@ def occurrences(tokenizer: PreTrainedTokenizerBase, ids: list[int], needle: str)
         spans.append(borders.span(at, at + len(needle)))
         at = borders.text.find(needle, at + 1)
     return spans
+
+
+def located(what: Span | str, named: Iterable[tuple[str | None, Span]], find: Callable[[str], Span]) -> Span:
+    """The span meant by a span, by a name, or by a text.
+
+    Args:
+        named: spans with names, of messages for instance.
+        find: finds a text that is no name (see `find_text`).
+
+    Raises:
+        SpanError: something else, or what `find` raises.
+    """
+    if isinstance(what, Span):
+        return what
+    if not isinstance(what, str):
+        raise SpanError(f"a Span, a message id or a text is needed, got {type(what).__name__} {what!r}")
+    return next((span for name, span in named if name == what), None) or find(what)
 
 
 def find_text(tokenizer: PreTrainedTokenizerBase, runs: Iterable[tuple[Span, list[int]]], needle: str) -> Span:

@@ -18,9 +18,9 @@ from kveraser.chat import Message, added_by, reply_prompt
 from kveraser.engines.vllm_erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm_http import Completion, VLLMClient
 from kveraser.engines.vllm_protocol import Demand
-from kveraser.errors import ContextError, EngineError, OptionError, RestoreError, SpanError
+from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
 from kveraser.spans import Span, SpanLedger, merge_spans
-from kveraser.text import decode, find_text
+from kveraser.text import decode, find_text, located
 
 What = Span | str | Iterable[Span | str]
 
@@ -216,14 +216,8 @@ class VLLMSession:
         Raises:
             SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
         """
-        if isinstance(what, Span):
-            return what
-        if not isinstance(what, str):
-            raise SpanError(f"a Span, a message id or a text is needed, got {type(what).__name__} {what!r}")
-        for message, span in zip(self._messages, self._message_spans, strict=True):
-            if message.id is not None and message.id == what:
-                return span
-        return find_text(self.tokenizer, [(run, self._ids_of(run)) for run in self._state.ledger.live()], what)
+        named = zip((message.id for message in self._messages), self._message_spans, strict=True)
+        return located(what, named, self._find)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -317,6 +311,9 @@ class VLLMSession:
 
     def _encode(self, text: str, first: bool = False) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=first))
+
+    def _find(self, text: str) -> Span:
+        return find_text(self.tokenizer, [(run, self._ids_of(run)) for run in self._state.ledger.live()], text)
 
     def _ids_of(self, run: Span) -> list[int]:
         return list(self._state.ids[self._state.ledger.span_to_cache(run).slice])

@@ -18,11 +18,10 @@ from kveraser.engines.llama_cpp.restoring import Restoring
 from kveraser.engines.llama_cpp.running import Running
 from kveraser.engines.llama_cpp.session import install, read_session, write_session
 from kveraser.engines.llama_cpp.state import LlamaCppReceipt
-from kveraser.errors import SpanError
 from kveraser.export import GgufEraser
 from kveraser.methods import EraseMethod
 from kveraser.spans import Span
-from kveraser.text import find_text
+from kveraser.text import find_text, located
 
 __all__ = ["LlamaCppContext", "LlamaCppReceipt"]
 
@@ -59,6 +58,10 @@ class LlamaCppContext(Erasing, Restoring, Running):
             added = len(ids) - len(plain)
             return Span(span.start + added, span.end) if 0 < added < len(span) else span
 
+    def _find(self, text: str) -> Span:
+        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
+        return find_text(self.model.tokenizer, runs, text)
+
     def _first(self, text: str) -> list[int]:
         ids = self.model.tokenizer.encode(text, add_special_tokens=True)
         while len(ids) > 1 and self.model.tokenizer.ends(ids[-1]):  # some tokenizers also close the text
@@ -90,12 +93,7 @@ class LlamaCppContext(Erasing, Restoring, Running):
         Raises:
             SpanError: a text that is not in the context, or occurs more than once.
         """
-        if isinstance(what, Span):
-            return what
-        if not isinstance(what, str):
-            raise SpanError(f"a Span or a text is needed, got {type(what).__name__} {what!r}")
-        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
-        return find_text(self.model.tokenizer, runs, what)
+        return located(what, (), self._find)
 
     @property
     def text(self) -> str:

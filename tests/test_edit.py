@@ -110,7 +110,6 @@ BAD = {
     "too few ids": ({"ids": 12}, kv.CacheMismatchError, "20 tokens"),
     "too many ids": ({"ids": 25}, kv.CacheMismatchError, "20 tokens"),
     "a mask of another length": ({"mask": 12}, kv.CacheMismatchError, "attention_mask"),
-    "no eraser for this model": ({"method": "kveraser"}, kv.EraserMismatchError, "full-recompute.*kveraser train"),
     "unknown method": ({"method": "forget"}, kv.OptionError, "forget"),
 }
 

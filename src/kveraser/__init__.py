@@ -6,6 +6,7 @@ from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import (
     BackboneError,
+    CalibrationError,
     CacheMismatchError,
     ContextError,
     EraserMismatchError,
@@ -17,6 +18,7 @@ from kveraser.errors import (
     UnsupportedCacheError,
 )
 from kveraser.methods import (
+    AttentionGuidedRepair,
     Auto,
     DeleteAndShift,
     EraseMethod,
@@ -33,9 +35,11 @@ from kveraser.spans import Span
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionGuidedRepair",
     "Auto",
     "BackboneError",
     "CacheMismatchError",
+    "CalibrationError",
     "ContextError",
     "DeleteAndShift",
     "ErasableContext",

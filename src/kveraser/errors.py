@@ -27,6 +27,11 @@ class EraserMismatchError(KVEraserError, ValueError):
     """An eraser that was made for another model, is damaged, or does not exist for this model."""
 
 
+class CalibrationError(KVEraserError, ValueError):
+    """Who has read a span cannot be told: too little text to calibrate on, probes of another model or damaged, or a
+    model whose keys and values say too little about its queries."""
+
+
 class RestoreError(KVEraserError, ValueError):
     """A receipt that cannot be restored: of another cache, restored before, purged, or with later edits on top."""
 

@@ -45,6 +45,11 @@ _layouts = WeakIdKeyDictionary()
 """Input embedding (views of a model share it) -> its `RotaryLayout`."""
 
 
+def has_rotary(model: nn.Module) -> bool:
+    """Whether the model has rotary frequencies at all."""
+    return any(isinstance(getattr(module, "inv_freq", None), Tensor) for module in causal_lm(model).modules())
+
+
 def frequencies(model: nn.Module) -> Tensor:
     """The model's rotary frequencies, `(rotary_dim / 2,)` float32, in radians per position, scaling included.
 
@@ -84,6 +89,12 @@ class Rotation:
             angle = angle[:, None]
         self.cos, self.sin = (part.to(inv_freq.device, torch.float32) for part in (angle.cos(), angle.sin()))
         self.width, self.pairing = 2 * inv_freq.shape[0], pairing
+
+    def inverse(self) -> Rotation:
+        """The same move backwards."""
+        other = object.__new__(Rotation)
+        other.cos, other.sin, other.width, other.pairing = self.cos, -self.sin, self.width, self.pairing
+        return other
 
     def __call__(self, keys: Tensor) -> Tensor:
         """Keys `(batch, kv_heads, tokens, head_dim)` moved, computed in float32 and returned in their own type."""

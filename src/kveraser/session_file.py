@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kveraser.cache import GrowableLayer, Marks, Steered, append, cache_length, get_marks, read, set_marks
 from kveraser.chat import Message
 from kveraser.context import EditRecord
-from kveraser.eraser import Fingerprint
+from kveraser.fingerprint import Fingerprint
 from kveraser.errors import SessionFileError
 from kveraser.ids import IdBuffer
 from kveraser.methods import EraseReceipt

@@ -8,7 +8,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from conftest import build, make_config
-from kveraser.eraser import Fingerprint
+from kveraser.fingerprint import Fingerprint
 from kveraser.export.names import Naming
 
 VOCABULARY = 320

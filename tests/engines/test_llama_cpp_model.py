@@ -21,7 +21,7 @@ from kveraser.demo.tell import tell
 from kveraser.engines.llama_cpp import METHODS, LlamaCppContext, LlamaCppModel
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.eraser import shipped_erasers
-from kveraser.eraser.eraser import Fingerprint
+from kveraser.fingerprint import Fingerprint
 from kveraser.evaluation import leaks, read_parts
 from kveraser.evaluation.compare import PROTOCOLS
 from kveraser.evaluation.runner import EvalOptions, draw

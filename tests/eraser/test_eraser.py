@@ -216,7 +216,7 @@ def _drop_tensor(folder):
         (_drop_tensor, "lacks 1"),
         (
             lambda f: (f / "kveraser.json").write_text(
-                (f / "kveraser.json").read_text().replace('"format": 1', '"format": 9')
+                (f / "kveraser.json").read_text().replace('"format": 2', '"format": 9')
             ),
             "update",
         ),

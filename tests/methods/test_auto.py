@@ -12,6 +12,7 @@ import kveraser as kv
 from conftest import prefill, random_eraser, tiny, token_ids
 from kveraser.methods.cost_model import CostModel, PassCost, cost_model, fit
 from kveraser.paths import cache_folder
+from kveraser.readers import calibrate
 
 
 @given(st.floats(1e-4, 1e-1), st.floats(1e-6, 1e-2), st.floats(1e-9, 1e-5))
@@ -38,18 +39,19 @@ def test_auto_recomputes_short_suffixes_and_steers_before_long_ones(suffix, chos
     assert receipt.exact == (chosen == "full-recompute")
 
 
-def test_auto_without_an_eraser_recomputes():
+def test_auto_without_a_trained_eraser_steers_with_a_neutral_one():
     model, ids = tiny(), token_ids(40)
-    assert kv.erase(model, prefill(model, ids), ids, kv.Span(5, 9), method="auto").method == "full-recompute"
+    receipt = kv.erase(model, prefill(model, ids), ids, kv.Span(5, 9), method=kv.Auto(costs=CostModel(PassCost(10.0, 1.0, 0.0), PassCost(0.0, 0.0, 0.0))))
+    assert (receipt.method, receipt.eraser) == ("kveraser", "neutral")
 
 
 def test_the_cost_model_is_measured_once_and_kept():
     model = tiny()
-    steering = random_eraser(model).attached(model)
-    first = cost_model(model, steering)
+    steering, calibration = random_eraser(model).attached(model), calibrate(model, token_ids(300)[0])
+    first = cost_model(model, steering, calibration)
     files = list((cache_folder() / "cost").glob("*.json"))
     assert len(files) == 1
-    assert cost_model(model, steering) == first
+    assert cost_model(model, steering, calibration) == first
     files[0].write_text("{damaged")
-    assert cost_model(model, steering) is not None
+    assert cost_model(model, steering, calibration) is not None
     json.loads(files[0].read_text())

@@ -36,10 +36,11 @@ def test_scattered_recomputation_of_all_but_one_token_is_close_to_full_recomputa
     model, ids, span = tiny(), token_ids(start + size + behind), kv.Span(start, start + size)
     cache = prefill(model, ids)
     kv.erase(model, cache, ids, span, method="delete-and-shift")
-    from kveraser.cache import Tokens, rewrite_slots
+    from kveraser.cache import Repair, Tokens, repair_slots
 
     short = torch.cat([ids[:, :start], ids[:, span.end :]], 1)
-    rewrite_slots(model, cache, Tokens(short), torch.arange(start, short.shape[1]))
+    every = torch.arange(short.shape[1])
+    repair_slots(model, cache, Tokens(short), [Repair(every[start:], every)])
     assert relative(states(cache), states(prefill(model, short))) < 1e-5
 
 

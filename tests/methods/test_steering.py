@@ -181,7 +181,7 @@ def test_repair_recomputes_the_first_tokens_behind_the_span_as_if_it_had_never_b
     eraser = random_eraser(model, window=window)
     plain, repaired = prefill(model, ids), prefill(model, ids)
     kv.erase(model, plain, ids, span, method=kv.Steering(eraser))
-    receipt = kv.erase(model, repaired, ids, span, method=kv.Steering(eraser, repair=tokens))
+    receipt = kv.erase(model, repaired, ids, span, method=kv.Steering(eraser, repair=tokens, choose="next"))
     count = min(tokens, 16)
     assert receipt.tokens_recomputed == 6 + count
     for a, b in zip(states(plain), states(repaired), strict=True):
@@ -226,17 +226,17 @@ def test_several_spans_in_one_pass_are_those_of_one_pass_each_from_left_to_right
     first = kv.Span(sizes[0], sizes[0] + sizes[1])
     second = kv.Span(first.end + sizes[2], first.end + sizes[2] + sizes[3])
     ids = token_ids(second.end + 12)
-    method = kv.Steering(eraser, repair=repair)
+    method = kv.Steering(eraser, repair=repair, choose="next")
     together, _ = steered(model, ids, [first, second], method)
     cache = prefill(model, ids)
-    kv.erase(model, cache, ids, first, method=kv.Steering(eraser, repair=min(repair, sizes[2])))
+    kv.erase(model, cache, ids, first, method=kv.Steering(eraser, repair=min(repair, sizes[2]), choose="next"))
     kv.erase(model, cache, ids, second, method=method)
     assert relative(together, states(cache)) < 1e-5
 
 
 def test_near_spans_with_a_window_share_a_pass_and_distant_ones_do_not():
     model = tiny()
-    eraser = random_eraser(model, window=(2, 16), repair=4)
+    eraser = random_eraser(model, window=(2, 16), repair=4, choose="next")
     ids = token_ids(600)
     assert steered(model, ids, [kv.Span(40, 48), kv.Span(56, 64)], kv.Steering(eraser))[1] == 1
     far = [kv.Span(start, start + 40) for start in range(40, 600, 80)]
@@ -249,7 +249,7 @@ def test_a_long_span_is_steered_in_chunks_that_see_what_came_before(window):
     model, span = tiny(), kv.Span(20, 20 + 2 * PREFILL_CHUNK + 7)
     eraser = random_eraser(model, window=window)
     ids = token_ids(span.end + 30)
-    found, forwards = steered(model, ids, [span], kv.Steering(eraser, repair=5))
+    found, forwards = steered(model, ids, [span], kv.Steering(eraser, repair=5, choose="next"))
     assert forwards == 3
     past = prefill(model, ids[:, : span.start])
     visible = torch.ones(len(span), span.end, dtype=torch.bool).tril(span.start)
@@ -273,7 +273,7 @@ def test_repair_in_a_padded_batch_is_that_of_every_row_alone(padding):
     mask = torch.ones_like(rows)
     mask[1, :padding] = 0
     cache = prefill(model, rows, mask=mask)
-    method = kv.Steering(eraser, repair=5)
+    method = kv.Steering(eraser, repair=5, choose="next")
     kv.erase(model, cache, rows, kv.Span(10, 16), method=method, attention_mask=mask)
     alone = prefill(model, rows[1:, padding:])
     kv.erase(model, alone, rows[1:, padding:], kv.Span(10 - padding, 16 - padding), method=method)

@@ -1,7 +1,8 @@
 """Surgery on transformers caches, in place.
 
 `support` says what can be edited, `growable` is a cache layer that grows without copies, `surgery` reads and writes
-slots, `passes` runs tokens again inside their slots, `marks` is what an edited cache remembers of itself.
+slots, `passes` runs tokens again inside their slots, `repair` as if
+others had never been there, `marks` is what an edited cache remembers of itself.
 """
 
 from kveraser.cache.growable import GrowableLayer, growable_cache
@@ -9,17 +10,15 @@ from kveraser.cache.marks import EditMark, Marks, Steered, get_marks, set_marks
 from kveraser.cache.passes import (
     PREFILL_CHUNK,
     Rewrite,
-    Tokens,
     Window,
-    count_positions,
     extend,
     look,
     recompute,
     rewrite_range,
     rewrite_runs,
-    rewrite_slots,
     window_spans,
 )
+from kveraser.cache.repair import Repair, can_close_gaps, repair_slots
 from kveraser.cache.support import check_cache, check_editable, check_model, writing
 from kveraser.cache.surgery import (
     States,
@@ -32,18 +31,21 @@ from kveraser.cache.surgery import (
     truncate,
     write,
 )
+from kveraser.cache.tokens import Tokens, count_positions
 
 __all__ = [
     "PREFILL_CHUNK",
     "EditMark",
     "GrowableLayer",
     "Marks",
+    "Repair",
     "Rewrite",
     "States",
     "Steered",
     "Tokens",
     "Window",
     "append",
+    "can_close_gaps",
     "cache_length",
     "check_cache",
     "check_editable",
@@ -56,9 +58,9 @@ __all__ = [
     "look",
     "read",
     "recompute",
+    "repair_slots",
     "rewrite_range",
     "rewrite_runs",
-    "rewrite_slots",
     "set_marks",
     "snapshot",
     "state_bytes",

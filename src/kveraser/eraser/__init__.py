@@ -1,7 +1,19 @@
-"""The LoRA eraser: its weights and files (`eraser`), its settings (`config`), the ones that ship (`shipped`)."""
+"""Erasers: the LoRA and its files (`eraser`), its settings (`config`), states that nothing attends to (`neutral`), the
+erasers that ship (`shipped`)."""
 
-from kveraser.eraser.config import EraserConfig, Fingerprint
+from kveraser.eraser.config import CHOICES, Choose, EraserConfig
 from kveraser.eraser.eraser import KVEraser, target_linears
-from kveraser.eraser.shipped import shipped_eraser, shipped_erasers
+from kveraser.eraser.neutral import write_neutral
+from kveraser.eraser.shipped import default_eraser, shipped_eraser, shipped_erasers
 
-__all__ = ["EraserConfig", "Fingerprint", "KVEraser", "shipped_eraser", "shipped_erasers", "target_linears"]
+__all__ = [
+    "CHOICES",
+    "Choose",
+    "EraserConfig",
+    "KVEraser",
+    "default_eraser",
+    "shipped_eraser",
+    "shipped_erasers",
+    "target_linears",
+    "write_neutral",
+]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
@@ -23,10 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kveraser.cache import Window, check_model
-from kveraser.eraser.config import FILE_NAME, EraserConfig, Fingerprint
+from kveraser.eraser.config import FILE_NAME, Choose, EraserConfig
 from kveraser.eraser.lora import LoraLinear
-from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
+from kveraser.fingerprint import Fingerprint
 from kveraser.model_view import causal_lm, frozen, model_device, model_dtype, view
+from kveraser.readers import FILE_NAME as READERS
+from kveraser.readers import Calibration, calibrate, read_calibration, write_calibration
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -37,26 +41,40 @@ _KEY_PREFIX = "base_model.model."
 _REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
 
 
-class KVEraser:
-    """A LoRA eraser for one backbone.
+NEUTRAL_REPAIR = 64
+"""Readers that a neutral eraser repairs (`docs/log.md`: the curve of quality over cost)."""
 
-    Make one with `KVEraser.new` (to train it) or `KVEraser.from_pretrained` (a PEFT folder or hub id with a
-    `kveraser.json`).
+
+class KVEraser:
+    """An eraser for one backbone: a LoRA, or (neutral) states that nothing attends to.
+
+    Make one with `KVEraser.new` (to train it), `KVEraser.from_pretrained` (a PEFT folder or hub id with a
+    `kveraser.json`) or `KVEraser.neutral`.
 
     Attributes:
         config: window, repair and the backbone's fingerprint.
-        lora_config: PEFT's configuration.
-        layers: module name in the backbone -> the LoRA there (without its base layer).
+        lora_config: PEFT's configuration; None for a neutral eraser.
+        layers: module name in the backbone -> the LoRA there (without its base layer); none for a neutral eraser.
+        calibration: what tells readers of a span on this backbone; None leaves it to the cache folder, or to the first
+            erase that needs it.
     """
 
-    def __init__(self, config: EraserConfig, lora_config: LoraConfig, layers: dict[str, LoraLinear]) -> None:
+    def __init__(
+        self,
+        config: EraserConfig,
+        lora_config: LoraConfig | None,
+        layers: dict[str, LoraLinear],
+        calibration: Calibration | None = None,
+    ) -> None:
         self.config = config
         self.lora_config = lora_config
         self.layers = layers
+        self.calibration = calibration
         self._checked: ReferenceType[nn.Module] | None = None
 
     def __repr__(self) -> str:
-        return f"KVEraser(rank={self.lora_config.r}, layers={len(self.layers)}, window={self.window}, repair={self.repair})"
+        kind = "neutral" if self.lora_config is None else f"rank={self.lora_config.r}, layers={len(self.layers)}"
+        return f"KVEraser({kind}, window={self.window}, repair={self.repair})"
 
     # -- making one ----------------------------------------------------------------------------------------------
 
@@ -69,6 +87,7 @@ class KVEraser:
         alpha: int = 32,
         window: Window | None = None,
         repair: int = 0,
+        choose: Choose = "readers",
         seed: int = 42,
         target_modules: list[str] | None = None,
     ) -> KVEraser:
@@ -79,6 +98,7 @@ class KVEraser:
             rank, alpha: of the LoRA; 16 and 32 in the paper.
             window: `(sink, local)` slots it attends to besides the span; None for the whole prefix.
             repair: tokens behind the span to recompute after steering.
+            choose: which ones: "readers" of the span, or the "next" ones.
             seed: of LoRA A's random start; the global random state is left alone.
             target_modules: names of the linears to adapt; None for all of attention and MLP.
 
@@ -99,7 +119,30 @@ class KVEraser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = _lora_layers(model, lora_config)
-        return cls(EraserConfig(Fingerprint.of(model), window, repair), lora_config, layers)
+        return cls(EraserConfig(Fingerprint.of(model), window, repair, choose), lora_config, layers)
+
+    @classmethod
+    def neutral(
+        cls, model: nn.Module, *, repair: int = NEUTRAL_REPAIR, ids: list[int] | Tensor | None = None
+    ) -> KVEraser:
+        """An eraser without LoRA and without training: it writes states that nothing attends to, and repairs readers.
+
+        Per layer and key head it is one constant key that no query likes, and a zero value. The idea is ours.
+
+        Args:
+            model: the backbone.
+            repair: readers of the span to recompute.
+            ids: `(tokens,)` of any text, at least 256, to calibrate on now; None leaves it to the first erase.
+
+        Raises:
+            UnsupportedCacheError: a model whose cache cannot be edited.
+            CalibrationError: too little text.
+        """
+        check_model(model)
+        if repair < 0:
+            raise OptionError(f"repair={repair} must be at least 0 tokens")
+        calibration = None if ids is None else calibrate(model, ids)
+        return cls(EraserConfig(Fingerprint.of(model), None, repair), None, {}, calibration)
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str], model: nn.Module, *, check_weights: bool = True) -> KVEraser:
@@ -129,11 +172,21 @@ class KVEraser:
             raise EraserMismatchError(
                 f"the adapter in {path} is no plain LoRA ({lora_config.peft_type}); export it as one"
             )
-        eraser = cls(config, lora_config, _lora_layers(model, lora_config))
+        eraser = cls(config, lora_config, _lora_layers(model, lora_config), _calibration(folder, config))
         eraser.load_weights(folder)
         if not check_weights:
             eraser._checked = ref(causal_lm(model))
         return eraser
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it writes states in closed form instead of running a LoRA."""
+        return self.lora_config is None
+
+    @property
+    def kind(self) -> str:
+        """"trained" or "neutral"."""
+        return "neutral" if self.is_neutral else "trained"
 
     # -- using it ------------------------------------------------------------------------------------------------
 
@@ -146,6 +199,11 @@ class KVEraser:
     def repair(self) -> int:
         """Tokens behind the span to recompute after steering."""
         return self.config.repair
+
+    @property
+    def choose(self) -> Choose:
+        """Which of them: "readers" or "next"."""
+        return self.config.choose
 
     def check_model(self, model: nn.Module) -> None:
         """Raise `EraserMismatchError` unless the eraser was made for `model`."""
@@ -212,16 +270,21 @@ class KVEraser:
     def save_pretrained(
         self, folder: str | PathLike[str], *, dtype: torch.dtype = torch.float16, notes: dict[str, Any] | None = None
     ) -> Path:
-        """Write PEFT's adapter files and `kveraser.json` into `folder`."""
+        """Write PEFT's adapter files, `kveraser.json` and what tells readers (if it is there) into `folder`.
+
+        Raises:
+            OptionError: a neutral eraser, which has nothing to save.
+        """
+        if self.lora_config is None:
+            raise OptionError("a neutral eraser has no weights to save; make it again with KVEraser.neutral(model)")
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.lora_config.save_pretrained(str(target))
         _tidy(target / "adapter_config.json")
         save_file({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, str(target / _WEIGHTS))
-        config = self.config
-        if notes:
-            config = EraserConfig(config.fingerprint, config.window, config.repair, {**config.notes, **notes})
-        config.write(target)
+        replace(self.config, notes={**self.config.notes, **(notes or {})}).write(target)
+        if self.calibration is not None:
+            write_calibration(target / READERS, self.calibration)
         return target
 
     def push_to_hub(
@@ -261,7 +324,7 @@ class KVEraser:
         self._load(weights, str(folder))
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
-        own = dict(self.named_parameters())
+        own, rank = dict(self.named_parameters()), self.lora_config.r if self.lora_config else 0
         missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         if missing or extra:
             raise EraserMismatchError(
@@ -271,10 +334,25 @@ class KVEraser:
         for name, parameter in own.items():
             if weights[name].shape != parameter.shape:
                 raise EraserMismatchError(
-                    f"{name} in {source} has shape {tuple(weights[name].shape)}, rank {self.lora_config.r} on this model "
+                    f"{name} in {source} has shape {tuple(weights[name].shape)}, rank {rank} on this model "
                     f"needs {tuple(parameter.shape)}; adapter_config.json and {_WEIGHTS} do not belong together"
                 )
             parameter.data = weights[name].to(parameter)
+
+
+def _calibration(folder: Path, config: EraserConfig) -> Calibration | None:
+    """What tells readers, from an eraser's folder; None when it holds none."""
+    file = folder / READERS
+    if not file.exists():
+        return None
+    try:
+        found = read_calibration(file)
+    except CalibrationError as error:
+        raise EraserMismatchError(str(error)) from error
+    difference = config.fingerprint.difference_to(found.fingerprint)
+    if difference is not None:
+        raise EraserMismatchError(f"{file} was made for another model than the eraser beside it: {difference}")
+    return found
 
 
 def target_linears(model: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from kveraser.model_view import causal_lm
 FOLDER = Path(__file__).parent / "shipped"
 
 _loaded: WeakKeyDictionary[nn.Module, KVEraser] = WeakKeyDictionary()
+_neutral: WeakKeyDictionary[nn.Module, KVEraser] = WeakKeyDictionary()
 
 
 def shipped_erasers() -> dict[str, Path]:
@@ -45,3 +46,24 @@ def shipped_eraser(model: nn.Module) -> KVEraser:
                 "or train one with `kveraser train`"
             )
     return _loaded[base]
+
+
+def default_eraser(model: nn.Module) -> KVEraser:
+    """What `kveraser` erases with when no eraser is given: the one that ships for the model where that is better on
+    held-out examples, else a neutral one. Made once per model.
+
+    Raises:
+        UnsupportedCacheError: a model whose cache cannot be edited.
+    """
+    base = causal_lm(model)
+    try:
+        trained = shipped_eraser(base)
+    except EraserMismatchError:
+        trained = None
+    if trained is not None and trained.config.preferred:
+        return trained
+    if base not in _neutral:
+        neutral = KVEraser.neutral(base)
+        neutral.calibration = None if trained is None else trained.calibration
+        _neutral[base] = neutral
+    return _neutral[base]

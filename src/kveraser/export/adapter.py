@@ -18,7 +18,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
-from kveraser.eraser import EraserConfig, Fingerprint
+from kveraser.eraser import EraserConfig
+from kveraser.fingerprint import Fingerprint
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
 from kveraser.export.source import EraserFiles
@@ -81,7 +82,7 @@ def _write(files: EraserFiles, file: Path, dtype: Any) -> None:
     writer.add_uint32("kveraser.format", FORMAT)
     if config.window is not None:
         writer.add_array("kveraser.window", list(config.window))
-    writer.add_uint32("kveraser.repair", config.repair)
+    writer.add_uint32("kveraser.repair", config.repair_next)
     writer.add_string("kveraser.fingerprint", json.dumps(asdict(config.fingerprint), sort_keys=True))
     writer.add_string("kveraser.source.sha256", files.sha256)
     for module in sorted(files.weights):
@@ -105,7 +106,7 @@ def _compare(files: EraserFiles, file: Path, dtype: FloatType) -> None:
     """Raise unless the file says what the folder says."""
     written = read_gguf_eraser(file)
     config = files.config
-    if (written.config.window, written.config.repair) != (config.window, config.repair):
+    if (written.config.window, written.config.repair) != (config.window, config.repair_next):
         raise EraserMismatchError(f"{file} was not written as meant: {written.config}")
     if written.config.fingerprint != config.fingerprint or written.source_sha256 != files.sha256:
         raise EraserMismatchError(f"{file} was not written as meant: another fingerprint or checksum came back")
@@ -149,6 +150,7 @@ def read_gguf_eraser(file: str | PathLike[str]) -> GgufEraser:
             Fingerprint(**json.loads(values["kveraser.fingerprint"])),
             None if window is None else (int(window[0]), int(window[1])),
             int(values["kveraser.repair"]),
+            "next",
         )
         return GgufEraser(
             place,

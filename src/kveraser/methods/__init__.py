@@ -10,6 +10,7 @@ import difflib
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
+from kveraser.methods.attention_guided_repair import AttentionGuidedRepair
 from kveraser.methods.auto import Auto
 from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan, Undo, put_back
 from kveraser.methods.delete_and_shift import DeleteAndShift
@@ -26,6 +27,7 @@ _METHODS: tuple[type[EraseMethod], ...] = (
     DeleteAndShift,
     LocalSuffixRepair,
     SelectiveRecompute,
+    AttentionGuidedRepair,
     Steering,
     Auto,
 )
@@ -55,6 +57,7 @@ def as_method(method: str | EraseMethod | KVEraser) -> EraseMethod:
 
 
 __all__ = [
+    "AttentionGuidedRepair",
     "Auto",
     "DeleteAndShift",
     "Edit",

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from kveraser.eraser import KVEraser, shipped_eraser
-from kveraser.errors import EraserMismatchError
+from kveraser.eraser import KVEraser
 from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan, split_tail
+from kveraser.methods.choosing import calibration_of, most_shown
 from kveraser.methods.cost_model import CostModel, cost_model
 from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.steering import Steering
@@ -42,26 +42,39 @@ class Auto(EraseMethod):
         rest, _ = split_tail(edit.spans, edit.length, edit.marks)
         if not rest:  # only to be cropped, which is free; mending what earlier edits left is not
             return FullRecompute() if edit.marks.exact else steering
-        try:
-            eraser = self.eraser or edit.eraser or shipped_eraser(edit.model)
-        except EraserMismatchError:
-            return FullRecompute()
+        eraser = steering.using(edit)
         eraser.check_model(edit.model)
-        costs = self.costs or cost_model(edit.model, eraser.attached(edit.model))
+        inner = replace(edit, spans=rest)
+        calibration = calibration_of(inner, eraser.calibration)
+        attached = edit.model if eraser.is_neutral else eraser.attached(edit.model)
+        costs = self.costs or cost_model(edit.model, attached, calibration)
         start = min(edit.spans[0].start, edit.length if edit.marks.exact else edit.marks.approximate_from or 0)
         removed = sum(len(span) for span in (*edit.spans, *edit.marks.steered_spans))
         exact = costs.recompute(start, max(edit.length - removed, start))
         quick = sum(
             costs.steer(turn.tokens_steered, turn.tokens - turn.tokens_steered, turn.columns)
-            for turn in steering.passes(replace(edit, spans=rest))
+            for turn in steering.passes(inner)
         )
+        if steering.chooses(inner) == "readers":
+            quick += self._reading(inner, steering, costs)
         return FullRecompute() if exact <= quick * self.patience else steering
+
+    @staticmethod
+    def _reading(edit: Edit, steering: Steering, costs: CostModel) -> float:
+        """Predicted seconds of telling and recomputing the readers of the edit's spans."""
+        suffix = int((edit.kept > edit.spans[0].start).sum())
+        count = min(steering.budget(edit), suffix)
+        if not count:
+            return 0.0
+        columns = min(len(edit.kept), most_shown(count, steering.keys))
+        telling = costs.tell(suffix) if count < suffix else 0.0
+        return telling + costs.steer(0, count, columns) - (costs.steering.base if steering.passes(edit) else 0.0)
 
     def plan(self, edit: Edit) -> Plan:
         return self.choose(edit).plan(edit)
 
-    def apply(self, edit: Edit) -> Outcome:
-        return self.choose(edit).apply(edit)
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
+        return self.choose(edit).apply(edit, plan)
 
     def erase(
         self, edit: Edit, *, undo: bool = True, commit: Callable[[EraseReceipt], None] | None = None

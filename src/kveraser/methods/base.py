@@ -14,6 +14,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
@@ -36,6 +37,7 @@ from kveraser.cache import (
 )
 from kveraser.errors import RestoreError, SpanError
 from kveraser.interrupts import uninterrupted
+from kveraser.readers import Text
 from kveraser.spans import Span, gaps, merge_spans
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ class Edit:
         spans: slots to erase: sorted, disjoint, none of them steered, none at the very end of the cache. May be empty
             for a method that also mends what earlier edits left.
         marks: the cache's marks before the edit.
-        eraser: the LoRA eraser, for the methods that need one; None leaves them to find the one that ships.
+        eraser: the eraser, for the methods that need one; None leaves them to find the model's own.
+        text: gives ids of some text to calibrate the model on, should that be needed; None takes what is in the cache.
     """
 
     model: nn.Module
@@ -64,11 +67,20 @@ class Edit:
     spans: tuple[Span, ...]
     marks: Marks
     eraser: KVEraser | None = None
+    text: Text | None = None
 
     @property
     def length(self) -> int:
         """Number of slots before the edit."""
         return self.tokens.length
+
+    @property
+    def kept(self) -> Tensor:
+        """The slots with tokens that stay, `(n,)` int64: neither steered nor to be erased."""
+        stays = torch.ones(self.length, dtype=torch.bool, device=self.tokens.ids.device)
+        for span in (*self.spans, *self.marks.steered_spans):
+            stays[span.slice] = False
+        return stays.nonzero()[:, 0]
 
     def neighbors(self, count: int) -> list[tuple[Span, tuple[Span, ...]]]:
         """For each of the spans, the first `count` live slots behind it (none beyond the next one), as disjoint runs."""
@@ -105,21 +117,68 @@ def neighbors(
 
 @dataclass(frozen=True)
 class Plan:
-    """Which slots an edit will change: `in_place` keeps their positions, from slot `layout_from` on they may move."""
+    """What an edit will do.
+
+    Attributes:
+        layout_from: from this slot on, slots may move.
+        in_place: slots before it that will be changed without being moved.
+        choice: which tokens will be recomputed, for the methods that choose some.
+    """
 
     layout_from: int
     in_place: tuple[Span, ...] = ()
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Tokens that were chosen to be recomputed, in slots before the edit.
+
+    Attributes:
+        slots: `(n,)` int64, in order.
+        sees: `(m,)` int64, the slots that they see besides each other, in order.
+        residual: share of the attention to the spans that is left unrepaired; None where nothing was scored.
+        notes: what the user should know of how they were chosen.
+    """
+
+    slots: Tensor = field(repr=False)
+    sees: Tensor = field(repr=False)
+    residual: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> tuple[Span, ...]:
+        """The chosen slots as runs."""
+        return runs_of(self.slots)
+
+
+def runs_of(slots: Tensor) -> tuple[Span, ...]:
+    """Sorted slots as the fewest spans."""
+    if not len(slots):
+        return ()
+    breaks = (slots[1:] != slots[:-1] + 1).nonzero()[:, 0].tolist()
+    listed = slots.tolist()
+    edges = [0, *(index + 1 for index in breaks), len(listed)]
+    return tuple(Span(listed[a], listed[b - 1] + 1) for a, b in pairwise(edges))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an edit did. `removed` slots are gone, `steered` ones hold steering states (both in slots before the edit)."""
+    """What an edit did, in slots before it.
+
+    `removed` slots are gone, `steered` ones hold steering states, `recomputed` ones new states of their own tokens;
+    `eraser` is the kind of eraser that was used, the others are of the receipt.
+    """
 
     marks: Marks
     removed: tuple[Span, ...] = ()
     steered: tuple[Span, ...] = ()
+    recomputed: tuple[Span, ...] = ()
     tokens_recomputed: int = 0
     bytes_written: int = 0
+    residual: float | None = None
+    eraser: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -174,6 +233,11 @@ class EraseReceipt:
         bytes_written: bytes of keys and values that were computed or moved into the cache.
         seconds: wall-clock time.
         positions_kept: whether every remaining token is still at its old position.
+        residual: an estimate of what was left behind: the share of the attention that later tokens paid to the spans and
+            whose states were not recomputed. 0.0 when the result is exact, None where nothing was scored.
+        recomputed: slots (before the edit) whose own tokens were run again.
+        eraser: "trained" or "neutral", for methods that use an eraser.
+        notes: what did not go as asked, and why.
         removed, steered: slots (before the edit) that are gone, or hold steering states now.
         stand_ins: steered slots, and the slot whose id is shown in their place.
         id: identifies the edit.
@@ -187,6 +251,10 @@ class EraseReceipt:
     bytes_written: int
     seconds: float
     positions_kept: bool
+    residual: float | None = None
+    recomputed: tuple[Span, ...] = field(default=(), repr=False)
+    eraser: str | None = None
+    notes: tuple[str, ...] = ()
     removed: tuple[Span, ...] = field(default=(), repr=False)
     steered: tuple[Span, ...] = field(default=(), repr=False)
     stand_ins: tuple[tuple[Span, int], ...] = field(default=(), repr=False)
@@ -275,8 +343,8 @@ class EraseMethod(ABC):
         """Which slots `apply` will change. Must not change anything itself; raises when the edit cannot be done."""
 
     @abstractmethod
-    def apply(self, edit: Edit) -> Outcome:
-        """Do it. Slots outside the plan must not be touched; on an exception the caller puts everything back."""
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
+        """Do what `plan` said. Slots outside the plan must not be touched; on an exception the caller puts everything back."""
 
     def erase(
         self, edit: Edit, *, undo: bool = True, commit: Callable[[EraseReceipt], None] | None = None
@@ -302,7 +370,7 @@ class EraseMethod(ABC):
         try:
             truncate(edit.cache, end)
             with writing(edit.cache):
-                outcome = self.apply(inner) if busy else Outcome(inner.marks)
+                outcome = self.apply(inner, plan) if busy else Outcome(inner.marks)
             removed = (*outcome.removed, Span(end, edit.length)) if end < edit.length else outcome.removed
             still = (entry for entry in edit.marks.steered_spans if not any(entry.overlaps(cut) for cut in removed))
             steered = (*outcome.steered, *still)
@@ -315,6 +383,10 @@ class EraseMethod(ABC):
                 bytes_written=outcome.bytes_written,
                 seconds=time.perf_counter() - started,
                 positions_kept=not outcome.removed,
+                residual=0.0 if outcome.marks.exact and self.removes else outcome.residual,
+                recomputed=outcome.recomputed,
+                eraser=outcome.eraser,
+                notes=outcome.notes,
                 removed=removed,
                 steered=outcome.steered,
                 stand_ins=find_stand_ins(edit.spans, removed, steered, edit.length),

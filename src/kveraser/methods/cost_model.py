@@ -1,13 +1,14 @@
 """What erasing costs on this machine: measured once per model, type and device, then predicted.
 
-Knows: the two shapes of work (running a stretch of tokens, with and without the eraser). Does not know about methods.
+Knows: the shapes of work (running a stretch of tokens, with and without the eraser, and telling who has read a span). Does
+not know about methods.
 
 Running `n` tokens behind `c` cached ones takes about
 
     seconds = base + token * n + pair * n * (c + n / 2)
 
 (a fixed cost of the forward, the linear layers, attention). The three numbers are fitted to a few timed passes over
-random states, for the plain model and for the model with the eraser in it.
+random states, for the plain model and for the model with the eraser in it. Telling readers takes `base + token * suffix`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -26,10 +29,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
 from kveraser.model_view import causal_lm, model_device, model_dtype, text_config
 from kveraser.paths import cache_folder, write_atomically
+from kveraser.readers import Calibration, Scene
 from kveraser.spans import Span
 
 _SHAPES = ((8, 0), (128, 0), (256, 0), (64, 448), (256, 256))
 _REPEATS = 2
+_SCANNED = (512, 4096)
+_CLOSE, _CHOSEN, _SHOWN = 256, 64, 2048
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,11 @@ class PassCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of a pass of the plain model, and of one with the eraser active."""
+    """Costs of a pass of the plain model, of one with the eraser active, and of telling readers in a suffix."""
 
     plain: PassCost
     steering: PassCost
+    telling: PassCost = field(default_factory=lambda: PassCost(0.0, 0.0, 0.0))
 
     def recompute(self, start: int, end: int) -> float:
         """Predicted seconds of recomputing slots `[start, end)` in chunks."""
@@ -61,6 +69,11 @@ class CostModel:
         """Predicted seconds of a pass with `steered` tokens under the eraser and `repaired` plain ones, `columns` keys each."""
         alone = self.steering.base + self.steering.token * steered + self.plain.token * repaired
         return alone + (self.steering.pair * steered + self.plain.pair * repaired) * columns
+
+
+    def tell(self, suffix: int) -> float:
+        """Predicted seconds of telling who in a suffix has read a span."""
+        return self.telling.seconds(suffix, 0)
 
 
 def fit(samples: list[tuple[int, int, float]]) -> PassCost:
@@ -79,25 +92,54 @@ def fit(samples: list[tuple[int, int, float]]) -> PassCost:
     return PassCost(*costs)
 
 
-def _time_passes(model: nn.Module, like: nn.Module) -> PassCost:
-    config, device, dtype = text_config(like), model_device(like), model_dtype(like)
+def _empty_cache(model: nn.Module, length: int) -> Cache:
+    config, device, dtype = text_config(model), model_device(model), model_dtype(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    longest = max(n + c for n, c in _SHAPES)
-    states = torch.zeros(1, heads, longest, head_dim, device=device, dtype=dtype)
-    cache: Cache = DynamicCache([(states.clone(), states.clone()) for _ in range(config.num_hidden_layers)])
+    states = torch.zeros(1, heads, length, head_dim, device=device, dtype=dtype)
+    return DynamicCache([(states.clone(), states.clone()) for _ in range(config.num_hidden_layers)])
+
+
+def _best_time(work: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):
+        _wait(device)
+        started = time.perf_counter()
+        work()
+        _wait(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _time_passes(model: nn.Module, like: nn.Module) -> PassCost:
+    longest, device = max(n + c for n, c in _SHAPES), model_device(like)
+    cache = _empty_cache(like, longest)
     tokens = Tokens(torch.ones(1, longest, dtype=torch.long, device=device))
     samples = []
     for count, cached in _SHAPES:
-        times = []
-        for _ in range(_REPEATS + 1):
-            _wait(device)
-            started = time.perf_counter()
-            rewrite_range(model, cache, tokens, Span(cached, cached + count))
-            _wait(device)
-            times.append(time.perf_counter() - started)
-        samples.append((count, cached, min(times[1:])))
+        span = Span(cached, cached + count)
+        samples.append((count, cached, _best_time(partial(rewrite_range, model, cache, tokens, span), device)))
     return fit(samples)
+
+
+def _time_telling(model: nn.Module, calibration: Calibration) -> PassCost:
+    if not calibration.tells:
+        return PassCost(0.0, 0.0, 0.0)
+    device, seconds = model_device(model), []
+    for length in _SCANNED:
+        cache = _empty_cache(model, length + 8)
+        tokens = Tokens(torch.ones(1, length + 8, dtype=torch.long, device=device))
+
+        def tell(cache: Cache = cache, tokens: Tokens = tokens) -> None:
+            scene = Scene.of(model, cache, tokens, (Span(4, 8),), (), calibration)
+            slots = scene.suffix
+            scene.thin()
+            scene.close(slots[:_CLOSE])
+            scene.needed(slots[-_CHOSEN:], _SHOWN)
+
+        seconds.append(_best_time(tell, device))
+    token = max(seconds[1] - seconds[0], 0.0) / (_SCANNED[1] - _SCANNED[0])
+    return PassCost(max(seconds[0] - token * _SCANNED[0], 0.0), token, 0.0)
 
 
 def _wait(device: torch.device) -> None:
@@ -105,27 +147,39 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(model: nn.Module, steering_model: nn.Module) -> CostModel:
-    """Time both kinds of pass now; takes about as long as prefilling 4,000 tokens."""
-    return CostModel(_time_passes(model, model), _time_passes(steering_model, model))
+@torch.no_grad()
+def measure(model: nn.Module, steering_model: nn.Module, calibration: Calibration) -> CostModel:
+    """Time all kinds of work now; takes about as long as prefilling 4,000 tokens."""
+    plain = _time_passes(model, model)
+    steering = plain if steering_model is model else _time_passes(steering_model, model)
+    return CostModel(plain, steering, _time_telling(model, calibration))
 
 
-def cost_model(model: nn.Module, steering_model: nn.Module, *, refresh: bool = False) -> CostModel:
-    """The cost model of this model on this machine: from the cache folder, or measured and kept there."""
+def cost_model(
+    model: nn.Module, steering_model: nn.Module, calibration: Calibration, *, refresh: bool = False
+) -> CostModel:
+    """The cost model of this model on this machine: from the cache folder, or measured and kept there.
+
+    Args:
+        steering_model: a view of it with the eraser in it; the model itself for a neutral eraser.
+        calibration: what readers are told by.
+    """
     base = causal_lm(model)
     setting = [str(model_device(base)), str(model_dtype(base)), torch.get_num_threads(), torch.__version__]
     if torch.cuda.is_available():
         setting.append(torch.cuda.get_device_name())
     config = text_config(base)
     shape = [config.model_type, config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", 0)]
-    key = hashlib.sha256(json.dumps([setting, shape]).encode()).hexdigest()[:16]
+    kinds = ["neutral" if steering_model is model else "trained", calibration.tells]
+    key = hashlib.sha256(json.dumps([_FORMAT, setting, shape, kinds]).encode()).hexdigest()[:16]
     file = cache_folder() / "cost" / f"{key}.json"
     if not refresh:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            return CostModel(PassCost(**data["plain"]), PassCost(**data["steering"]))
+            return CostModel(*(PassCost(**data[name]) for name in ("plain", "steering", "telling")))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not measured yet, or damaged: measure
-    measured = measure(model, steering_model)
-    write_atomically(file, json.dumps({"setting": setting, "shape": shape, **asdict(measured)}, indent=2).encode())
+    measured = measure(model, steering_model, calibration)
+    body = {"format": _FORMAT, "setting": setting, "shape": shape, "kinds": kinds, **asdict(measured)}
+    write_atomically(file, json.dumps(body, indent=2).encode())
     return measured

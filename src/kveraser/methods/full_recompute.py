@@ -41,7 +41,7 @@ class FullRecompute(EraseMethod):
     def plan(self, edit: Edit) -> Plan:
         return Plan(self._start(edit))
 
-    def apply(self, edit: Edit) -> Outcome:
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = self._start(edit)
         gone = (*edit.spans, *edit.marks.steered_spans)
         removed = merge_spans(gone, edit.length) if gone else ()  # nothing: only to mend what an earlier edit left

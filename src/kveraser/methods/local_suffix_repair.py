@@ -36,7 +36,7 @@ class LocalSuffixRepair(EraseMethod):
         check_movable(edit)
         return Plan(edit.spans[0].start)
 
-    def apply(self, edit: Edit) -> Outcome:
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
         repaired = merge_spans((remap(run, edit.spans) for run in edit.runs_behind(self.tokens)), edit.length)
         start = edit.spans[0].start
         tokens, written = delete_spans(edit)
@@ -46,5 +46,9 @@ class LocalSuffixRepair(EraseMethod):
         if repaired[0].start == marks.approximate_from and repaired[0].end == cache_length(edit.cache):
             marks = replace(marks, approximate_from=None)
         return Outcome(
-            marks, removed=edit.spans, tokens_recomputed=sum(len(run) for run in repaired), bytes_written=written
+            marks,
+            removed=edit.spans,
+            recomputed=edit.runs_behind(self.tokens),
+            tokens_recomputed=sum(len(run) for run in repaired),
+            bytes_written=written,
         )

@@ -19,5 +19,5 @@ class NoErase(EraseMethod):
     def plan(self, edit: Edit) -> Plan:
         return Plan(edit.length)
 
-    def apply(self, edit: Edit) -> Outcome:
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
         return Outcome(edit.marks)

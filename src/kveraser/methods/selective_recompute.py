@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kveraser.cache import Tokens, cache_length, look, recompute, rewrite_slots
+from kveraser.cache import Repair, Tokens, cache_length, look, recompute, repair_slots
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.delete_and_shift import check_movable, delete_spans
@@ -24,12 +24,17 @@ from kveraser.spans import Span, gaps
 
 @dataclass(frozen=True)
 class SelectiveRecompute(EraseMethod):
-    """Drop the spans, close the gaps and recompute the `ratio` of suffix tokens that deviate most in layer 1.
+    """Drop the spans, close the gaps and recompute the suffix tokens that deviate most in layer 1.
 
     The last token is always among them. With `ratio=1` it equals `full-recompute` and is exact.
+
+    Args:
+        ratio: which share of the live suffix.
+        tokens: how many, per span, instead.
     """
 
     ratio: float = 0.15
+    tokens: int | None = None
 
     name: ClassVar[str] = "selective-recompute"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
@@ -37,26 +42,32 @@ class SelectiveRecompute(EraseMethod):
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise OptionError(f"ratio={self.ratio} must be above 0 and at most 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
 
     def plan(self, edit: Edit) -> Plan:
         check_movable(edit)
         return Plan(edit.spans[0].start)
 
-    def apply(self, edit: Edit) -> Outcome:
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = edit.spans[0].start
         tokens, written = delete_spans(edit)
         suffix = Span(start, cache_length(edit.cache))
-        steered = tuple(span for span in edit.marks.cut(edit.spans).steered_spans if span.start >= start)
+        left = edit.marks.cut(edit.spans)
+        steered = tuple(span for span in left.steered_spans if span.start >= start)
         live = torch.cat([torch.arange(run.start, run.end) for run in gaps(steered, suffix.end, start)])
-        count = min(math.ceil(self.ratio * len(live)), len(live))
-        marks = edit.marks.cut(edit.spans).contaminated(start)
+        wanted = math.ceil(self.ratio * len(live)) if self.tokens is None else self.tokens * len(edit.spans)
+        count = min(wanted, len(live))
+        marks = left.contaminated(start)
         if count == len(suffix):
             written += recompute(edit.model, edit.cache, tokens, suffix)
             if marks.approximate_from == start:
                 marks = replace(marks, approximate_from=None)
         else:
-            chosen = self._choose(edit, tokens, suffix, live, count)
-            written += rewrite_slots(edit.model, edit.cache, tokens, chosen.to(tokens.ids.device))
+            chosen = self._choose(edit, tokens, suffix, live, count).to(tokens.ids.device)
+            seen = [torch.arange(run.start, run.end) for run in gaps(left.steered_spans, suffix.end)]
+            repair = Repair(chosen, torch.cat(seen).to(chosen), left.steered_spans)
+            written += repair_slots(edit.model, edit.cache, tokens, [repair])
         return Outcome(marks, removed=edit.spans, tokens_recomputed=count, bytes_written=written)
 
     @staticmethod

@@ -9,17 +9,18 @@ import ast
 import re
 from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from kveraser.errors import OptionError
 from kveraser.methods.base import EraseMethod
 
 _NEXT = re.compile(r",(?=\s*[a-z_]+\s*=)")
+_UNIONS = (UnionType, type(Union[int, None]))  # noqa: UP007 - what `Literal[...] | None` is
 _WORDS = {"none": None, "true": True, "false": False}
 
 
 def text_options(kind: type[EraseMethod]) -> dict[str, Any]:
-    """The options of a method that can be written as text (numbers, pairs of them, true, false, none): their defaults."""
+    """The options of a method that can be written as text (numbers, pairs of them, words, true, false, none): their defaults."""
     hints = get_type_hints(kind)
     return {entry.name: entry.default for entry in fields(kind) if _writable(hints[entry.name])}  # type: ignore[arg-type]
 
@@ -60,6 +61,8 @@ def write_value(value: Any) -> str:
     """An option's value as text."""
     if isinstance(value, tuple):
         return ",".join(map(write_value, value))
+    if isinstance(value, str):
+        return value
     return str(value).lower() if value is None or isinstance(value, bool) else repr(value)
 
 
@@ -73,8 +76,10 @@ def _value(text: str) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
+    if isinstance(hint, _UNIONS):
         return any(_fits(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
@@ -82,14 +87,18 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _writable(hint: Any) -> bool:
-    if isinstance(hint, UnionType) or get_origin(hint) is tuple:
+    if isinstance(hint, _UNIONS) or get_origin(hint) is tuple:
         return all(map(_writable, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return True
     return hint in (int, float, bool, NoneType)
 
 
 def _example(hint: Any) -> str:
-    if isinstance(hint, UnionType):
+    if isinstance(hint, _UNIONS):
         return _example(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return str(get_args(hint)[0])
     if get_origin(hint) is tuple:
         return ",".join(map(_example, get_args(hint)))
     return {int: "16", float: "0.5"}.get(hint, "true")

@@ -1,8 +1,9 @@
-"""KVEraser: replace the span's keys and values with steering states made by a LoRA on the same model.
+"""KVEraser: replace the span's keys and values, and recompute what has read them.
 
-Li et al., "KVEraser: Learning to Steer KV Cache for Efficient Localized Context Erasing" (arXiv 2606.17034). Nothing
-outside the span is touched: the suffix keeps its positions and its contaminated states, and the steering states correct
-for them when later tokens attend to both. The cost depends on the span, and with a window not even on the prefix.
+Li et al., "KVEraser: Learning to Steer KV Cache for Efficient Localized Context Erasing" (arXiv 2606.17034): steering
+states, made by a LoRA on the same model, stand in the span's slots, and nothing moves. The suffix keeps what it saw of the
+span. What that is sits in the few tokens that attended to it, so these are recomputed, in place and as if the span had
+never been there; that is ours. A neutral eraser writes states that nothing attends to, and needs no training.
 """
 
 from __future__ import annotations
@@ -12,15 +13,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from kveraser.cache import PREFILL_CHUNK, Rewrite, Steered, Window, rewrite_runs, window_spans
-from kveraser.eraser import KVEraser, shipped_eraser
+import torch
+from torch import Tensor
+
+from kveraser.cache import (
+    PREFILL_CHUNK,
+    Repair,
+    Rewrite,
+    Steered,
+    Window,
+    can_close_gaps,
+    repair_slots,
+    rewrite_runs,
+    window_spans,
+)
+from kveraser.eraser import CHOICES, Choose, KVEraser, default_eraser, write_neutral
 from kveraser.errors import OptionError
-from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.methods.delete_and_shift import check_movable
+from kveraser.methods.base import Choice, Edit, EraseMethod, Outcome, Plan, runs_of
+from kveraser.methods.choosing import Wish, calibration_of, choose_readers
 from kveraser.spans import Span, union_spans
 
 _WORTH_JOINING = 2.0
 """How much more attention than apart spans may cost in one pass: a pass has a price of its own (`docs/performance.md`)."""
+_GAP_OPEN = "this model's keys cannot be moved, so the recomputed tokens see the gap that the span leaves in positions"
 
 
 @dataclass(frozen=True)
@@ -32,19 +47,14 @@ class SteeringPass:
         scores_apart: attention scores per head of the passes that were joined into this one; None if none were.
     """
 
-    steered: tuple[Rewrite, ...]
-    repaired: tuple[Rewrite, ...] = ()
+    steered: tuple[Rewrite, ...] = ()
+    repaired: tuple[Repair, ...] = ()
     scores_apart: int | None = None
-
-    @property
-    def rewrites(self) -> tuple[Rewrite, ...]:
-        """All of it, in the order of the pass."""
-        return (*self.steered, *self.repaired)
 
     @property
     def tokens(self) -> int:
         """Tokens that run through the model."""
-        return sum(map(len, self.rewrites))
+        return self.tokens_steered + sum(map(len, self.repaired))
 
     @property
     def tokens_steered(self) -> int:
@@ -53,9 +63,9 @@ class SteeringPass:
 
     @property
     def columns(self) -> int:
-        """Keys in the attention of every token."""
-        shown = (run for rewrite in self.rewrites for run in (*rewrite.sees, *rewrite.slots))
-        return sum(map(len, union_spans(shown)))
+        """Keys in the attention of every token, at most."""
+        shown = [run for rewrite in self.steered for run in (*rewrite.sees, rewrite.slots)]
+        return sum(map(len, union_spans((*shown, *(run for repair in self.repaired for run in runs_of(repair.sees))))))
 
     @property
     def scores(self) -> int:
@@ -75,79 +85,153 @@ class SteeringPass:
 
 @dataclass(frozen=True)
 class Steering(EraseMethod):
-    """Re-encode the spans with the eraser active and write the states into their own slots.
+    """Write steering states into the spans' own slots, and recompute the tokens that have read the spans.
 
     Args:
-        eraser: the LoRA eraser; None takes the one of the context or the one that ships for the model.
-        window: `(sink, local)` slots that a pass attends to before its tokens; None takes what the eraser was trained
-            with. A window of (0, 0) shows it the span alone.
+        eraser: a LoRA eraser or a neutral one; None takes that of the context or the model's own (`default_eraser`).
+        window: `(sink, local)` slots that the eraser's pass attends to before its tokens; None takes what the eraser was
+            trained with. A window of (0, 0) shows it the span alone.
         full_prefix: attend to the whole prefix, whatever the eraser was trained with.
-        repair: afterwards recompute the first `repair` live tokens behind each span with the unchanged model, in the
-            same window (so its cost is constant, too) and as if the span had never been there; None takes what the
-            eraser was trained with.
+        repair: afterwards recompute so many live tokens per span with the unchanged model, in place and as if no span had
+            ever been there; None takes the eraser's own.
+        choose: which tokens: "readers" are those whose attention went to the spans, over all spans together and always the
+            first 8 behind each; "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
+        coverage: readers only: stop when so much of the attention that went to the spans is covered, such as 0.95.
+        block: readers only: choose whole runs on multiples of so many slots (engines compute runs).
+        keys: readers only: how many slots a recomputed token is shown at least of those that it attends to most, besides the
+            sink, the nearest ones and its fellows; None shows it everything.
     """
 
     eraser: KVEraser | None = None
     window: Window | None = None
     full_prefix: bool = False
     repair: int | None = None
+    choose: Choose | None = None
+    coverage: float | None = None
+    block: int | None = None
+    keys: int | None = 512
 
     name: ClassVar[str] = "kveraser"
-    summary: ClassVar[str] = "replace the span's states with learned steering states"
+    summary: ClassVar[str] = "replace the span's states, recompute the tokens that have read it"
     needs_eraser: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.window is not None and min(self.window) < 0:
             raise OptionError(f"window={self.window} must be two counts (sink, local) of at least 0")
-        if self.repair is not None and self.repair < 0:
-            raise OptionError(f"repair={self.repair} must be at least 0 tokens")
+        if self.choose is not None and self.choose not in CHOICES:
+            raise OptionError(f"choose={self.choose!r} must be one of {', '.join(CHOICES)}")
+        if self.choose == "next" and (self.coverage is not None or self.block is not None):
+            raise OptionError("coverage and block choose among readers; with choose='next' there is nothing to choose")
+        if self.repair is not None:
+            self._wish(self.repair)
+        else:
+            Wish(1 << 30, self.coverage, self.block, self.keys)
 
-    def _eraser(self, edit: Edit) -> KVEraser:
-        return self.eraser or edit.eraser or shipped_eraser(edit.model)
+    def _wish(self, repair: int) -> Wish:
+        return Wish(repair, self.coverage, self.block, self.keys)
+
+    def using(self, edit: Edit) -> KVEraser:
+        """The eraser that an edit will use."""
+        return self.eraser or edit.eraser or default_eraser(edit.model)
 
     def _repair(self, edit: Edit) -> int:
-        return self._eraser(edit).repair if self.repair is None else self.repair
+        return self.using(edit).repair if self.repair is None else self.repair
+
+    def budget(self, edit: Edit) -> int:
+        """How many tokens an edit recomputes behind its spans, at most."""
+        return self._repair(edit) * len(edit.spans)
+
+    def chooses(self, edit: Edit) -> Choose:
+        """Which tokens it recomputes."""
+        return self.choose or self.using(edit).choose
 
     def plan(self, edit: Edit) -> Plan:
-        self._eraser(edit).check_model(edit.model)
-        if self._repair(edit):
-            check_movable(edit)
-        return Plan(edit.length, (*edit.spans, *edit.runs_behind(self._repair(edit))))
+        eraser = self.using(edit)
+        eraser.check_model(edit.model)
+        if self.chooses(edit) == "next":
+            return Plan(edit.length, (*edit.spans, *edit.runs_behind(self._repair(edit))))
+        choice = choose_readers(edit, self._wish(self._repair(edit)), eraser.calibration)
+        return Plan(edit.length, (*edit.spans, *(choice.runs if choice else ())), choice)
 
-    def passes(self, edit: Edit) -> list[SteeringPass]:
+    def passes(self, edit: Edit, choice: Choice | None = None) -> list[SteeringPass]:
         """The forwards that `apply` runs. Spans are steered from left to right: each sees what is before it as it is then.
 
         With the whole prefix every span has a pass of its own, as in a prefill in chunks, so that an eraser that does
-        nothing changes not even a bit.
+        nothing changes not even a bit. The readers go with the last pass: they never see what is steered.
         """
-        eraser = self._eraser(edit)
+        eraser = self.using(edit)
         window = None if self.full_prefix else eraser.window if self.window is None else self.window
+        count = self._repair(edit) if self.chooses(edit) == "next" else 0
         passes: list[SteeringPass] = []
-        for span, runs in edit.neighbors(self._repair(edit)):
-            for turn in _turns(span, runs, window):
+        for span, runs in edit.neighbors(count):
+            for turn in _turns(edit, span, runs, window, steers=not eraser.is_neutral):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both
                 else:
                     passes.append(turn)
+        if choice is not None:
+            readers = SteeringPass(repaired=(_readers(edit, choice),))
+            if passes and passes[-1].tokens + readers.tokens <= PREFILL_CHUNK:
+                passes[-1] = passes[-1].joined(readers)
+            else:
+                passes.append(readers)
         return passes
 
-    def apply(self, edit: Edit) -> Outcome:
-        eraser = self._eraser(edit)
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
+        eraser, choice = self.using(edit), plan.choice
         written = recomputed = 0
-        for turn in self.passes(edit):
-            steering_model = eraser.attached(edit.model, first=turn.tokens_steered if turn.repaired else None)
-            written += rewrite_runs(steering_model, edit.cache, edit.tokens, turn.rewrites)
+        if eraser.is_neutral:
+            keys = calibration_of(edit, eraser.calibration).neutral
+            written += write_neutral(edit.model, edit.cache, edit.tokens, edit.spans, keys)
+        for turn in self.passes(edit, choice):
+            model = edit.model
+            if turn.steered:
+                model = eraser.attached(edit.model, first=turn.tokens_steered if turn.repaired else None)
+            if turn.repaired:
+                written += repair_slots(model, edit.cache, edit.tokens, turn.repaired, turn.steered)
+            else:
+                written += rewrite_runs(model, edit.cache, edit.tokens, turn.steered)
             recomputed += turn.tokens
         steered = tuple(Steered.mark(edit.cache, span) for span in edit.spans)
-        marks = edit.marks.contaminated(edit.spans[0].start).steer(steered)
-        return Outcome(marks, steered=edit.spans, tokens_recomputed=recomputed, bytes_written=written)
+        runs = tuple(run for run in plan.in_place if run not in edit.spans)
+        notes = choice.notes if choice else ()
+        if runs and not can_close_gaps(edit.model):
+            notes = (*notes, _GAP_OPEN)
+        return Outcome(
+            marks=edit.marks.contaminated(edit.spans[0].start).steer(steered),
+            steered=edit.spans,
+            recomputed=runs,
+            tokens_recomputed=recomputed,
+            bytes_written=written,
+            residual=choice.residual if choice else None,
+            eraser=eraser.kind,
+            notes=notes,
+        )
 
 
-def _turns(span: Span, runs: tuple[Span, ...], window: Window | None) -> Iterator[SteeringPass]:
-    """A span in chunks, as a prefill would compute it, the last one together with what is repaired behind it."""
+def _turns(
+    edit: Edit, span: Span, runs: tuple[Span, ...], window: Window | None, *, steers: bool
+) -> Iterator[SteeringPass]:
+    """A span in chunks, as a prefill would compute it, the last one together with what is repaired next behind it."""
     before = window_spans(window, span.start)
+    own = _slots(edit, runs)
+    repaired = (Repair(own, _slots(edit, (*before, *runs)), (span,)),) if runs else ()
+    if not steers:
+        if repaired:
+            yield SteeringPass(repaired=repaired)
+        return
     for start, end in pairwise([*range(span.start, span.end, PREFILL_CHUNK), span.end]):
         earlier = (Span(span.start, start),) if start > span.start else ()
-        chunk = Rewrite((Span(start, end),), (*before, *earlier))
-        repaired = (Rewrite(runs, before, gap=span),) if runs and end == span.end else ()
-        yield SteeringPass((chunk,), repaired)
+        yield SteeringPass((Rewrite(Span(start, end), (*before, *earlier)),), repaired if end == span.end else ())
+
+
+def _readers(edit: Edit, choice: Choice) -> Repair:
+    """The chosen tokens: they see each other and never an erased or steered slot, and every gap is closed."""
+    absent = tuple(sorted((*edit.spans, *edit.marks.steered_spans)))
+    return Repair(choice.slots, torch.cat([choice.slots, choice.sees]).unique(), absent)
+
+
+def _slots(edit: Edit, runs: tuple[Span, ...]) -> Tensor:
+    """The slots of some runs, `(n,)`."""
+    device = edit.tokens.ids.device
+    return torch.cat([torch.arange(0, device=device), *(torch.arange(r.start, r.end, device=device) for r in runs)])

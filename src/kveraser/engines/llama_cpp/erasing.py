@@ -80,7 +80,7 @@ class Erasing(LlamaCppState):
                     kept=kept if undo else None,
                 )
                 with uninterrupted():
-                    self._commit(receipt, outcome.marks, plan.layout_from >= length, chosen.removes)
+                    self._commit(receipt, outcome.marks, plan, chosen.removes)
                     committed = True
             except BaseException:
                 if not committed:
@@ -89,15 +89,16 @@ class Erasing(LlamaCppState):
                 raise
             return receipt
 
-    def _commit(self, receipt: LlamaCppReceipt, marks: Marks, in_place: bool, removes: bool) -> None:
+    def _commit(self, receipt: LlamaCppReceipt, marks: Marks, plan: Plan, removes: bool) -> None:
         dropped: tuple[Span, ...] = ()
+        before, in_place = self._marks, plan.layout_from >= self._slots
         if removes:
             slot_of = {span: self._ledger.to_cache(span.start) for span in receipt.spans}
             dropped = self._ledger.drop_slots(receipt.removed)
             for span, slot in slot_of.items():
                 self._ledger.mark(span, in_cache=any(slot in steered for steered in receipt.steered))
-        before = self._marks
-        edit = EditMark(receipt.id, self._slots, in_place, before.approximate_from, marks.approximate_from)
+        known = before.approximate_from, marks.approximate_from
+        edit = EditMark(receipt.id, self._slots, in_place, *known, written=plan.in_place)
         self._marks = replace(marks, edits=(*before.edits, edit))
         self._records[receipt.id] = EditRecord(replace(receipt, kept=None), dropped)
 
@@ -129,10 +130,16 @@ class Erasing(LlamaCppState):
         assert self.eraser is not None
         return self.eraser.config.repair if method.repair is None else method.repair
 
+    def _targets(
+        self, method: Steering, spans: tuple[Span, ...], end: int, marks: Marks
+    ) -> list[tuple[Span, tuple[Span, ...]]]:
+        """What steering writes: each span, and the live tokens behind it that are repaired."""
+        return neighbors(spans, marks.steered_spans, end, self._repair(method))
+
     def _moves(self, method: EraseMethod, spans: tuple[Span, ...], end: int, marks: Marks) -> bool:
         """Whether keys of the user's cache will be rotated."""
         if isinstance(method, Steering) and spans:
-            found = neighbors(spans, marks.steered_spans, end, self._repair(method))
+            found = self._targets(method, spans, end, marks)
             return any(runs and not self._bench_for(method, span) for span, runs in found)
         return isinstance(method, DeleteAndShift) and bool(spans)
 
@@ -156,8 +163,8 @@ class Erasing(LlamaCppState):
     def _plan(self, method: EraseMethod, spans: tuple[Span, ...], end: int, marks: Marks) -> Plan:
         """Which slots will change."""
         if isinstance(method, Steering):
-            behind = neighbors(spans, marks.steered_spans, end, self._repair(method))
-            return Plan(end, (*spans, *(run for _, runs in behind for run in runs)))
+            targets = self._targets(method, spans, end, marks)
+            return Plan(end, tuple(part for span, runs in targets for part in (span, *runs)))
         starts = [span.start for span in spans]
         if isinstance(method, FullRecompute) and marks.approximate_from is not None:
             starts.append(marks.approximate_from)
@@ -180,7 +187,7 @@ class Erasing(LlamaCppState):
     def _steer(self, method: Steering, spans: tuple[Span, ...], end: int, marks: Marks) -> Outcome:
         window = self._window(method)
         count, moved = 0, False
-        for span, runs in neighbors(spans, marks.steered_spans, end, self._repair(method)):
+        for span, runs in self._targets(method, spans, end, marks):
             ids = [token for run in runs for token in self._ids_of_slots(run)]
             bench = self._bench_for(method, span)
             if bench:

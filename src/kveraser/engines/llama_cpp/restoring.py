@@ -6,9 +6,10 @@ Knows: receipts, marks, kept cells. Does not know how erases are made.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
-from kveraser.cache import Marks
+from kveraser.cache import EditMark, Marks
 from kveraser.context import RestoreReport
 from kveraser.engines.llama_cpp import passes
 from kveraser.engines.llama_cpp.cells import LIVE
@@ -26,7 +27,7 @@ class Restoring(LlamaCppState):
         """Undo an erase.
 
         Bit-exact while nothing was appended since, for the newest edit, and for an older steering edit when the later ones
-        are steering edits of other tokens. Otherwise what is needed is recomputed; the report says so.
+        are steering edits behind all that it wrote. Otherwise what is needed is recomputed; the report says so.
 
         Raises:
             RestoreError: a receipt of another context, or restored before. Nothing is changed.
@@ -41,9 +42,8 @@ class Restoring(LlamaCppState):
                 return RestoreReport(False, self.exact, count, time.perf_counter() - started)
             later = self._later(receipt)
             tail = [] if later or after == self._slots else self._ids_of_slots(Span(after, self._slots))
-            safe = KeptCells.take(self._cells, self._slots, self._slots, kept.in_place, self._marks)
-            if not later:
-                safe = KeptCells.take(self._cells, self._slots, kept.layout_from, kept.in_place, self._marks)
+            layout_from = self._slots if later else kept.layout_from
+            safe = KeptCells.take(self._cells, self._slots, layout_from, kept.in_place, self._marks)
             try:
                 if later:
                     kept.put_back_in_place(self._cells)
@@ -76,15 +76,9 @@ class Restoring(LlamaCppState):
         if later:
             if not (edit.in_place and all(other.in_place for other in later)) or self._slots != edit.length_after:
                 return None
-            touched = [span for other in later for span in self._touched(other.id)]
-            if any(mine.overlaps(theirs) for mine in receipt.kept.in_place for theirs in touched):
+            if _outdated(receipt.kept, later):
                 return None
         return edit.length_after
-
-    def _touched(self, edit: str) -> tuple[Span, ...]:
-        """Slots that an in-place edit may have changed: its spans, and as many behind them as it ran."""
-        receipt = self._records[edit].receipt
-        return tuple(Span(span.start, span.end + receipt.tokens_recomputed + 1) for span in receipt.steered)
 
     def _marks_without(self, receipt: LlamaCppReceipt, kept: KeptCells, appended: bool) -> Marks:
         if not self._later(receipt):
@@ -127,3 +121,13 @@ class Restoring(LlamaCppState):
             for entry in self._records.values():
                 entry.dropped = ()
         return len(ids)
+
+
+def _outdated(kept: KeptCells, later: Sequence[EditMark]) -> bool:
+    """Whether later edits, all in place, make kept cells unfit to be put back.
+
+    An edit writes nothing before what it erases, and no cell has read what is behind it. So cells before all that later
+    edits wrote are as good as ever; any other may have been written by them, or have read what they erased.
+    """
+    written = [span.start for edit in later for span in edit.written]
+    return bool(written) and any(span.end > min(written) for span in kept.in_place)

@@ -18,8 +18,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from numpy.typing import NDArray
 
-from kveraser.eraser import Fingerprint
-from kveraser.eraser.config import sampled_places
+from kveraser.fingerprint import Fingerprint, sampled_places
 from kveraser.errors import BackboneError
 from kveraser.export.names import architecture
 

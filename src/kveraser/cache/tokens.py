@@ -1,0 +1,64 @@
+"""What a pass needs to know of the tokens whose states are in a cache.
+
+Knows: ids, positions, padding. Does not know about states or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a pass needs to know of the tokens whose states are in a cache.
+
+    Attributes:
+        ids: `(batch, tokens)` int64, one per slot.
+        positions: `(batch, tokens)` int64, or None where slot `i` has position `i` in every row.
+        mask: `(batch, tokens)`, 0 where a slot is padding; None where none is.
+    """
+
+    ids: Tensor
+    positions: Tensor | None = None
+    mask: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of slots."""
+        return self.ids.shape[1]
+
+    def position(self, span: Span) -> Tensor:
+        """Positions of the slots in `span`, `(batch or 1, tokens)`."""
+        if self.positions is not None:
+            return self.positions[:, span.slice]
+        return torch.arange(span.start, span.end, device=self.ids.device)[None]
+
+    def head(self, length: int) -> Tokens:
+        """The first `length` of the tokens."""
+        parts = [None if part is None else part[:, :length] for part in (self.positions, self.mask)]
+        return Tokens(self.ids[:, :length], parts[0], parts[1])
+
+    def without(self, spans: Sequence[Span]) -> Tokens:
+        """The tokens that are left when the slots `spans` are cut out: what was behind them moves up."""
+        if not spans:
+            return self
+        keep = torch.ones(self.length, dtype=torch.bool, device=self.ids.device)
+        for span in spans:
+            keep[span.slice] = False
+        mask = None if self.mask is None else self.mask[:, keep]
+        positions = self.positions
+        if positions is not None:
+            gone = torch.where(keep, 0, 1 if self.mask is None else self.mask.long())
+            positions = (positions - gone.expand(positions.shape).cumsum(-1)).clamp(min=0)[:, keep]
+        return Tokens(self.ids[:, keep], positions, mask)
+
+
+def count_positions(mask: Tensor) -> Tensor:
+    """Positions `(batch, tokens)` as `model.generate` counts them: real tokens from 0, padding anywhere."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,0 +1,82 @@
+"""Attention-guided repair: delete-and-shift, then recompute the tokens that have read the span.
+
+The strongest method without steering states, and the measure of what staying in place is worth. Which tokens have read the
+span is told from the cache (`readers`). Cache-Craft (arXiv 2502.15734) uses stored attention to earlier chunks alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from kveraser.cache import Repair, cache_length, recompute, repair_slots
+from kveraser.errors import OptionError
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.choosing import Wish, choose_readers
+from kveraser.methods.delete_and_shift import check_movable, delete_spans
+from kveraser.readers import known_calibration
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class AttentionGuidedRepair(EraseMethod):
+    """Drop the spans, close the gaps and recompute the `tokens` live tokens per span that have read the spans most.
+
+    With `keys=None` and at least the whole suffix it equals `full-recompute` and is exact.
+
+    Args:
+        tokens: how many, per span; the first 8 behind each are always among them.
+        coverage, block, keys: as for `Steering`.
+    """
+
+    tokens: int = 64
+    coverage: float | None = None
+    block: int | None = None
+    keys: int | None = 512
+
+    name: ClassVar[str] = "attention-guided-repair"
+    summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
+        self._wish()
+
+    def _wish(self) -> Wish:
+        return Wish(self.tokens, self.coverage, self.block, self.keys)
+
+    def plan(self, edit: Edit) -> Plan:
+        check_movable(edit)
+        given = edit.eraser.calibration if edit.eraser else known_calibration(edit.model)
+        return Plan(edit.spans[0].start, choice=choose_readers(edit, self._wish(), given))
+
+    def apply(self, edit: Edit, plan: Plan) -> Outcome:
+        choice, start = plan.choice, edit.spans[0].start
+        assert choice is not None  # there are tokens behind the spans, or they would have been cropped
+        tokens, written = delete_spans(edit)
+        left = edit.marks.cut(edit.spans)
+        marks = left.contaminated(start)
+        suffix = Span(start, cache_length(edit.cache))
+        if len(choice.slots) == len(suffix) and len(choice.sees) == len(edit.kept):  # nothing is left out
+            written += recompute(edit.model, edit.cache, tokens, suffix)
+            if marks.approximate_from == start:
+                marks = replace(marks, approximate_from=None)
+        else:
+            keep = torch.ones(edit.length, dtype=torch.long, device=tokens.ids.device)
+            for span in edit.spans:
+                keep[span.slice] = 0
+            place = keep.cumsum(0) - 1
+            slots = place[choice.slots]
+            repair = Repair(slots, torch.cat([slots, place[choice.sees]]).unique(), left.steered_spans)
+            written += repair_slots(edit.model, edit.cache, tokens, [repair])
+        return Outcome(
+            marks,
+            removed=edit.spans,
+            recomputed=choice.runs,
+            tokens_recomputed=len(choice.slots),
+            bytes_written=written,
+            residual=choice.residual,
+            notes=choice.notes,
+        )

@@ -1,0 +1,135 @@
+"""Choosing the tokens that an edit recomputes: those that have read the spans, or those that come next.
+
+Knows: edits, calibrations, scores. Does not know what is done with the chosen ones, or how scores are made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
+from kveraser.methods.base import Choice, Edit
+from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual
+
+CANDIDATES = 256
+"""At least so many tokens get the close look, and four times as many as are to be recomputed."""
+NEAREST = 64
+"""Slots right before a chosen token that it sees in any case."""
+SINK = 4
+SHARED = 4
+"""Every key that a chosen token needs is shown to all of them: four times as many as were asked for each."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks of a choice; `repair` counts tokens per span.
+
+    Raises:
+        OptionError: an impossible value.
+    """
+
+    repair: int
+    coverage: float | None = None
+    block: int | None = None
+    keys: int | None = 512
+
+    def __post_init__(self) -> None:
+        if self.repair < 0:
+            raise OptionError(f"repair={self.repair} must be at least 0 tokens")
+        if self.coverage is not None and not 0 < self.coverage <= 1:
+            raise OptionError(f"coverage={self.coverage} must be above 0 and at most 1 (a share of the attention)")
+        if self.block is not None and self.block < 1:
+            raise OptionError(f"block={self.block} must be at least 1 slot")
+        if self.block is not None and 0 < self.repair < self.block:
+            raise OptionError(f"block={self.block} is more than the repair={self.repair} tokens that may be recomputed")
+        if self.keys is not None and self.keys < 1:
+            raise OptionError(f"keys={self.keys} must be at least 1 slot; None shows everything")
+
+
+def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
+    """The calibration for an edit: the eraser's, the one in the cache folder, or one that is made now."""
+    if given is not None:
+        given.check(edit.model)
+        return given
+
+    def own() -> Tensor:
+        row = edit.tokens.ids[0]
+        kept = edit.kept if edit.tokens.mask is None else edit.kept[edit.tokens.mask[0, edit.kept] != 0]
+        return row[kept]
+
+    return calibration_for(edit.model, edit.text or own)
+
+
+def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> Choice | None:
+    """The readers of the edit's spans that are to be recomputed, and what they see.
+
+    Falls back to the next tokens where readers cannot be told, and says so in the choice's notes.
+
+    Args:
+        given: the eraser's calibration, if it has one.
+
+    Returns:
+        None when nothing is to be recomputed.
+    """
+    budget = wish.repair * len(edit.spans)
+    if not budget:
+        return None
+    kept = edit.kept
+    suffix = kept[kept > edit.spans[0].start]
+    if edit.tokens.mask is not None:
+        suffix = suffix[edit.tokens.mask[:, suffix].bool().any(0)]
+    if not len(suffix):
+        return None
+    if budget >= len(suffix) and wish.coverage is None and (wish.keys is None or len(kept) <= SHARED * wish.keys):
+        return Choice(suffix, kept, 0.0)  # all of them: nobody need be asked who has read what
+    try:
+        calibration = calibration_of(edit, given)
+        if not calibration.tells:
+            raise CalibrationError(
+                f"keys and values explain {calibration.explained:.0%} of this model's queries (of too little text, maybe)"
+            )
+    except (CalibrationError, UnsupportedCacheError) as error:
+        note = f"readers of the span could not be told, the next tokens were recomputed instead: {error}"
+        return next_tokens(edit, budget, note)
+    scene = Scene.of(edit.model, edit.cache, edit.tokens, edit.spans, edit.marks.steered_spans, calibration)
+    slots = scene.suffix
+    scores = scene.thin().amax(0)
+    always = first_behind(edit.spans, slots, budget)
+    candidates = scores.topk(min(max(4 * budget, CANDIDATES), len(slots))).indices.sort().values
+    close = scene.close(slots[candidates]).amax(0)
+    scores = scores * (close.sum() / scores[candidates].sum().clamp(min=1e-9))  # both looks on one scale
+    scores[candidates] = close
+    chosen = choose(slots, scores, always, budget, coverage=wish.coverage, block=wish.block)
+    left = residual(slots, scores, chosen)
+    return Choice(chosen, _sight(scene, kept, chosen, wish.keys), left)
+
+
+def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> Tensor:
+    """What the chosen tokens see: everything that stays, or the sink, the slots right before each, and what they need."""
+    seen = kept[kept <= int(chosen[-1])]
+    if keys is None or len(seen) <= SHARED * keys:
+        return seen
+    shown = torch.zeros(scene.tokens.length, dtype=torch.bool, device=kept.device)
+    near = chosen[:, None] - torch.arange(NEAREST, device=kept.device)
+    shown[near.clamp(min=0)] = True
+    shown[scene.needed(chosen, SHARED * keys)] = True
+    for land in scene.lands:
+        shown[land.sink] = True
+    stays = torch.zeros_like(shown)
+    stays[kept] = True
+    return (shown & stays).nonzero()[:, 0]
+
+
+def most_shown(count: int, keys: int | None) -> float:
+    """How many slots `count` chosen tokens see at most."""
+    return float("inf") if keys is None else SHARED * keys + NEAREST * count + SINK
+
+
+def next_tokens(edit: Edit, budget: int, note: str) -> Choice:
+    """The live tokens behind the spans that come next, seeing everything that stays."""
+    runs = edit.runs_behind(max(budget // len(edit.spans), 1))
+    slots = torch.cat([torch.arange(run.start, run.end, device=edit.tokens.ids.device) for run in runs])
+    return Choice(slots, edit.kept, None, (note,))

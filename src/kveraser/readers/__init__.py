@@ -1,0 +1,33 @@
+"""Who has read a span: tokens whose attention went to it hold what an erase has to repair.
+
+`observing` listens to a forward, `probes` tell queries from cached states, `masses` are what a token gave to a span,
+`calibration` finds all that is needed of a model, `files` and `known` keep it, `scan` applies it to a cache, `choice` picks tokens,
+`neutral_keys` are written where nothing shall be attended to.
+"""
+
+from kveraser.readers.calibration import LEAST_TOKENS, MOST_TOKENS, Calibration, calibrate
+from kveraser.readers.choice import choose, first_behind, residual
+from kveraser.readers.files import FILE_NAME, cached_file, read_calibration, write_calibration
+from kveraser.readers.known import Text, calibration_for, known_calibration, remember
+from kveraser.readers.probes import Turning
+from kveraser.readers.scan import Scene
+
+__all__ = [
+    "FILE_NAME",
+    "LEAST_TOKENS",
+    "MOST_TOKENS",
+    "Calibration",
+    "Scene",
+    "Text",
+    "Turning",
+    "cached_file",
+    "calibrate",
+    "calibration_for",
+    "choose",
+    "first_behind",
+    "known_calibration",
+    "read_calibration",
+    "remember",
+    "residual",
+    "write_calibration",
+]

@@ -1,0 +1,184 @@
+"""What has to be known of a model before one can tell who has read a span: probes, the layers to look at, neutral keys.
+
+Knows: how to find these from any text in a few forwards. Does not know where they are kept.
+
+Layers are those whose attention to a span best tells by how much the late states of a token change when the span was not
+there: two prefills of the same text, one of them with some spans masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kveraser.errors import CalibrationError
+from kveraser.fingerprint import Fingerprint
+from kveraser.model_view import as_batch, causal_lm, model_device, model_dtype
+from kveraser.readers.masses import Landscape, span_mass
+from kveraser.readers.neutral_keys import neutral_keys
+from kveraser.readers.observing import Observed, observe
+from kveraser.readers.probes import Probe, Target, Turning, features, fit_probe
+
+MOST_TOKENS = 2000
+LEAST_TOKENS = 256
+LAYERS = 5
+RANK = 128
+LEAST_EXPLAINED = 0.5
+"""Below this share of the queries' variance, probes say too little to choose by."""
+_SPAN = 32
+_AFTER = 8
+_LATE = 2 / 3
+_TOP = 0.1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that telling readers and writing neutral states needs of one model.
+
+    Attributes:
+        fingerprint: of the model.
+        scan: the probe of one layer from its own keys and values, for the first look at a whole suffix; None without.
+        probes: those of up to five layers from their neighbors' states as well, the best layer first.
+        neutral: `(layers, kv_heads, head_dim)` float32, keys that no query likes, as at position 0.
+    """
+
+    fingerprint: Fingerprint
+    scan: Probe | None
+    probes: tuple[Probe, ...]
+    neutral: Tensor
+
+    @property
+    def explained(self) -> float:
+        """The smallest share of the queries' variance that one of the probes explains; 0 without probes."""
+        return min(probe.explained for probe in (self.scan, *self.probes)) if self.scan is not None else 0.0
+
+    @property
+    def tells(self) -> bool:
+        """Whether the probes say enough to choose by."""
+        return self.explained >= LEAST_EXPLAINED
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `CalibrationError` unless it is of this model."""
+        difference = self.fingerprint.difference(model)
+        if difference is not None:
+            raise CalibrationError(
+                f"these probes are of another model than this {type(causal_lm(model)).__name__}: {difference}; "
+                "calibrate anew"
+            )
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
+    """Calibrate on a text; takes about as long as prefilling it three times.
+
+    Args:
+        ids: `(tokens,)` of any text; up to 2,000 are used.
+
+    Raises:
+        CalibrationError: fewer than 256 tokens, or a model that cannot be listened to.
+    """
+    text = as_batch(ids, model_device(model))[:1, :MOST_TOKENS]
+    count = text.shape[1]
+    if count < LEAST_TOKENS:
+        raise CalibrationError(
+            f"{count} tokens are too little to calibrate on; give a text of at least {LEAST_TOKENS} (any text will do)"
+        )
+    seen = observe(model, text)
+    spans = _spans(count)
+    gone = torch.zeros(count, dtype=torch.bool, device=text.device)
+    for start in spans:
+        gone[start : start + _SPAN] = True
+    changes = _changes(seen, observe(model, text, mask=_without(gone, model_dtype(model))))
+    slots = torch.arange(count, device=text.device)
+    counted = ~gone & (slots >= spans[0] + _SPAN)
+    for start in spans:
+        counted[start : start + _SPAN + _AFTER] = False
+    looks = _look_at(seen, gone)
+    worth = [_worth(mass.mean(0)[counted], changes[counted]) for mass, _ in looks]
+    total = len(worth)
+    able = range(max(total // 3, min(1, total - 1)), max(total * 4 // 5, total // 3 + 1))
+    best = sorted(able, key=lambda index: -worth[index])[:LAYERS]
+    turning = Turning(model)
+    turns = turning.at(slots)
+
+    def fit(layer: int, sources: tuple[int, ...]) -> Probe:
+        read = features(seen.cache.layers, sources, 0, slice(None), turns)
+        return fit_probe(read, Target.of(model, seen, layer, turns), layer, sources, RANK, turning, slots)
+
+    def around(layer: int) -> tuple[int, ...]:
+        return tuple(index for index in (layer - 1, layer, layer + 1) if 0 <= index < total)
+
+    return Calibration(
+        fingerprint=Fingerprint.of(model),
+        scan=fit(best[0], (best[0],)),
+        probes=tuple(fit(layer, around(layer)) for layer in best),
+        neutral=_neutral(seen, [whole for _, whole in looks], turning),
+    )
+
+
+@torch.no_grad()
+def calibrate_hiding(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
+    """A calibration without probes, which takes any text: it only says how to hide slots.
+
+    Args:
+        ids: `(tokens,)`, at least one.
+    """
+    text = as_batch(ids, model_device(model))[:1, :MOST_TOKENS]
+    seen = observe(model, text)
+    looks = _look_at(seen, torch.zeros(text.shape[1], dtype=torch.bool, device=text.device))
+    return Calibration(Fingerprint.of(model), None, (), _neutral(seen, [whole for _, whole in looks], Turning(model)))
+
+
+def _look_at(seen: Observed, gone: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """In every layer, what the true queries gave to some slots, and the logarithms of the softmax denominators."""
+    land = Landscape.of(torch.ones_like(gone), gone.nonzero()[:, 0])
+    slots = torch.arange(len(gone), device=gone.device)
+    return [
+        span_mass(layer.queries.float(), slots, states.keys[0].float(), layer.scaling, land, run=True)
+        for layer, states in ((seen.layers[index], states) for index, states in enumerate(seen.cache.layers))
+    ]
+
+
+def _neutral(seen: Observed, denominators: list[Tensor], turning: Turning) -> Tensor:
+    layers = [seen.layers[index] for index in range(len(seen.cache.layers))]
+    slots = torch.arange(seen.cache.get_seq_length(), device=denominators[0].device)
+    groups = seen.cache.layers[0].keys.shape[1]
+    queries, scalings = [layer.queries for layer in layers], [layer.scaling for layer in layers]
+    return neutral_keys(queries, denominators, scalings, groups, turning, slots)
+
+
+def _spans(count: int) -> list[int]:
+    """Where the spans are that are left out: four of them, or one in a short text."""
+    places = 4 if count >= 4 * LEAST_TOKENS else 1
+    return [int(count * (index + 0.3) / (places + 0.3)) for index in range(places)]
+
+
+def _without(gone: Tensor, dtype: torch.dtype) -> Tensor:
+    """A causal mask `(1, 1, tokens, tokens)` in which nobody sees the tokens that are gone, but for themselves."""
+    count = len(gone)
+    seen = torch.ones(count, count, dtype=torch.bool, device=gone.device).tril() & ~gone[None]
+    seen |= torch.eye(count, dtype=torch.bool, device=gone.device)
+    mask = torch.zeros(count, count, dtype=dtype, device=gone.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def _changes(one: Observed, other: Observed) -> Tensor:
+    """By how much the late states of every token differ, `(tokens,)`."""
+    late = range(int(len(one.cache.layers) * _LATE), len(one.cache.layers))
+    found = torch.zeros(one.cache.get_seq_length(), device=one.cache.layers[0].keys.device)
+    for index in late:
+        mine, theirs = one.cache.layers[index], other.cache.layers[index]
+        for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            size = a[0].float().square().sum((0, 2))
+            found += (a[0].float() - b[0].float()).square().sum((0, 2)) / size.mean().clamp(min=1e-9)
+    return found.sqrt()
+
+
+def _worth(masses: Tensor, changes: Tensor) -> float:
+    """How well masses tell changes: their correlation, and the share of change in the tokens that they name first."""
+    top = max(int(_TOP * len(masses)), 1)
+    caught = changes[masses.topk(top).indices].sum() / changes.topk(top).values.sum().clamp(min=1e-9)
+    both = torch.stack([masses.argsort().argsort().float(), changes.argsort().argsort().float()])
+    return float(torch.corrcoef(both)[0, 1].nan_to_num() + caught)

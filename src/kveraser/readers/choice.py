@@ -1,0 +1,80 @@
+"""Which tokens to recompute, given how much each of them has read.
+
+Knows: scores and slots. Does not know where the scores come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kveraser.spans import Span
+
+FIRST = 8
+"""Live tokens behind each span that are always recomputed: some heads look at the token right before, across the gap."""
+
+
+def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
+    """The first live slots behind each span, up to the next one, at most `budget` in all; `(n,)`, in order.
+
+    Args:
+        slots: `(suffix,)`, the live slots.
+    """
+    found = []
+    ends = [*(span.start for span in spans[1:]), int(slots[-1]) + 1 if len(slots) else 0]
+    share = min(FIRST, budget // len(spans)) or min(budget, 1)
+    for span, end in zip(spans, ends, strict=True):
+        near = slots[(slots >= span.end) & (slots < end)]
+        found.append(near[:share])
+    return torch.cat(found)[:budget]
+
+
+def choose(
+    slots: Tensor, scores: Tensor, always: Tensor, budget: int, *, coverage: float | None = None, block: int | None = None
+) -> Tensor:
+    """The slots to recompute, in order.
+
+    Args:
+        slots: `(suffix,)`, the live slots behind the first span.
+        scores: `(suffix,)`, how much each has read.
+        always: some of the slots that are among them in any case.
+        budget: how many at most.
+        coverage: stop when so much of all scores is covered.
+        block: choose whole runs on multiples of so many slots, by their summed scores.
+    """
+    if block is not None:
+        return _blocks(slots, scores, always, budget, coverage, block)
+    wanted = scores.clone()
+    wanted[torch.isin(slots, always)] = torch.inf
+    order = wanted.argsort(descending=True, stable=True)[:budget]
+    if coverage is not None:
+        order = order[: max(_enough(scores[order], scores.sum(), coverage), min(len(always), len(order)))]
+    return slots[order].sort().values
+
+
+def _blocks(slots: Tensor, scores: Tensor, always: Tensor, budget: int, coverage: float | None, block: int) -> Tensor:
+    place = slots // block
+    sums = torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, scores)
+    wanted = sums.clone()
+    wanted[(always // block).unique()] = torch.inf
+    there = place.unique()
+    order = there[wanted[there].argsort(descending=True, stable=True)][: max(budget // block, 1)]
+    if coverage is not None:
+        least = min(len((always // block).unique()), len(order))
+        order = order[: max(_enough(sums[order], scores.sum(), coverage), least)]
+    return slots[torch.isin(place, order)]
+
+
+def _enough(scores: Tensor, total: Tensor, coverage: float) -> int:
+    """How many of the scores, from the first on, make up the share `coverage` of the total."""
+    short = scores.cumsum(0) < coverage * total * (1 - 1e-6)
+    return min(int(short.sum()) + 1, len(scores))
+
+
+def residual(slots: Tensor, scores: Tensor, chosen: Tensor) -> float:
+    """The share of all scores that is not covered by the chosen slots."""
+    total = float(scores.sum())
+    left = float(scores[~torch.isin(slots, chosen)].sum())
+    return left / total if total > 0 else 0.0

@@ -1,0 +1,153 @@
+"""Who has read a span, and which keys a reader needs: from the states in a cache, without a pass of the model.
+
+Knows: probes, masses, caches. Does not know which tokens will be chosen.
+
+Two looks, since telling a token's queries is what costs: a thin one over the whole suffix, in the layer that tells most
+and from its own keys and values; and a close one at some hundred candidates, in up to five layers from their neighbors'
+states as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from kveraser.cache import Tokens
+from kveraser.model_view import model_dtype
+from kveraser.readers.calibration import Calibration
+from kveraser.readers.masses import Landscape, span_mass
+from kveraser.readers.probes import Probe, Turning, features, norm_of
+from kveraser.spans import Span
+
+CHUNK = 2048
+"""Tokens that the thin look takes at a time."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A cache in which spans are to be erased, as the probes see it.
+
+    Attributes:
+        spans: to be erased, in order.
+        lands: for each row, what its tokens may have attended to.
+    """
+
+    model: nn.Module
+    cache: Cache
+    tokens: Tokens
+    spans: tuple[Span, ...]
+    calibration: Calibration
+    lands: tuple[Landscape, ...]
+    turning: Turning
+
+    @classmethod
+    def of(cls, model: nn.Module, cache: Cache, tokens: Tokens, spans: Sequence[Span], erased: Sequence[Span],
+           calibration: Calibration) -> Scene:  # fmt: skip
+        """From a cache; `erased` are slots that hold steering states already."""
+        device = tokens.ids.device
+        live = torch.ones(tokens.ids.shape, dtype=torch.bool, device=device)
+        if tokens.mask is not None:
+            live &= tokens.mask.bool()
+        for span in erased:
+            live[:, span.slice] = False
+        lands = []
+        for row in live:
+            own = torch.cat([torch.arange(span.start, span.end, device=device) for span in spans])
+            lands.append(Landscape.of(row, own[row[own]]))
+        return cls(model, cache, tokens, tuple(spans), calibration, tuple(lands), Turning(model))
+
+    @property
+    def suffix(self) -> Tensor:
+        """The slots behind the first span that are live in any row and not to be erased, in order."""
+        live = torch.stack([land.live for land in self.lands]).any(0)
+        for span in self.spans:
+            live[span.slice] = False
+        live[: self.spans[0].start] = False
+        return live.nonzero()[:, 0]
+
+    def positions(self, row: int, slots: Tensor) -> Tensor:
+        """Positions of the slots in a row."""
+        places = self.tokens.positions
+        return slots if places is None else places[row, slots]
+
+    def queries(self, probe: Probe, row: int, slots: Tensor, *, run: bool) -> Tensor:
+        """Told queries of tokens, `(heads, tokens, head_dim)`."""
+        turns = self.turning.at(self.positions(row, slots))
+        where: Tensor | slice = slice(int(slots[0]), int(slots[-1]) + 1) if run else slots
+        read = features(self.cache.layers, probe.sources, row, where, turns)
+        return probe.queries(read, turns, *norm_of(self.model, probe.layer))
+
+    def thin(self) -> Tensor:
+        """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, mean over heads."""
+        assert self.calibration.scan is not None
+        probe = self._ready(self.calibration.scan)
+        first, last = self.spans[0].start, self.tokens.length
+        found = torch.zeros(self.tokens.ids.shape, device=self.tokens.ids.device)
+        for row, land in enumerate(self.lands):
+            keys = self.cache.layers[probe.layer].keys[row]
+            for start in range(first, last, CHUNK):
+                slots = torch.arange(start, min(start + CHUNK, last), device=keys.device)
+                told = self.queries(probe, row, slots, run=True)
+                mass, _ = span_mass(told, slots, keys, probe.scaling, land, run=True)
+                found[row, slots] = mass.mean(0)
+        return found[:, self.suffix]
+
+    def close(self, slots: Tensor) -> Tensor:
+        """Masses of some slots by the close look, `(batch, slots)`, mean over heads and layers."""
+        found = torch.zeros(len(self.lands), len(slots), device=slots.device)
+        for row, probe in self._probes():
+            told = self.queries(probe, row, slots, run=False)
+            keys = self.cache.layers[probe.layer].keys[row]
+            mass, _ = span_mass(told, slots, keys, probe.scaling, self.lands[row], run=False)
+            found[row] += mass.mean(0)
+        return found / len(self.calibration.probes)
+
+    def everywhere(self) -> Tensor:
+        """Masses of all slots of the suffix in all layers that are looked at, `(batch, suffix)`."""
+        slots = self.suffix
+        return torch.cat([self.close(part) for part in slots.split(CHUNK)], -1)
+
+    def needed(self, chosen: Tensor, count: int) -> Tensor:
+        """The `count` slots that any of the chosen ones attends to most, `(count,)`, in order.
+
+        What counts is the largest attention that any head of the layers that are looked at pays from any of them.
+        """
+        length = self.tokens.length
+        most = torch.full((length,), -torch.inf, device=chosen.device)
+        for row, probe in self._probes():
+            land, layer = self.lands[row], self.cache.layers[probe.layer]
+            told = self.queries(probe, row, chosen, run=False)
+            _, whole = span_mass(told, chosen, layer.keys[row], probe.scaling, land, run=False)
+            rows = (told * probe.scaling).to(layer.keys.dtype)
+            groups = layer.keys.shape[1]
+            for start in range(0, length, CHUNK):
+                end = min(start + CHUNK, length)
+                later = int((chosen < start).sum())  # those see nothing of this stretch
+                if later == len(chosen):
+                    break
+                grouped = rows[:, later:].reshape(groups, -1, rows.shape[-1])
+                scores = (grouped @ layer.keys[row][:, start:end].transpose(-1, -2)).view(len(rows), -1, end - start)
+                scores -= whole[:, later:, None].to(scores.dtype)
+                behind = torch.arange(start, end, device=chosen.device) > chosen[later:, None]
+                if bool(behind.any()):
+                    scores = scores.masked_fill(behind, -torch.inf)
+                most[start:end] = torch.maximum(most[start:end], scores.amax((0, 1)).float())
+        able = torch.stack([land.live for land in self.lands]).any(0)
+        for span in self.spans:
+            able[span.slice] = False
+        most[~able] = -torch.inf
+        best = most.topk(min(count, int(able.sum()))).indices
+        return best[most[best] > -torch.inf].sort().values
+
+    def _ready(self, probe: Probe) -> Probe:
+        return probe.to(self.tokens.ids.device, model_dtype(self.model))
+
+    def _probes(self) -> Iterator[tuple[int, Probe]]:
+        for probe in self.calibration.probes:
+            ready = self._ready(probe)
+            for row in range(len(self.lands)):
+                yield row, ready

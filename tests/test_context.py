@@ -15,7 +15,11 @@ import kveraser as kv
 from conftest import prefill, random_eraser, relative, same, states, tiny, token_ids
 from kveraser.context import TokenContext
 
-METHODS = [name for name in kv.methods() if name != "no-erase"]
+METHODS = [
+    *(name for name in kv.methods() if name != "no-erase"),
+    "kveraser:repair=6",
+    "attention-guided-repair:tokens=5",
+]
 
 
 class ContextMachine(RuleBasedStateMachine):
@@ -128,10 +132,8 @@ def test_restoring_a_span_that_had_repaired_another_erased_since_recomputes():
     context.erase_spans(second)
     report = context.restore(receipt)
     assert not report.bit_exact
-    assert report.exact
+    assert report.tokens_recomputed == 8  # what stands behind the second one: it had been recomputed without the first
     assert context.erased == (second,)
-    expected = prefill(context.model, context.token_ids[None], [10, 16])
-    assert relative(states(context.cache), states(expected)) < 1e-5
 
 
 @pytest.mark.parametrize("later", METHODS)

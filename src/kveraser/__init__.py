@@ -1,13 +1,13 @@
 """kveraser: erase a span from a language model's context after it has been processed."""
 
 from kveraser.backbone import load_backbone
-from kveraser.edit import erase, restore
+from kveraser.edit import erase, readers, restore
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import (
     BackboneError,
-    CalibrationError,
     CacheMismatchError,
+    CalibrationError,
     ContextError,
     EraserMismatchError,
     KVEraserError,
@@ -62,5 +62,6 @@ __all__ = [
     "erase",
     "load_backbone",
     "methods",
+    "readers",
     "restore",
 ]

@@ -1,4 +1,4 @@
-"""`erase` and `restore` on a plain transformers cache, in place, for people with a generate loop of their own.
+"""`erase`, `restore` and `readers` on a plain transformers cache, in place, for people with a generate loop of their own.
 
 Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions.
 """
@@ -21,12 +21,14 @@ from kveraser.cache import (
     get_marks,
     truncate,
 )
-from kveraser.eraser import KVEraser
-from kveraser.errors import CacheMismatchError, RestoreError
+from kveraser.eraser import KVEraser, default_eraser
+from kveraser.errors import CacheMismatchError, CalibrationError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseMethod, EraseReceipt, as_method, put_back
 from kveraser.methods.base import Edit, Plan, Undo
+from kveraser.methods.choosing import calibration_of
 from kveraser.model_view import as_batch
+from kveraser.readers import Scene, Text
 from kveraser.spans import Span, merge_spans
 
 
@@ -74,9 +76,10 @@ def run_edit(
     eraser: KVEraser | None,
     undo: bool,
     commit: Callable[[EraseReceipt], None] | None = None,
+    text: Text | None = None,
 ) -> EraseReceipt:
-    """Run one method on checked arguments."""
-    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser)
+    """Run one method on checked arguments; `text` as of `Edit`."""
+    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text)
     with torch.no_grad():
         return method.erase(edit, undo=undo, commit=commit)
 
@@ -122,6 +125,53 @@ def erase(
     return run_edit(model, cache, tokens, spans, chosen, eraser, undo)
 
 
+@torch.no_grad()
+def readers(
+    model: nn.Module,
+    cache: Cache,
+    token_ids: Tensor | list[int],
+    span: Span | Iterable[Span],
+    attention_mask: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    eraser: KVEraser | None = None,
+) -> Tensor:
+    """How much each token behind a span has attended to it: who would have to be recomputed to erase it.
+
+    Told from the cached keys and values (`kveraser.readers`), in the layers whose attention tells most; nothing is run
+    but, once per model, what calibrates it.
+
+    Args:
+        model, cache, token_ids, span, attention_mask, position_ids: as for `erase`.
+        eraser: whose calibration is used; None takes that of the model's own eraser.
+
+    Returns:
+        `(batch, suffix)` float32, one column for each slot from the first span's end on: a share of its attention, the
+        largest of any head, mean over layers; 0 for padding, for erased slots and for those of the spans.
+
+    Raises:
+        SpanError, UnsupportedCacheError, CacheMismatchError: as for `erase`.
+        CalibrationError: too little text to calibrate on, or keys and values that tell too little.
+    """
+    check_editable(model, cache)
+    tokens = _tokens(cache, token_ids, attention_mask, position_ids)
+    spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
+    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser)
+    calibration = calibration_of(edit, (eraser or default_eraser(model)).calibration)
+    if not calibration.tells:
+        raise CalibrationError(
+            f"keys and values explain {calibration.explained:.0%} of this model's queries, which is too little to tell "
+            "readers by (a longer context, or `kveraser.readers.calibrate` on some text, may help)"
+        )
+    scene = Scene.of(model, cache, tokens, spans, edit.marks.steered_spans, calibration)
+    found = torch.zeros(tokens.ids.shape, device=tokens.ids.device)
+    if len(scene.suffix):
+        found[:, scene.suffix] = scene.everywhere()
+    if tokens.mask is not None:
+        found *= tokens.mask
+    return found[:, spans[0].end :]
+
+
 def restore(
     cache: Cache,
     receipt: EraseReceipt,
@@ -156,7 +206,7 @@ def restore(
         )
     length = receipt.undo.length + later
     tokens = _tokens(cache, token_ids, attention_mask, None, length)
-    saved = Undo.take(cache, Plan(receipt.undo.layout_from, tuple(span for span, _ in receipt.undo.regions)), marks)
+    saved = Undo.take(cache, Plan(receipt.undo.layout_from, receipt.undo.kept), marks)
     try:
         put_back(cache, receipt)
         truncate(cache, receipt.undo.length)

@@ -20,9 +20,10 @@ from kveraser.context import TokenContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
 from kveraser.methods import EraseMethod, EraseReceipt
+from kveraser.readers import Text
 from kveraser.session_file import SessionState, read_session, write_session
 from kveraser.spans import Span
-from kveraser.text import decode, find_text, located
+from kveraser.text import any_text, decode, find_text, located
 
 What = Span | str | Iterable[Span | str]
 
@@ -124,6 +125,10 @@ class ErasableContext(TokenContext):
         """
         named = zip((message.id for message in self._messages), self._message_spans, strict=True)
         return located(what, named, self._find)
+
+    def _calibration_text(self) -> Text | None:
+        tokenizer = self.tokenizer
+        return None if tokenizer is None else lambda: tokenizer.encode(any_text(), add_special_tokens=False)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

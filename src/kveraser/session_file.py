@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from kveraser.cache import GrowableLayer, Marks, Steered, append, cache_length, get_marks, read, set_marks
 from kveraser.chat import Message
 from kveraser.context import EditRecord
-from kveraser.fingerprint import Fingerprint
 from kveraser.errors import SessionFileError
+from kveraser.fingerprint import Fingerprint
 from kveraser.ids import IdBuffer
 from kveraser.methods import EraseReceipt
 from kveraser.model_view import model_device, model_dtype
@@ -178,8 +178,11 @@ def _record_to_json(record: EditRecord) -> dict[str, Any]:
 
 def _record_from_json(entry: dict[str, Any]) -> EditRecord:
     fields = dict(entry["receipt"])
-    for name in ("spans", "removed", "steered"):
-        fields[name] = tuple(Span(**span) for span in fields[name])
+    for name in ("spans", "removed", "steered", "recomputed"):
+        fields[name] = tuple(
+            Span(**span) for span in fields.get(name, ())
+        )  # older sessions do not say what was recomputed
+    fields["notes"] = tuple(fields.get("notes", ()))
     fields["stand_ins"] = tuple((Span(**span), source) for span, source in fields["stand_ins"])
     dropped = tuple(Span(**span) for span in entry["dropped"])
     return EditRecord(EraseReceipt(**fields), dropped, entry["purged"])

@@ -13,6 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from kveraser.errors import SpanError
 from kveraser.spans import Span
 
+_ENOUGH = 20_000
+"""Characters, of any language model's tokens more than the 2,000 that calibrating takes."""
+
+
+def any_text() -> str:
+    """Some English prose that every installation has: Python's own documentation."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[:_ENOUGH]
+
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The text of ids as it was written: special tokens kept, nothing tidied up."""

@@ -8,8 +8,8 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from conftest import build, make_config
-from kveraser.fingerprint import Fingerprint
 from kveraser.export.names import Naming
+from kveraser.fingerprint import Fingerprint
 
 VOCABULARY = 320
 LETTERS = [chr(code) for code in range(33, 127)]

@@ -21,11 +21,11 @@ from kveraser.demo.tell import tell
 from kveraser.engines.llama_cpp import METHODS, LlamaCppContext, LlamaCppModel
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.eraser import shipped_erasers
-from kveraser.fingerprint import Fingerprint
 from kveraser.evaluation import leaks, read_parts
 from kveraser.evaluation.compare import PROTOCOLS
 from kveraser.evaluation.runner import EvalOptions, draw
 from kveraser.export import EraserFiles, write_gguf_backbone
+from kveraser.fingerprint import Fingerprint
 from kveraser.methods import NoErase, as_method
 from kveraser.tasks import Filler, read_passages
 

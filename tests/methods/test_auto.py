@@ -41,7 +41,13 @@ def test_auto_recomputes_short_suffixes_and_steers_before_long_ones(suffix, chos
 
 def test_auto_without_a_trained_eraser_steers_with_a_neutral_one():
     model, ids = tiny(), token_ids(40)
-    receipt = kv.erase(model, prefill(model, ids), ids, kv.Span(5, 9), method=kv.Auto(costs=CostModel(PassCost(10.0, 1.0, 0.0), PassCost(0.0, 0.0, 0.0))))
+    receipt = kv.erase(
+        model,
+        prefill(model, ids),
+        ids,
+        kv.Span(5, 9),
+        method=kv.Auto(costs=CostModel(PassCost(10.0, 1.0, 0.0), PassCost(0.0, 0.0, 0.0))),
+    )
     assert (receipt.method, receipt.eraser) == ("kveraser", "neutral")
 
 

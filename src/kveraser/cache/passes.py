@@ -256,6 +256,7 @@ def look(model: nn.Module, cache: Cache, tokens: Tokens, span: Span, layer: int)
 
 
 def range_bytes(cache: Cache, count: int) -> int:
+    """Bytes of the states of so many slots."""
     total = 0
     for layer in cache.layers:
         for states in (layer.keys, layer.values):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -99,17 +100,19 @@ class _Sight:
         edges = [0, *((passed[1:] != passed[:-1]).nonzero()[:, 0] + 1).tolist(), len(repair.sees)]
         inv_freq, pairing = frequencies(model), rotary_layout(model).pairing
         blocks: list[tuple[slice, Rotation | None]] = []
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in pairwise(edges):
             delta = (before(repair.slots) - before(repair.sees[a : a + 1])).clamp(min=0)
             blocks.append((slice(a, b), Rotation(-delta, inv_freq, pairing) if bool(delta.any()) else None))
         return blocks
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, rotary: bool) -> Tensor:
         """From `(batch, heads, n, head_dim)` queries to `(batch, n, heads, head_dim)`, in float32."""
-        batch, heads, count, size = query.shape
+        heads, count = query.shape[1:3]
         shown = (keys[:, :, self.columns].float(), values[:, :, self.columns].float())
         rows = max(_SCORES // (heads * shown[0].shape[2]), 1)
-        parts = [self._rows(query, slice(at, min(at + rows, count)), shown, scaling, rotary) for at in range(0, count, rows)]
+        parts = [
+            self._rows(query, slice(at, min(at + rows, count)), shown, scaling, rotary) for at in range(0, count, rows)
+        ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
 
     def _rows(self, query: Tensor, rows: slice, shown: tuple[Tensor, Tensor], scaling: float, rotary: bool) -> Tensor:

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.backbone import DEFAULT_BACKBONE, load_backbone
-from kveraser.eraser import KVEraser, shipped_eraser
-from kveraser.errors import EraserMismatchError, KVEraserError
+from kveraser.eraser import KVEraser, default_eraser
+from kveraser.errors import KVEraserError, UnsupportedCacheError
 
 # A pipe or a file has no width; tables need some.
 stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
@@ -76,12 +76,12 @@ def load(
 
 
 def find_eraser(path: str | None, model: PreTrainedModel) -> KVEraser | None:
-    """The eraser in a folder or on the hub; without a path the one that ships for the model, or None."""
+    """The eraser in a folder or on the hub; without a path the model's own, or None for one that cannot be edited."""
     if path:
         return KVEraser.from_pretrained(path, model)
     try:
-        return shipped_eraser(model)
-    except EraserMismatchError:
+        return default_eraser(model)
+    except UnsupportedCacheError:
         return None
 
 

@@ -30,7 +30,7 @@ from kveraser.demo.latency import SUFFIXES, latency_methods, measure_latency
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import tell
 from kveraser.erasable import ErasableContext
-from kveraser.eraser import KVEraser, shipped_eraser
+from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, MethodResult, leaks
 from kveraser.evaluation.compare import Context
@@ -107,7 +107,7 @@ Made = tuple[Callable[[int], Context], list[EraseMethod]]
 
 def _transformers(model: str, eraser: str | None, device: str | None, dtype: str | None, quiet: bool) -> Made:
     backbone, tokenizer = load(model, device, dtype, quiet=quiet)
-    tool = KVEraser.from_pretrained(eraser, backbone) if eraser else shipped_eraser(backbone)
+    tool = KVEraser.from_pretrained(eraser, backbone) if eraser else default_eraser(backbone)
     return lambda _: ErasableContext(backbone, tokenizer, tool), [as_method(name) for name in methods()]
 
 

@@ -18,13 +18,14 @@ from kveraser.backbone_files import local_gguf, remedies
 from kveraser.backbones import BACKBONES, NamedBackbone
 from kveraser.cache import check_model
 from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
-from kveraser.eraser import shipped_eraser, shipped_erasers
-from kveraser.errors import BackboneError, EraserMismatchError, UnsupportedCacheError
+from kveraser.eraser import default_eraser, shipped_erasers
+from kveraser.errors import BackboneError, UnsupportedCacheError
 from kveraser.methods import methods
 from kveraser.paths import cache_folder
 from kveraser.rope import rotary_layout
 
 _READ_WHOLE = 200_000_000  # bytes of a GGUF file; weights from larger ones take too long to read for a look
+_KINDS = {"trained": "the trained eraser that ships for it", "neutral": "the neutral eraser, which needs no training"}
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "gguf")
 
 
@@ -74,13 +75,9 @@ def support(name: str) -> dict[str, str]:
     try:
         rotary_layout(model)
     except UnsupportedCacheError as error:
-        for method in ("delete-and-shift", "local-suffix-repair", "selective-recompute"):
+        for method in ("delete-and-shift", "local-suffix-repair", "selective-recompute", "attention-guided-repair"):
             verdicts[method] = str(error)
-    try:
-        shipped_eraser(model)
-    except EraserMismatchError as error:
-        verdicts["kveraser"] = f"needs an eraser: {error}"
-        verdicts["auto"] = "yes, but always by full-recompute without an eraser"
+    verdicts["kveraser"] = f"yes, with {_KINDS[default_eraser(model).kind]}"
     return verdicts
 
 

@@ -8,13 +8,14 @@ needed, so a method that moves the suffix does not make older spans stale.
 
 from __future__ import annotations
 
-from kveraser.context.erasing import Erasing, RestoreReport
+from kveraser.context.erasing import Erasing
 from kveraser.context.repairing import Repairing, RepairProgress
+from kveraser.context.restoring import RestoreReport, Restoring
 from kveraser.context.running import Running
 from kveraser.context.state import PURGED, ContextState, EditRecord
 
 
-class TokenContext(Erasing, Repairing, Running):
+class TokenContext(Erasing, Restoring, Repairing, Running):
     """A context of token ids whose spans can be erased, restored, repaired and purged. One row; thread-safe.
 
     Args:

@@ -185,7 +185,7 @@ class KVEraser:
 
     @property
     def kind(self) -> str:
-        """"trained" or "neutral"."""
+        """ "trained" or "neutral"."""
         return "neutral" if self.is_neutral else "trained"
 
     # -- using it ------------------------------------------------------------------------------------------------

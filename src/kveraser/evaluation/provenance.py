@@ -66,9 +66,11 @@ def eraser_facts(eraser: KVEraser | None) -> dict[str, Any] | None:
         digest.update(name.encode())
         digest.update(weight.bfloat16().view(torch.int16).numpy().tobytes())
     return {
-        "rank": eraser.lora_config.r,
+        "kind": eraser.kind,
+        "rank": eraser.lora_config.r if eraser.lora_config else None,
         "window": eraser.window,
         "repair": eraser.repair,
+        "choose": eraser.choose,
         "sha256": digest.hexdigest(),
         "notes": eraser.config.notes,
     }

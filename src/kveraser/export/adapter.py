@@ -19,10 +19,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from kveraser.eraser import EraserConfig
-from kveraser.fingerprint import Fingerprint
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
 from kveraser.export.source import EraserFiles
+from kveraser.fingerprint import Fingerprint
 from kveraser.paths import appearing_whole
 
 FORMAT = 1

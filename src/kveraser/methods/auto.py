@@ -66,7 +66,7 @@ class Auto(EraseMethod):
         count = min(steering.budget(edit), suffix)
         if not count:
             return 0.0
-        columns = min(len(edit.kept), most_shown(count, steering.keys))
+        columns = most_shown(count, len(edit.kept), steering.keys)
         telling = costs.tell(suffix) if count < suffix else 0.0
         return telling + costs.steer(0, count, columns) - (costs.steering.base if steering.passes(edit) else 0.0)
 

@@ -28,14 +28,13 @@ from kveraser.cache import (
     Tokens,
     append,
     cache_length,
-    get_marks,
     set_marks,
     snapshot,
     truncate,
     write,
     writing,
 )
-from kveraser.errors import RestoreError, SpanError
+from kveraser.errors import SpanError
 from kveraser.interrupts import uninterrupted
 from kveraser.readers import Text
 from kveraser.spans import Span, gaps, merge_spans
@@ -209,6 +208,33 @@ class Undo:
             else:
                 write(cache, span.start, states)
         set_marks(cache, self.marks)
+
+    @property
+    def kept(self) -> tuple[Span, ...]:
+        """The slots whose states are kept."""
+        return tuple(span for span, _ in self.regions)
+
+    def states_of(self, span: Span) -> States:
+        """The kept states of some slots, all of one region."""
+        region, states = next((r, s) for r, s in self.regions if r.start <= span.start and span.end <= r.end)
+        part = slice(span.start - region.start, span.end - region.start)
+        return [(keys[:, :, part], values[:, :, part]) for keys, values in states]
+
+    def adopt(self, span: Span, states: States) -> None:
+        """Keep other states for some slots, instead of or besides those that are kept."""
+        for region, own in self.regions:
+            a, b = max(region.start, span.start), min(region.end, span.end)
+            if a >= b:
+                continue
+            for mine, theirs in zip(own, states, strict=True):
+                for old, new in zip(mine, theirs, strict=True):
+                    with torch.inference_mode(old.is_inference()):
+                        old[:, :, a - region.start : b - region.start] = new[:, :, a - span.start : b - span.start]
+        for run in gaps(sorted(own for own in self.kept if own.overlaps(span)), span.end, span.start):
+            part = slice(run.start - span.start, run.end - span.start)
+            self.regions.append(
+                (run, [(keys[:, :, part].clone(), values[:, :, part].clone()) for keys, values in states])
+            )
 
     def clear(self) -> None:
         """Overwrite the kept states with zeros and let go of them."""
@@ -416,56 +442,3 @@ class EraseMethod(ABC):
             for steered in edit.marks.steered_spans:
                 if span.overlaps(steered):
                     raise SpanError(f"span {span} overlaps {steered}, which is erased already; restore that one first")
-
-
-def put_back(cache: Cache, receipt: EraseReceipt) -> int:
-    """Undo an edit by the states its receipt kept; returns the length the cache had right after the edit.
-
-    Allowed for the newest edit, and for an older one when it and all later ones left every slot in its place, and none
-    of the later ones wrote a slot that it had written.
-
-    Raises:
-        RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped since, or
-            later edits are in the way.
-    """
-    marks = get_marks(cache)
-    ids = [mark.id for mark in marks.edits]
-    if receipt.id not in ids:
-        raise RestoreError(
-            f"this cache knows no {receipt.method} edit of {receipt.span} with that receipt: it was restored before, "
-            "made final, or belongs to another cache"
-        )
-    if receipt.undo is None or receipt.undo.cleared:
-        raise RestoreError(f"the {receipt.method} edit of {receipt.span} kept no states (undo=False, or purged)")
-    index = ids.index(receipt.id)
-    mark, later = marks.edits[index], marks.edits[index + 1 :]
-    if later and not (mark.in_place and all(other.in_place for other in later)):
-        raise RestoreError(
-            f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
-            "restore the later ones first, newest to oldest"
-        )
-    if cache_length(cache) < mark.length_after:
-        raise RestoreError(
-            f"the cache was cropped to {cache_length(cache)} tokens after the edit left {mark.length_after}; "
-            "what was cropped cannot be put back"
-        )
-    if not later:
-        with uninterrupted():
-            receipt.undo.put_back(cache)
-            undone = {edit.id for edit in receipt.undo.marks.edits} - set(ids)
-            set_marks(cache, receipt.undo.marks.without_edits(undone))
-        return mark.length_after
-    kept = [span for span, _ in receipt.undo.regions]
-    if any(span.overlaps(other) for edit in later for other in edit.written for span in kept):
-        raise RestoreError(  # the kept states may hold what a later edit has erased
-            f"a later edit wrote slots that the {receipt.method} edit of {receipt.span} kept the states of; restore the "
-            "later one first"
-        )
-    if cache_length(cache) != mark.length_after:
-        raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
-    with uninterrupted():
-        steered = [entry for entry in marks.steered if entry.span not in receipt.steered]
-        for span, states in receipt.undo.regions:
-            write(cache, span.start, states)
-        set_marks(cache, replace(marks, steered=tuple(steered)).without_edits({receipt.id}))
-    return mark.length_after

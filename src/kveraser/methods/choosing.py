@@ -123,9 +123,9 @@ def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> Tens
     return (shown & stays).nonzero()[:, 0]
 
 
-def most_shown(count: int, keys: int | None) -> float:
-    """How many slots `count` chosen tokens see at most."""
-    return float("inf") if keys is None else SHARED * keys + NEAREST * count + SINK
+def most_shown(count: int, kept: int, keys: int | None) -> int:
+    """How many of the `kept` slots `count` chosen tokens see at most."""
+    return kept if keys is None else min(SHARED * keys + NEAREST * count + SINK, kept)
 
 
 def next_tokens(edit: Edit, budget: int, note: str) -> Choice:

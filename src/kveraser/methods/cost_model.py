@@ -70,7 +70,6 @@ class CostModel:
         alone = self.steering.base + self.steering.token * steered + self.plain.token * repaired
         return alone + (self.steering.pair * steered + self.plain.pair * repaired) * columns
 
-
     def tell(self, suffix: int) -> float:
         """Predicted seconds of telling who in a suffix has read a span."""
         return self.telling.seconds(suffix, 0)

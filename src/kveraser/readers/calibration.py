@@ -9,6 +9,7 @@ there: two prefills of the same text, one of them with some spans masked.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +86,9 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
         raise CalibrationError(
             f"{count} tokens are too little to calibrate on; give a text of at least {LEAST_TOKENS} (any text will do)"
         )
-    seen = observe(model, text)
     spans = _spans(count)
+    text = _repeating(text, spans)
+    seen = observe(model, text)
     gone = torch.zeros(count, dtype=torch.bool, device=text.device)
     for start in spans:
         gone[start : start + _SPAN] = True
@@ -96,9 +98,9 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
     for start in spans:
         counted[start : start + _SPAN + _AFTER] = False
     looks = _look_at(seen, gone)
-    worth = [_worth(mass.mean(0)[counted], changes[counted]) for mass, _ in looks]
+    worth = [_worth(mass.amax(0)[counted], changes[counted]) for mass, _ in looks]
     total = len(worth)
-    able = range(max(total // 3, min(1, total - 1)), max(total * 4 // 5, total // 3 + 1))
+    able = range(total // 2, max(total * 4 // 5, total // 2) + 1)
     best = sorted(able, key=lambda index: -worth[index])[:LAYERS]
     turning = Turning(model)
     turns = turning.at(slots)
@@ -153,6 +155,16 @@ def _spans(count: int) -> list[int]:
     """Where the spans are that are left out: four of them, or one in a short text."""
     places = 4 if count >= 4 * LEAST_TOKENS else 1
     return [int(count * (index + 0.3) / (places + 0.3)) for index in range(places)]
+
+
+def _repeating(text: Tensor, spans: list[int]) -> Tensor:
+    """The text with what is to be left out said again later on: whoever repeats a thing has read it."""
+    said = text.clone()
+    for start, end in pairwise([*spans, text.shape[1]]):
+        later = start + (end - start) * 2 // 3
+        room = min(_SPAN, text.shape[1] - later)
+        said[:, later : later + room] = text[:, start : start + room]
+    return said
 
 
 def _without(gone: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,13 @@ def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
 
 
 def choose(
-    slots: Tensor, scores: Tensor, always: Tensor, budget: int, *, coverage: float | None = None, block: int | None = None
+    slots: Tensor,
+    scores: Tensor,
+    always: Tensor,
+    budget: int,
+    *,
+    coverage: float | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """The slots to recompute, in order.
 

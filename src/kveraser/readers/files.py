@@ -37,7 +37,9 @@ def write_calibration(file: Path, calibration: Calibration) -> None:
     for index, probe in enumerate((calibration.scan, *calibration.probes)):
         for name in (*_MATRICES, *_VECTORS):
             kept = getattr(probe, name)
-            tensors[f"{index}.{name}"] = kept.to(torch.float16 if name in _MATRICES else torch.float32).cpu().contiguous()
+            tensors[f"{index}.{name}"] = (
+                kept.to(torch.float16 if name in _MATRICES else torch.float32).cpu().contiguous()
+            )
         about = (probe.layer, probe.sources, probe.heads, probe.scaling, round(probe.explained, 4))
         probes.append(dict(zip(("layer", "sources", "heads", "scaling", "explained"), about, strict=True)))
     tensors["neutral"] = tensors["neutral"].cpu().contiguous()
@@ -80,7 +82,9 @@ def cached_file(model: nn.Module) -> Path:
 
 def _probe(index: int, about: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:
     parts = {name: tensors[f"{index}.{name}"].float() for name in (*_MATRICES, *_VECTORS)}
-    return Probe(about["layer"], tuple(about["sources"]), about["heads"], about["scaling"], **parts, explained=about["explained"])
+    return Probe(
+        about["layer"], tuple(about["sources"]), about["heads"], about["scaling"], **parts, explained=about["explained"]
+    )
 
 
 def _checksum(body: str, tensors: dict[str, Tensor]) -> str:

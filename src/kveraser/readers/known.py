@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from kveraser.errors import CalibrationError
@@ -58,7 +59,7 @@ def calibration_for(model: nn.Module, text: Text) -> Calibration:
     found = known_calibration(model)
     if found is not None:
         return found
-    ids = text()
+    ids = torch.as_tensor(text(), dtype=torch.long)
     count = len(ids)
     made = calibrate(model, ids) if count >= LEAST_TOKENS else calibrate_hiding(model, ids)
     if count >= KEPT_FROM:

@@ -119,13 +119,17 @@ def _near_run(grouped: Tensor, slots: Tensor, keys: Tensor, land: Landscape, hea
     shown = F.pad(keys[:, max(low, 0) : min(high, keys.shape[1])], (0, 0, max(-low, 0), max(high - keys.shape[1], 0)))
     windows = shown.unfold(1, 2 * NEAR, NEAR)  # (groups, blocks, head_dim, 2 * NEAR)
     rows = F.pad(grouped.view(groups, -1, count, size), (0, 0, 0, blocks * NEAR - count))
-    rows = rows.view(groups, -1, blocks, NEAR, size).transpose(1, 2)  # (groups, blocks, heads of a group, NEAR, head_dim)
+    rows = rows.view(groups, -1, blocks, NEAR, size).transpose(
+        1, 2
+    )  # (groups, blocks, heads of a group, NEAR, head_dim)
     scores = (rows.flatten(2, 3) @ windows).view(groups, blocks, -1, NEAR, 2 * NEAR).float()
     place = torch.arange(NEAR, device=keys.device)[:, None]
     offset = torch.arange(2 * NEAR, device=keys.device)[None]
     band = (offset > place) & (offset <= place + NEAR)
     columns = torch.arange(low, high, device=keys.device)
-    counts = (_countable(columns.clamp(max=len(land.live) - 1), land) & (columns < len(land.live))).unfold(0, 2 * NEAR, NEAR)
+    counts = (_countable(columns.clamp(max=len(land.live) - 1), land) & (columns < len(land.live))).unfold(
+        0, 2 * NEAR, NEAR
+    )
     scores = scores.masked_fill_(~(band & counts[:, None])[None, :, None], _NEVER)
     found = scores.logsumexp(-1).transpose(1, 2).reshape(groups, -1, blocks * NEAR)
     return found[:, :, :count].reshape(heads, count)

@@ -15,15 +15,19 @@ from torch import Tensor
 
 from kveraser.readers.probes import Turning
 
-REACH = (0, 1, 8, 64, 256, 1024, 2048, 4096, 8192)
-"""Positions behind the key at which queries are part of the fit."""
+REACH = 8192
+"""So many positions behind the key, queries are part of the fit (of a model with rotary dimensions that are slow enough)."""
+_DRAWS = 12
+"""Of how far behind the key a query is, for each of them."""
 _WANTED = 40.0
 """Nats below the denominator that the score of every query of the fit shall be."""
+_MOST_TURNED = 0.8
+"""Radians by which the slowest rotary dimension may have turned at the farthest of these."""
 _STEPS = 150
 _TOKENS = 256
 _UNLIKE = 4
 """First tokens of a text, which are unlike all others."""
-_LONGEST = 40.0
+_LONGEST = 200.0
 """Longest key, in multiples of the square root of its dimensions."""
 
 
@@ -43,14 +47,17 @@ def neutral_keys(queries: list[Tensor], denominators: list[Tensor], scalings: li
     chosen = torch.arange(len(positions) - 1, -1, -step, device=positions.device)[:_TOKENS]  # of a text's end first
     chosen = chosen[chosen >= min(_UNLIKE, len(positions) - 1)]
     back = turning.at(positions[chosen])
+    farthest = min(REACH, int(_MOST_TURNED / turning.slowest))
+    generator = torch.Generator().manual_seed(0)
+    drawn = (farthest + 1) ** torch.rand(_DRAWS, len(chosen), generator=generator)  # as many near as far
+    ahead = [turning.at(reach) for reach in (drawn - 1).long().to(positions.device)]
     found = []
     for layer, (all_queries, whole, scaling) in enumerate(zip(queries, denominators, scalings, strict=True)):
         at_origin = back.to_origin(all_queries[:, chosen].float(), layer)
         heads, count, size = at_origin.shape
-        ahead = [turning.at(torch.full((count,), reach, device=positions.device)) for reach in REACH]
         seen = torch.stack([turns.to_place(at_origin, layer) for turns in ahead], 1)
         rows = (seen * scaling).reshape(groups, -1, size)
-        wanted = whole[:, None, chosen].expand(heads, len(REACH), count).reshape(groups, -1)
+        wanted = whole[:, None, chosen].expand(heads, len(ahead), count).reshape(groups, -1)
         found.append(_dislike(rows, wanted))
     return torch.stack(found)
 
@@ -64,7 +71,7 @@ def _dislike(rows: Tensor, whole: Tensor) -> Tensor:
     """
     second = rows.transpose(1, 2) @ rows / rows.shape[1]
     second.diagonal(dim1=1, dim2=2).add_(1e-2 * second.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-9)
-    keys = -torch.linalg.solve(second, rows.mean(1)[..., None])[..., 0]
+    keys: Tensor = -torch.linalg.solve(second, rows.mean(1)[..., None])[..., 0]
     worst = _worst(rows, keys)
     keys = keys * (_WANTED / worst.abs().clamp(min=1e-3)).clamp(max=1.0).unsqueeze(-1)
     size = rows.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)[..., 0]

@@ -36,6 +36,11 @@ class Turning:
             layout = rotary_layout(model)
             self.rotary, self.pairing, self.inv_freq = layout.rotary, layout.pairing, frequencies(model)
 
+    @property
+    def slowest(self) -> float:
+        """Radians per position of the slowest rotary dimension."""
+        return float(self.inv_freq.min()) if self.rotary is not None else 1e-9
+
     def at(self, positions: Tensor) -> Turns:
         """The turns of tokens at `(tokens,)` positions."""
         if self.rotary is None:
@@ -178,10 +183,12 @@ def _ridge(inputs: Tensor, outputs: Tensor) -> Tensor:
     if width <= count:
         gram = inputs.T @ inputs
         gram.diagonal().add_(penalty)
-        return torch.linalg.solve(gram, inputs.T @ outputs)
+        found: Tensor = torch.linalg.solve(gram, inputs.T @ outputs)
+        return found
     gram = inputs @ inputs.T
     gram.diagonal().add_(penalty)
-    return inputs.T @ torch.linalg.solve(gram, outputs)
+    dual: Tensor = torch.linalg.solve(gram, outputs)
+    return inputs.T @ dual
 
 
 def norm_of(model: nn.Module, layer: int) -> tuple[nn.Module | None, tuple[int, ...]]:

@@ -82,7 +82,7 @@ class Scene:
         return probe.queries(read, turns, *norm_of(self.model, probe.layer))
 
     def thin(self) -> Tensor:
-        """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, mean over heads."""
+        """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, the largest of any head."""
         assert self.calibration.scan is not None
         probe = self._ready(self.calibration.scan)
         first, last = self.spans[0].start, self.tokens.length
@@ -93,17 +93,17 @@ class Scene:
                 slots = torch.arange(start, min(start + CHUNK, last), device=keys.device)
                 told = self.queries(probe, row, slots, run=True)
                 mass, _ = span_mass(told, slots, keys, probe.scaling, land, run=True)
-                found[row, slots] = mass.mean(0)
+                found[row, slots] = mass.amax(0)
         return found[:, self.suffix]
 
     def close(self, slots: Tensor) -> Tensor:
-        """Masses of some slots by the close look, `(batch, slots)`, mean over heads and layers."""
+        """Masses of some slots by the close look, `(batch, slots)`, the largest of any head, mean over layers."""
         found = torch.zeros(len(self.lands), len(slots), device=slots.device)
         for row, probe in self._probes():
             told = self.queries(probe, row, slots, run=False)
             keys = self.cache.layers[probe.layer].keys[row]
             mass, _ = span_mass(told, slots, keys, probe.scaling, self.lands[row], run=False)
-            found[row] += mass.mean(0)
+            found[row] += mass.amax(0)
         return found / len(self.calibration.probes)
 
     def everywhere(self) -> Tensor:

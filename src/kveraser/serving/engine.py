@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.cache import PREFILL_CHUNK, cache_length
 from kveraser.chat import Message, added_by
-from kveraser.eraser import KVEraser, shipped_eraser
-from kveraser.errors import ContextError, EraserMismatchError, OptionError
+from kveraser.eraser import KVEraser, default_eraser
+from kveraser.errors import ContextError, OptionError
 from kveraser.model_view import causal_lm, model_dtype, text_config
 from kveraser.serving.contexts import Held, Reused, reuse_by_steering, reuse_exactly, whole_placeholders
 from kveraser.serving.decoding import Piece, Sampling, TokenLogprob, decode, end_ids
@@ -124,13 +124,7 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options or EngineOptions()
-        if eraser is None:
-            try:
-                eraser = shipped_eraser(model)
-            except EraserMismatchError:
-                if self.options.policy == "kveraser":
-                    raise
-        self.eraser = eraser
+        self.eraser = eraser or default_eraser(model)
         config = text_config(model)
         self.context_length = int(config.max_position_embeddings)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -175,8 +169,6 @@ class Engine:
                 f"{total} tokens do not fit into the cache budget of {self.options.cache_budget} bytes; "
                 "a shorter prompt or a server with a larger --cache-budget is needed"
             )
-        if prompt.policy == "kveraser" and self.eraser is None:
-            raise ContextError("there is no eraser for this model, so the policy must be 'exact' or 'auto'")
 
     def complete(self, prompt: Prompt, job: Job, emit: Callable[[Piece, Reply], None] | None = None) -> Reply:
         """Answer a request; in the worker's thread.
@@ -219,7 +211,7 @@ class Engine:
         """A context that holds the beginning of the prompt, at least its last token left to be run."""
         wanted = np.asarray(prompt.ids[:-1], dtype=np.int64)
         needed = int((len(prompt.ids) + prompt.sampling.max_tokens) * self.token_bytes * _GROWTH)
-        steer = prompt.policy != "exact" and self.eraser is not None
+        steer = prompt.policy != "exact"
         held, found = self._find(prompt.owner, wanted, steer)
         if held is None or found is None:
             self.store.make_room(needed)

@@ -101,10 +101,11 @@ def _first_eraser(
         hide(eraser, model, texts, options.hidden)
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
-        if found.lora_config.r != options.rank:
+        rank = found.lora_config.r if found.lora_config else 0
+        if rank != options.rank:
             raise EraserMismatchError(
-                f"the eraser in {start} has rank {found.lora_config.r}, the configuration says {options.rank}; "
-                f"give --set eraser.rank={found.lora_config.r}"
+                f"the eraser in {start} has rank {rank}, the configuration says {options.rank}; "
+                f"give --set eraser.rank={rank}"
             )
         eraser.load_weights(start)
     return eraser

@@ -128,7 +128,7 @@ class Erasing(LlamaCppState):
 
     def _repair(self, method: Steering) -> int:
         assert self.eraser is not None
-        return self.eraser.config.repair if method.repair is None else method.repair
+        return self.eraser.config.repair_next if method.repair is None else method.repair
 
     def _targets(
         self, method: Steering, spans: tuple[Span, ...], end: int, marks: Marks

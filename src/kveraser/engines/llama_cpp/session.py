@@ -134,7 +134,10 @@ def _record_to_json(record: EditRecord) -> dict[str, Any]:
 
 def _record_from_json(entry: dict[str, Any]) -> EditRecord:
     fields = dict(entry["receipt"])
-    for name in ("spans", "removed", "steered"):
-        fields[name] = tuple(Span(**span) for span in fields[name])
+    for name in ("spans", "removed", "steered", "recomputed"):
+        fields[name] = tuple(
+            Span(**span) for span in fields.get(name, ())
+        )  # older sessions do not say what was recomputed
+    fields["notes"] = tuple(fields.get("notes", ()))
     fields["stand_ins"] = ()
     return EditRecord(LlamaCppReceipt(**fields), tuple(Span(**span) for span in entry["dropped"]))

@@ -1,0 +1,206 @@
+"""Undoing erases.
+
+Knows: receipts, what can be put back and what has to be recomputed. Does not know how the erases were made.
+
+An older edit's kept states may have read what a later one erased. Such states are not put back: their tokens are computed
+anew without it. They are handed on to the later edit, whose own restoring then brings them back, so that restoring all
+edits, in whatever order, ends bit for bit where it began.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kveraser.cache import EditMark, Repair, Tokens, cache_length, get_marks, repair_slots, set_marks, truncate, write
+from kveraser.context.state import ContextState, EditRecord
+from kveraser.errors import RestoreError
+from kveraser.interrupts import uninterrupted
+from kveraser.methods import EraseReceipt, Undo, put_back
+from kveraser.methods.base import Plan
+from kveraser.methods.putting_back import stale_from
+from kveraser.spans import Span, SpanLedger, gaps, union_spans
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """What a restore did.
+
+    Attributes:
+        bit_exact: whether every state is the very one from before the erase.
+        exact: whether the whole cache now equals a fresh prefill of what is in the context.
+        tokens_recomputed: tokens that were run again (those appended since, those whose kept states had read what was erased
+            later, or everything behind the span).
+        seconds: wall-clock time.
+    """
+
+    bit_exact: bool
+    exact: bool
+    tokens_recomputed: int
+    seconds: float
+
+
+class Restoring(ContextState):
+    """`restore`."""
+
+    @torch.no_grad()
+    def restore(self, receipt: EraseReceipt) -> RestoreReport:
+        """Undo an erase.
+
+        Bit-exact for the newest edit while nothing was appended since, and for an older one that stayed in place and is
+        not behind what later ones erased. Otherwise what is needed is recomputed: the tokens appended since, those whose
+        kept states had read what was erased later, or everything behind the span; the report says so. Restoring all
+        in-place edits in any order ends bit for bit at the states before the first.
+
+        Raises:
+            RestoreError: a receipt of another context, restored before, or made final by `purge`. Nothing is changed.
+        """
+        with self._lock:
+            started = time.perf_counter()
+            record = self._record(receipt)
+            marks = get_marks(self.cache)
+            undo = record.undo()
+            place = next((index for index, edit in enumerate(marks.edits) if edit.id == receipt.id), None)
+            if undo is None or undo.cleared or place is None:
+                recomputed = self._restore_by_recomputing(record)
+                return RestoreReport(False, self.exact, recomputed, time.perf_counter() - started)
+            mark, later = marks.edits[place], marks.edits[place + 1 :]
+            steady = mark.in_place and all(edit.in_place for edit in later)
+            if later and steady and undo.kept and cache_length(self.cache) == mark.length_after:
+                recomputed = self._restore_in_place(record, undo, stale_from(later))
+                return RestoreReport(not recomputed, self.exact, recomputed, time.perf_counter() - started)
+            tail = self._slots.view[mark.length_after :].clone()
+            saved = Undo.take(self.cache, Plan(undo.layout_from, undo.kept), marks)
+            try:
+                put_back(self.cache, replace(receipt, undo=undo))
+            except RestoreError:
+                recomputed = self._restore_by_recomputing(record)
+                return RestoreReport(False, self.exact, recomputed, time.perf_counter() - started)
+            try:
+                if len(tail):
+                    truncate(self.cache, undo.length)
+                    self._extend_cache([*self._ids_of_slots_before(record), *tail.tolist()])
+            except BaseException:
+                with uninterrupted():
+                    saved.put_back(self.cache)
+                raise
+            with uninterrupted():
+                self._unmark(record)
+                self._rebuild_slots()
+            return RestoreReport(not len(tail), self.exact, len(tail), time.perf_counter() - started)
+
+    def _restore_in_place(self, record: EditRecord, undo: Undo, stale: float) -> int:
+        """Restore an edit under later ones, none of which moved a slot; returns how many tokens were recomputed.
+
+        Args:
+            stale: the first slot whose kept state must not come back.
+        """
+        marks = get_marks(self.cache)
+        ids = [edit.id for edit in marks.edits]
+        later = marks.edits[ids.index(record.receipt.id) + 1 :]
+        others = [entry for entry in marks.steered if entry.span not in record.receipt.steered]
+        hidden = tuple(sorted(entry.span for entry in others))
+        first = min(span.start for span in undo.kept)
+        kept = [(span, *_split(span, stale)) for span in sorted(undo.kept)]
+        behind = [part for _, _, part in kept if part is not None]
+        revised = [span for edit in later for span in edit.written if span.end > first]
+        again = [
+            run
+            for span in union_spans((*behind, *revised))
+            if span.end > first
+            for run in _outside(hidden, Span(max(span.start, first), span.end))
+        ]
+        touched = union_spans((*undo.kept, *again))
+        saved = Undo.take(self.cache, Plan(cache_length(self.cache), touched), marks)
+        ledger = self._ledger_without(record)
+        try:
+            for _, before, _ in kept:
+                if before is not None:
+                    write(self.cache, before.start, undo.states_of(before))
+            if again:
+                slots = torch.cat([torch.arange(run.start, run.end, device=self.device) for run in again])
+                live = gaps(hidden, cache_length(self.cache))
+                sees = torch.cat([torch.arange(run.start, run.end, device=self.device) for run in live])
+                tokens = Tokens(torch.tensor([self._slot_ids(ledger)], device=self.device))
+                repair_slots(self.model, self.cache, tokens, [Repair(slots, sees, hidden)])
+        except BaseException:
+            with uninterrupted():
+                saved.put_back(self.cache)
+            raise
+        with uninterrupted():
+            for _, _, part in kept:
+                if part is not None:
+                    self._hand_on(undo, part, later)
+            set_marks(self.cache, replace(marks, steered=tuple(others)).without_edits({record.receipt.id}))
+            self._unmark(record)
+            self._rebuild_slots()
+        return sum(map(len, again))
+
+    def _hand_on(self, undo: Undo, span: Span, later: Sequence[EditMark]) -> None:
+        """Let later edits bring back states that they made stale, each state by the first edit that did."""
+        rest: Span | None = span
+        for edit in later:
+            if rest is None:
+                return
+            rest, part = _split(rest, stale_from([edit]))
+            theirs = self._records[edit.id].undo() if edit.id in self._records else None
+            if part is not None and theirs is not None and not theirs.cleared:
+                theirs.adopt(part, undo.states_of(part))
+
+    def _unmark(self, record: EditRecord) -> None:
+        for span in record.erased:
+            self._ledger.unmark(span)
+        self._ledger.set_in_cache(record.dropped, True)
+        self._records.pop(record.receipt.id)
+        self._repair = None
+
+    def _ledger_without(self, record: EditRecord) -> SpanLedger:
+        ledger = self._ledger.copy()
+        for span in record.erased:
+            ledger.unmark(span)
+        ledger.set_in_cache(record.dropped, True)
+        return ledger
+
+    def _ids_of_slots_before(self, record: EditRecord) -> list[int]:
+        """Ids of the slots that the cache had when the edit was made."""
+        undo = record.undo()
+        assert undo is not None
+        return self._slot_ids(self._ledger_without(record))[: undo.length]
+
+    def _restore_by_recomputing(self, record: EditRecord) -> int:
+        """Bring a span back from its ids: everything from it on is recomputed exactly; returns the number of tokens."""
+        ledger = self._ledger_without(record)
+        slot = ledger.to_cache(record.receipt.spans[0].start)
+        marks = get_marks(self.cache)
+        start = min(slot, cache_length(self.cache) if marks.exact else marks.approximate_from or 0)
+        ledger.set_in_cache([entry.span for entry in ledger.erased], False)
+        ids = self._slot_ids(ledger)
+        saved = Undo.take(self.cache, Plan(start), marks)
+        try:
+            truncate(self.cache, start)
+            self._extend_cache(ids)
+        except BaseException:
+            with uninterrupted():
+                saved.put_back(self.cache)
+            raise
+        with uninterrupted():
+            self._records.pop(record.receipt.id)
+            self._became_exact(ledger)
+        return len(ids) - start
+
+
+def _outside(hidden: tuple[Span, ...], span: Span) -> tuple[Span, ...]:
+    """The parts of a span that are in none of the hidden ones."""
+    return gaps([entry for entry in hidden if entry.overlaps(span)], span.end, span.start)
+
+
+def _split(span: Span, at: float) -> tuple[Span | None, Span | None]:
+    """The parts of a span before a slot, and from it on."""
+    if at >= span.end:
+        return span, None
+    if at <= span.start:
+        return None, span
+    return Span(span.start, int(at)), Span(int(at), span.end)

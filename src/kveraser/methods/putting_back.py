@@ -1,0 +1,75 @@
+"""Undoing an edit by the states that its receipt kept.
+
+Knows: receipts, marks, what a kept state may have read. Does not know about models: nothing is recomputed here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers.cache_utils import Cache
+
+from kveraser.cache import EditMark, cache_length, get_marks, set_marks, write
+from kveraser.errors import RestoreError
+from kveraser.interrupts import uninterrupted
+from kveraser.methods.base import EraseReceipt
+
+
+def put_back(cache: Cache, receipt: EraseReceipt) -> int:
+    """Undo an edit by the states its receipt kept; returns the length the cache had right after the edit.
+
+    Allowed for the newest edit, and for an older one when it and all later ones left every slot in its place, and all that
+    it kept lies before what the later ones wrote.
+
+    Raises:
+        RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped since, or
+            later edits are in the way.
+    """
+    marks = get_marks(cache)
+    ids = [mark.id for mark in marks.edits]
+    if receipt.id not in ids:
+        raise RestoreError(
+            f"this cache knows no {receipt.method} edit of {receipt.span} with that receipt: it was restored before, "
+            "made final, or belongs to another cache"
+        )
+    if receipt.undo is None or receipt.undo.cleared:
+        raise RestoreError(f"the {receipt.method} edit of {receipt.span} kept no states (undo=False, or purged)")
+    index = ids.index(receipt.id)
+    mark, later = marks.edits[index], marks.edits[index + 1 :]
+    if later and not (mark.in_place and all(other.in_place for other in later)):
+        raise RestoreError(
+            f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
+            "restore the later ones first, newest to oldest"
+        )
+    if cache_length(cache) < mark.length_after:
+        raise RestoreError(
+            f"the cache was cropped to {cache_length(cache)} tokens after the edit left {mark.length_after}; "
+            "what was cropped cannot be put back"
+        )
+    if not later:
+        with uninterrupted():
+            receipt.undo.put_back(cache)
+            undone = {edit.id for edit in receipt.undo.marks.edits} - set(ids)
+            set_marks(cache, receipt.undo.marks.without_edits(undone))
+        return mark.length_after
+    if stale_from(later) < max(span.end for span in receipt.undo.kept):
+        raise RestoreError(  # the kept states may hold what a later edit has erased
+            f"a later edit erased something before slots that the {receipt.method} edit of {receipt.span} kept the states of, "
+            "which had read it; restore the later one first"
+        )
+    if cache_length(cache) != mark.length_after:
+        raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
+    with uninterrupted():
+        steered = [entry for entry in marks.steered if entry.span not in receipt.steered]
+        for span, states in receipt.undo.regions:
+            write(cache, span.start, states)
+        set_marks(cache, replace(marks, steered=tuple(steered)).without_edits({receipt.id}))
+    return mark.length_after
+
+
+def stale_from(later: Sequence[EditMark]) -> float:
+    """The first slot whose state from before some edits must not come back while these stand: it, or what it had read, was
+    erased by one of them. (An edit writes nothing before what it erases, and no slot reads what is behind it.)"""
+    return min((span.start for edit in later for span in edit.written), default=math.inf)

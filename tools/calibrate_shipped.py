@@ -1,0 +1,37 @@
+"""Make what tells readers for an eraser that ships, and put it beside the eraser.
+
+Example: python tools/calibrate_shipped.py smollm2-135m-instruct --text passages.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+from kveraser import load_backbone
+from kveraser.eraser import shipped_erasers
+from kveraser.readers import FILE_NAME, MOST_TOKENS, calibrate, write_calibration
+from kveraser.tasks import Filler
+from kveraser.tasks.sources import read_passages
+
+
+def main() -> None:
+    """Calibrate on passages of the training split."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(shipped_erasers()), help="the backbone")
+    parser.add_argument("--text", help="a text source as for `kveraser train`; default: Python's documentation")
+    parser.add_argument("--seed", type=int, default=5)
+    options = parser.parse_args()
+    model, tokenizer = load_backbone(options.name)
+    filler = Filler(read_passages(options.text), lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
+    text = filler.text(random.Random(options.seed), MOST_TOKENS + 200, "train")
+    made = calibrate(model, tokenizer.encode(text)[:MOST_TOKENS])
+    file = shipped_erasers()[options.name] / FILE_NAME
+    write_calibration(file, made)
+    print(
+        f"{file}: {file.stat().st_size:,} bytes; layers {[probe.layer for probe in made.probes]}, {made.explained:.1%} explained"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import itertools
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import tell
 from kveraser.eraser import shipped_eraser, shipped_erasers
 from kveraser.evaluation import leaks
-from kveraser.evaluation.compare import PROTOCOLS
+from kveraser.evaluation.compare import PROTOCOLS, compare_methods, read_parts
 from kveraser.methods import FullRecompute, NoErase
+from kveraser.tasks import Filler, Sizes, as_task
+from kveraser.tasks.sources import read_passages
 
 pytestmark = pytest.mark.model
 README = Path(__file__).parent.parent / "README.md"
@@ -103,3 +108,48 @@ def test_the_snippets_of_the_readme_run_and_print_what_it_shows(smollm):
         for line in filter(None, (shown or "").splitlines()):
             assert line in printed.getvalue()
     assert torch.is_grad_enabled()
+
+
+def test_the_calibration_that_ships_tells_this_model_well(smollm):
+    model, _ = smollm
+    calibration = shipped_eraser(model).calibration
+    calibration.check(model)
+    assert calibration.explained > 0.9
+    assert len(calibration.probes) == 5
+
+
+def test_recomputing_readers_leaves_far_less_than_recomputing_the_next_tokens(smollm):
+    """Mislabelled demonstrations: what they leave behind sits in labels all over the suffix."""
+    model, tokenizer = smollm
+    filler = Filler(read_passages(None), lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
+    ours, theirs = [], []
+    for example in itertools.islice(as_task("in-context").examples(filler, Sizes.context(500), "eval", 3), 3):
+        context = kv.ErasableContext(model, tokenizer)
+        spans = read_parts(context, example.parts)
+        context.append(example.question)
+        mine, next_ones = compare_methods(
+            context, spans, None, [kv.Steering(), kv.LocalSuffixRepair(tokens=64)], max_new_tokens=6
+        )
+        ours.append(mine.kl)
+        theirs.append(next_ones.kl)
+    assert sum(ours) < 0.5 * sum(theirs)
+
+
+@pytest.mark.parametrize("ahead", [0, 3000])
+def test_neutral_states_are_as_good_as_a_mask_also_far_behind_them(smollm, ahead):
+    model, tokenizer = smollm
+    ids = torch.tensor([tokenizer.encode(" ".join(read_passages(None)), add_special_tokens=False)[: 660 + ahead]])
+    span, last = kv.Span(200, 264), 600 + ahead
+    cache, where = DynamicCache(), torch.arange(600, last)[None]
+    with torch.no_grad():
+        model(ids[:, :600], past_key_values=cache)
+        kv.erase(model, cache, ids[:, :600], span, method=kv.Steering(kv.KVEraser.neutral(model), repair=0))
+        if ahead:
+            model(ids[:, 600:last], position_ids=where, past_key_values=cache)
+        mask = torch.ones_like(ids)
+        mask[:, span.slice] = 0
+        rest = {"position_ids": torch.arange(last, last + 60)[None]}
+        masked = model(ids[:, last:], past_key_values=copy.deepcopy(cache), attention_mask=mask, **rest).logits.float()
+        plain = model(ids[:, last:], past_key_values=cache, **rest).logits.float()
+    truth = masked.log_softmax(-1)
+    assert (truth.exp() * (truth - plain.log_softmax(-1))).sum(-1).mean() < 1e-3

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 import kveraser as kv
 from conftest import FAMILIES, build, make_config, prefill, tiny, token_ids
 from kveraser.readers import (
-    Turning, cached_file, calibrate, choose, files, first_behind, read_calibration, residual, write_calibration,
+    Turning,
+    cached_file,
+    calibrate,
+    choose,
+    files,
+    first_behind,
+    read_calibration,
+    residual,
+    write_calibration,
 )  # fmt: skip
 from kveraser.readers.known import calibration_for, known_calibration
 from kveraser.readers.masses import Landscape, span_mass

@@ -28,6 +28,7 @@ from kveraser.tasks import EraseExample, Filler, Sizes, as_task
 def default_methods(eraser: KVEraser | None) -> list[EraseMethod]:
     """What is compared when no method is named: `kveraser` as trained, and without its repair where it has one."""
     names = ["no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair", "selective-recompute"]
+    names.append("attention-guided-repair")
     if eraser is not None:
         names += ["kveraser:repair=0", "kveraser"] if eraser.repair else ["kveraser"]
     return [as_method(name) for name in names]

@@ -23,8 +23,18 @@ import kveraser as kv
 from kveraser.eraser import shipped_eraser
 from kveraser.methods import as_method
 
+TRAINED = "kveraser, trained"
+"""The eraser that ships; `kveraser` alone is what is taken by default."""
 PLACES = {"early": 1 / 16, "quarter": 1 / 4, "middle": 1 / 2, "late": 7 / 8}
-METHODS = ("kveraser", "kveraser:repair=0", "delete-and-shift", "local-suffix-repair", "selective-recompute")
+METHODS = (
+    "kveraser",
+    f"{TRAINED}:repair=0",
+    TRAINED,
+    "attention-guided-repair",
+    "delete-and-shift",
+    "local-suffix-repair",
+    "selective-recompute",
+)
 EXACT = "full-recompute"
 FLOOR = "floor"
 LONG = 4096
@@ -35,7 +45,9 @@ def erasing(model: Any, cache: Any, ids: Any, span: kv.Span, method: str, eraser
     """Erase, undo, and say how long the erase took."""
 
     def run() -> float:
-        receipt = kv.erase(model, cache, ids, span, as_method(method), eraser=eraser)
+        trained = method.startswith(TRAINED)
+        chosen = as_method(method.replace(TRAINED, "kveraser"))
+        receipt = kv.erase(model, cache, ids, span, chosen, eraser=eraser if trained else None)
         kv.restore(cache, receipt)
         return receipt.seconds
 

@@ -106,9 +106,9 @@ class _Sight:
         return blocks
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, rotary: bool) -> Tensor:
-        """From `(batch, heads, n, head_dim)` queries to `(batch, n, heads, head_dim)`, in float32."""
+        """From `(batch, heads, n, head_dim)` queries to `(batch, n, heads, head_dim)`; scores are float32."""
         heads, count = query.shape[1:3]
-        shown = (keys[:, :, self.columns].float(), values[:, :, self.columns].float())
+        shown = (keys[:, :, self.columns].float(), values[:, :, self.columns])
         rows = max(_SCORES // (heads * shown[0].shape[2]), 1)
         parts = [
             self._rows(query, slice(at, min(at + rows, count)), shown, scaling, rotary) for at in range(0, count, rows)
@@ -128,7 +128,8 @@ class _Sight:
         found = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
         count = rows.stop - rows.start
         weights = found.view(batch, heads, count, -1).add_(self.mask[:, :, rows]).softmax(-1)
-        return (weights.view(batch, groups, -1, weights.shape[-1]) @ values).view(batch, heads, count, size)
+        weights = weights.to(values.dtype).view(batch, groups, -1, weights.shape[-1])
+        return (weights @ values).view(batch, heads, count, size)
 
 
 class _Steered:

@@ -16,11 +16,11 @@ from kveraser.readers import Calibration, Scene, calibration_for, choose, first_
 
 CANDIDATES = 256
 """At least so many tokens get the close look, and four times as many as are to be recomputed."""
-NEAREST = 64
+NEAREST = 32
 """Slots right before a chosen token that it sees in any case."""
 SINK = 4
-SHARED = 4
-"""Every key that a chosen token needs is shown to all of them: four times as many as were asked for each."""
+SHARED = 3
+"""Every key that a chosen token needs is shown to all of them: three times as many as were asked for each."""
 
 
 @dataclass(frozen=True)

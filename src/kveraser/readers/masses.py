@@ -10,7 +10,7 @@ slots, so that the masses of distant tokens are not overstated.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 SINK = 4
 NEAR = 64
-SAMPLES = 256
+SAMPLES, FEW_SAMPLES = 256, 64
 _NEVER = -torch.inf
 
 
@@ -39,6 +39,10 @@ class Landscape:
     sink: Tensor
     samples: Tensor
     between: Tensor
+
+    def thinned(self) -> Landscape:
+        """With fewer samples, for a look at many tokens."""
+        return replace(self, samples=self.samples[:: SAMPLES // FEW_SAMPLES])
 
     @classmethod
     def of(cls, live: Tensor, span: Tensor) -> Landscape:
@@ -76,7 +80,9 @@ def span_mass(
         if not len(columns):
             return torch.full((heads, count), _NEVER, device=queries.device)
         scores = (grouped @ keys[:, columns].transpose(-1, -2)).view(heads, count, -1).float()
-        return scores.masked_fill_(~visible, _NEVER).logsumexp(-1)
+        if not bool(visible.all()):
+            scores.masked_fill_(~visible, _NEVER)
+        return scores.logsumexp(-1)
 
     before = slots[:, None]
     span = against(land.span, land.span < before)

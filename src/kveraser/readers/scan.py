@@ -87,7 +87,7 @@ class Scene:
         probe = self._ready(self.calibration.scan)
         first, last = self.spans[0].start, self.tokens.length
         found = torch.zeros(self.tokens.ids.shape, device=self.tokens.ids.device)
-        for row, land in enumerate(self.lands):
+        for row, land in enumerate(land.thinned() for land in self.lands):
             keys = self.cache.layers[probe.layer].keys[row]
             for start in range(first, last, CHUNK):
                 slots = torch.arange(start, min(start + CHUNK, last), device=keys.device)

@@ -64,7 +64,10 @@ def test_methods_are_listed_in_a_table_and_as_json():
     assert list(data) == list(kv.methods())
     assert all(name in table for name in data)
     assert data["local-suffix-repair"]["options"] == {"tokens": "32"}
-    assert data["kveraser"]["options"] == {"window": "none", "full_prefix": "false", "repair": "none"}
+    assert data["kveraser"]["options"] == {
+        "window": "none", "full_prefix": "false", "repair": "none", "choose": "none", "coverage": "none", "block": "none",
+        "keys": "512",
+    }  # fmt: skip
 
 
 def test_erase_compares_all_methods(tiny_backbone, context_file, eraser_folder):
@@ -88,11 +91,11 @@ def test_erase_takes_methods_with_options(tiny_backbone, context_file, eraser_fo
     assert [row["tokens_recomputed"] for row in data["results"]] == [5, 3]
 
 
-def test_erase_prints_a_table_without_an_eraser_too(tiny_backbone, context_file):
+def test_erase_prints_a_table_with_the_neutral_eraser_where_none_is_given(tiny_backbone, context_file):
     result = run("erase", "-c", context_file, "-s", "2:5", "-a", "what?", "--cached")
     assert result.exit_code == 0, result.output
     assert "delete-and-shift" in result.output
-    assert "kveraser" not in result.output.split("method")[1]
+    assert "kveraser" in result.output.split("method")[1]
 
 
 def test_erase_reads_standard_input(tiny_backbone):
@@ -111,7 +114,7 @@ def test_erase_reads_standard_input(tiny_backbone):
         (["-s", "blue"], "SpanError"),
         (["-s", "0:2", "-M", "forget"], "OptionError"),
         (["-s", "0:2", "-M", "local-suffix-repair:tokens=0"], "OptionError"),
-        (["-s", "0:2", "-M", "kveraser"], "EraserMismatchError"),
+        (["-s", "0:2", "-M", "kveraser:coverage=2.0"], "OptionError"),
         (["-s", "0:2", "--eraser", "./nothing"], "EraserMismatchError"),
         (["-s", "0:2", "-m", "missing"], "BackboneError"),
         (["-s", "0:2", "-c", "/no/such/file"], "OptionError"),
@@ -155,7 +158,7 @@ def test_doctor_shows_the_environment_and_what_works(tiny_backbone):
     assert "torch" in run("doctor").output
     data = json.loads(run("doctor", "-m", "tiny", "--json").output)
     assert data["methods"]["delete-and-shift"] == "yes"
-    assert "needs an eraser" in data["methods"]["kveraser"]
+    assert "neutral eraser" in data["methods"]["kveraser"]
     refused = run("doctor", "-m", "dynamic")
     assert refused.exit_code == 1
     assert "dynamic-NTK" in " ".join(refused.output.split())
@@ -188,7 +191,8 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     data = json.loads(result.stdout)
     rows = [row for row in data["rows"] if row["task"] == "mean over tasks" and row["protocol"] == "query_cached"]
     assert [row["method"] for row in rows] == [
-        "no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair", "selective-recompute", "kveraser",
+        "no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair", "selective-recompute",
+        "attention-guided-repair", "kveraser",
     ]  # fmt: skip
     assert all(row["examples"] == 4 for row in rows)
     assert rows[1]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def naming(family):
 def test_a_gguf_eraser_says_what_its_folder_says(folder, tmp_path):
     made = write_gguf_eraser(folder, tmp_path / "eraser.gguf")
     files = EraserFiles.read(folder)
-    assert made.config == files.config
+    assert made.config == replace(files.config, choose="next")  # inside engines, until they can tell readers
     assert made.architecture == "llama"
     assert made.rank == 4
     assert made.modules == len(files.weights) == 21

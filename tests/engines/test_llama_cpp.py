@@ -42,7 +42,7 @@ class Pair:
     def __init__(self, folder, family="llama", **options):
         self.file = folder / f"{family}.gguf"
         self.backbone = tiny_pair(self.file, family, **options)
-        self.eraser = random_eraser(self.backbone, window=WINDOW, repair=REPAIR)
+        self.eraser = random_eraser(self.backbone, window=WINDOW, repair=REPAIR, choose="next")
         self.folder = self.eraser.save_pretrained(folder / f"{family}-eraser", dtype=torch.float32)
         self.model = engine.LlamaCppModel(self.file, threads=1)
         self.found = self.model.find_eraser(self.folder)

@@ -24,6 +24,7 @@ from kveraser.engines.vllm_http import VLLMClient
 from kveraser.engines.vllm_protocol import Demand, Piece
 from kveraser.engines.vllm_server import running_server, server_arguments, shipped_folder
 from kveraser.engines.vllm_session import VLLMSession
+from kveraser.eraser import shipped_eraser
 from kveraser.errors import EngineError
 from kveraser.paths import cache_folder
 
@@ -73,6 +74,11 @@ def backbone():
     return kv.load_backbone(dtype="fp32")
 
 
+def as_the_engine(model):
+    """Erasing as engines do it: with the trained eraser, and the next tokens recomputed."""
+    return kv.Steering(shipped_eraser(model), repair=32, choose="next")
+
+
 @cache
 def expected(number: int, edited: bool, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
     """What transformers says on an example, with the span steered or left in, and the log-probability of each token."""
@@ -80,7 +86,7 @@ def expected(number: int, edited: bool, tokens: int = TOKENS) -> tuple[list[int]
     context = kv.ErasableContext(*backbone())
     spans = [context.append(part) for part in example.parts]
     if edited:
-        context.erase(spans[1])
+        context.erase(spans[1], as_the_engine(context.model))
     question = context.encode(example.question)
     ids = context.generate_ids(question, max_new_tokens=tokens)
     logits = context.logits_ids([*question, *ids])[len(question) - 1 : -1]
@@ -175,7 +181,7 @@ def test_several_spans_and_a_second_erase_give_transformers_tokens(server):
     spans = [context.append(part) for part in parts]
     assert [session.append(part) for part in parts] == spans
     for what in ([spans[1], spans[-2]], spans[2]):
-        context.erase(what)
+        context.erase(what, as_the_engine(context.model))
         session.erase(what)
         question = f"\nQuestion: {story.question}\nAnswer:"
         mine = session.complete(question, max_new_tokens=TOKENS)
@@ -356,7 +362,7 @@ def test_a_chat_goes_on_after_an_erase_and_an_erase_can_be_undone(server, one_pr
         ctx.append_message("user", "Which code opens the gate of the garden?")
         ctx.append_message("tool", "The code of the garden gate is 7391.", id="old")
         ctx.append_message("tool", "The code was changed today. The code of the garden gate is 2480.")
-    context.erase("old")
+    context.erase("old", as_the_engine(context.model))
     receipt = session.erase("old")
     for question in ("Tell me the code.", "And what does it open?"):
         assert session.chat(question, max_new_tokens=TOKENS) == context.generate(

@@ -23,7 +23,7 @@ def connect(tmp_path_factory, monkeypatch):
     """Make a session on a stand-in server, and a transformers context with the same eraser."""
 
     def connected(window=(2, 16), repair=4):
-        eraser = random_eraser(text_model(), window=window, repair=repair)
+        eraser = random_eraser(text_model(), window=window, repair=repair, choose="next")
         server = StandIn(tmp_path_factory.mktemp("store"), eraser, window and list(window), repair)
         monkeypatch.setattr(vllm_session, "VLLMClient", lambda *args, **options: server)
         session = VLLMSession("http://stand-in", tokenizer=make_tokenizer())

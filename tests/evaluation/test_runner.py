@@ -182,7 +182,7 @@ def test_kveraser_is_compared_without_its_repair_only_where_it_has_one():
     labels = [method_label(method) for method in default_methods(random_eraser(model, repair=4))]
     assert labels[-2:] == ["kveraser:repair=0", "kveraser"]
     labels = [method_label(method) for method in default_methods(random_eraser(model))]
-    assert labels[-2:] == ["selective-recompute", "kveraser"]
+    assert labels[-2:] == ["attention-guided-repair", "kveraser"]
     assert "kveraser" not in [method.name for method in default_methods(None)]
 
 

@@ -164,15 +164,14 @@ def test_another_key_never_matches(make_engine):
         assert ask(engine, TALK, policy, owner=f"b{policy}").reuse.method == "prefill"
 
 
-def test_without_an_eraser_kveraser_is_refused_and_auto_is_exact():
-    engine = Engine(text_model(), make_tokenizer(), None, EngineOptions(cache_budget=1 << 24))
+def test_a_model_without_a_trained_eraser_is_served_with_a_neutral_one():
+    engine = Engine(text_model(), make_tokenizer(), None, EngineOptions(cache_budget=1 << 24, policy="kveraser"))
     try:
+        assert engine.eraser.is_neutral
         ask(engine, TALK)
-        with pytest.raises(kv.ContextError, match="no eraser"):
-            ask(engine, without(TALK, 2), "kveraser")
-        assert ask(engine, without(TALK, 2), "auto").reuse.exact
-        with pytest.raises(kv.EraserMismatchError):
-            Engine(text_model(), make_tokenizer(), None, EngineOptions(policy="kveraser"))
+        reply = ask(engine, without(TALK, 2), "kveraser")
+        assert reply.reuse.method == "kveraser"
+        assert not reply.reuse.exact
     finally:
         engine.close()
 

@@ -38,6 +38,6 @@ def test_a_dropped_message_is_steered_away_and_nearly_all_else_is_reused(ask, st
     text, found, usage = ask([entry for entry in talk if entry["content"] != story.span.strip()], "kveraser")
     assert found["method"] == "kveraser"
     assert not found["exact"]
-    assert found["tokens_reused"] >= 0.95 * usage.prompt_tokens
+    assert usage.prompt_tokens - found["tokens_reused"] <= 64  # at most what has read the message is run again
     assert usage.prompt_tokens_details.cached_tokens == found["tokens_reused"]
     assert not leaks(text, story.erased), text

@@ -29,7 +29,7 @@ def methods_command(as_json: JsonOption = False) -> None:
         return
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for column in ("method", "what it does", "exact", "options"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "method")
     for name, method in methods().items():
         options = ", ".join(f"{key}={value}" for key, value in _options(method).items())
         table.add_row(name, method.summary, "yes" if method.exact else "", options)

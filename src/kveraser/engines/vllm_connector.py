@@ -423,5 +423,5 @@ def _about(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
             raise EraserMismatchError(
                 f"the eraser in {eraser} was made for a model with {key} {value}, this one has {mine}"
             )
-    about.update(window=settings.window and list(settings.window), repair=settings.repair)
+    about.update(window=settings.window and list(settings.window), repair=settings.repair_next)
     return about

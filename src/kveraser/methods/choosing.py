@@ -19,8 +19,8 @@ CANDIDATES = 256
 NEAREST = 32
 """Slots right before a chosen token that it sees in any case."""
 SINK = 4
-SHARED = 3
-"""Every key that a chosen token needs is shown to all of them: three times as many as were asked for each."""
+SHARED = 6
+"""Every key that a chosen token needs is shown to all of them: six times as many as were asked for each."""
 
 
 @dataclass(frozen=True)

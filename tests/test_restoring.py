@@ -61,11 +61,11 @@ def test_restoring_an_older_edit_brings_back_nothing_of_what_a_later_one_erased(
     clean = [slot for slot in slots.tolist() if slot < spans[-1].start]
     recomputed = [slot for slot in slots.tolist() if slot >= spans[-1].end]
     for part in (clean, recomputed):
-        if part and max(part) < _first_unrepaired(receipts, spans[-1], part):
+        if part and max(part) < _first_unrepaired(receipts, spans[-1]):
             assert relative([t[:, :, part] for t in found[0]], [t[:, :, part] for t in found[1]]) < 1e-5
 
 
-def _first_unrepaired(receipts, last, part):
+def _first_unrepaired(receipts, last):
     """The first slot behind the span erased last that its own edit did not recompute: it still holds what it had read."""
     repaired = {slot for run in receipts[-1].recomputed for slot in run}
     behind = [slot for slot in range(last.end, 110) if slot not in repaired]

@@ -31,7 +31,7 @@ from kveraser.cache.surgery import (
     truncate,
     write,
 )
-from kveraser.cache.tokens import Tokens, count_positions
+from kveraser.cache.tokens import Tokens, count_positions, slots_of
 
 __all__ = [
     "PREFILL_CHUNK",
@@ -62,6 +62,7 @@ __all__ = [
     "rewrite_range",
     "rewrite_runs",
     "set_marks",
+    "slots_of",
     "snapshot",
     "state_bytes",
     "truncate",

@@ -5,13 +5,18 @@ Knows: ids, positions, padding. Does not know about states or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kveraser.spans import Span
+
+
+def slots_of(runs: Iterable[Span], device: torch.device) -> Tensor:
+    """The slots of some runs, one run after the other, `(n,)` int64."""
+    return torch.cat([torch.arange(0), *(torch.arange(run.start, run.end) for run in runs)]).to(device)
 
 
 @dataclass(frozen=True)

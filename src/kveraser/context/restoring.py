@@ -15,7 +15,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kveraser.cache import EditMark, Repair, Tokens, cache_length, get_marks, repair_slots, set_marks, truncate, write
+from kveraser.cache import (
+    EditMark,
+    Repair,
+    Tokens,
+    cache_length,
+    get_marks,
+    repair_slots,
+    set_marks,
+    slots_of,
+    truncate,
+    write,
+)
 from kveraser.context.state import ContextState, EditRecord
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
@@ -121,9 +132,8 @@ class Restoring(ContextState):
                 if before is not None:
                     write(self.cache, before.start, undo.states_of(before))
             if again:
-                slots = torch.cat([torch.arange(run.start, run.end, device=self.device) for run in again])
-                live = gaps(hidden, cache_length(self.cache))
-                sees = torch.cat([torch.arange(run.start, run.end, device=self.device) for run in live])
+                slots = slots_of(again, self.device)
+                sees = slots_of(gaps(hidden, cache_length(self.cache)), self.device)
                 tokens = Tokens(torch.tensor([self._slot_ids(ledger)], device=self.device))
                 repair_slots(self.model, self.cache, tokens, [Repair(slots, sees, hidden)])
         except BaseException:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kveraser.cache import slots_of
 from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
 from kveraser.methods.base import Choice, Edit
 from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual
@@ -131,5 +132,4 @@ def most_shown(count: int, kept: int, keys: int | None) -> int:
 def next_tokens(edit: Edit, budget: int, note: str) -> Choice:
     """The live tokens behind the spans that come next, seeing everything that stays."""
     runs = edit.runs_behind(max(budget // len(edit.spans), 1))
-    slots = torch.cat([torch.arange(run.start, run.end, device=edit.tokens.ids.device) for run in runs])
-    return Choice(slots, edit.kept, None, (note,))
+    return Choice(slots_of(runs, edit.tokens.ids.device), edit.kept, None, (note,))

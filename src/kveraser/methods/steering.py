@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from kveraser.cache import (
     PREFILL_CHUNK,
@@ -25,6 +24,7 @@ from kveraser.cache import (
     can_close_gaps,
     repair_slots,
     rewrite_runs,
+    slots_of,
     window_spans,
 )
 from kveraser.eraser import CHOICES, Choose, KVEraser, default_eraser, write_neutral
@@ -214,8 +214,8 @@ def _turns(
 ) -> Iterator[SteeringPass]:
     """A span in chunks, as a prefill would compute it, the last one together with what is repaired next behind it."""
     before = window_spans(window, span.start)
-    own = _slots(edit, runs)
-    repaired = (Repair(own, _slots(edit, (*before, *runs)), (span,)),) if runs else ()
+    device = edit.tokens.ids.device
+    repaired = (Repair(slots_of(runs, device), slots_of((*before, *runs), device), (span,)),) if runs else ()
     if not steers:
         if repaired:
             yield SteeringPass(repaired=repaired)
@@ -229,9 +229,3 @@ def _readers(edit: Edit, choice: Choice) -> Repair:
     """The chosen tokens: they see each other and never an erased or steered slot, and every gap is closed."""
     absent = tuple(sorted((*edit.spans, *edit.marks.steered_spans)))
     return Repair(choice.slots, torch.cat([choice.slots, choice.sees]).unique(), absent)
-
-
-def _slots(edit: Edit, runs: tuple[Span, ...]) -> Tensor:
-    """The slots of some runs, `(n,)`."""
-    device = edit.tokens.ids.device
-    return torch.cat([torch.arange(0, device=device), *(torch.arange(r.start, r.end, device=device) for r in runs)])

@@ -141,10 +141,8 @@ class Target:
         """From an observed forward."""
         found = seen.layers[layer]
         queries = found.queries.float()
-        norm = query_norms(model).get(layer, (None, None))[1]
         if layer in seen.unnormed:
-            before = seen.unnormed[layer].float()
-            return cls(before.flatten(1), queries, found.scaling, norm, tuple(before.shape[1:]))
+            return cls(seen.unnormed[layer].float().flatten(1), queries, found.scaling, *norm_of(model, layer))
         outputs = turns.to_origin(queries, layer).transpose(0, 1).flatten(1)
         return cls(outputs, queries, found.scaling, None, ())
 

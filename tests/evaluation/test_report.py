@@ -41,7 +41,7 @@ def record(task, length, index, protocol, method, rng):
         task=task, length=length, index=index, protocol=protocol, method=method, used=method, tokens=length,
         tokens_erased=8, answer="blue", gold=gold, erased="red", exact_match=gold and True, f1=gold and 1.0, leaked=False,
         leak_margin=rng.gauss(0, 1), kl=DISTANCE[method] * rng.uniform(0.5, 1.5), agreement=0.9,
-        tokens_recomputed=8, milliseconds=rng.uniform(1, 100),
+        tokens_recomputed=8, residual=rng.uniform(0, 1), milliseconds=rng.uniform(1, 100),
     )  # fmt: skip
 
 
@@ -93,9 +93,12 @@ def test_kveraser_is_compared_with_every_other_approximate_method():
     assert one(rows, "delete-and-shift").values["kl_ratio"] == Interval(1, 1, 1)
 
 
-def test_the_reference_is_kveraser_as_it_is_else_its_first_variant():
+def test_methods_are_compared_with_kveraser_at_their_own_number_of_tokens_else_with_its_best():
     assert reference_method(METHODS) == "kveraser"
-    assert reference_method(["no-erase", "kveraser:repair=4", "kveraser:repair=8"]) == "kveraser:repair=4"
+    variants = ["no-erase", "kveraser:repair=4", "kveraser:repair=8"]
+    assert reference_method(variants) == reference_method(variants, "delete-and-shift") == "kveraser:repair=8"
+    assert reference_method(variants, "local-suffix-repair:tokens=4") == "kveraser:repair=4"
+    assert reference_method(variants, "local-suffix-repair:tokens=5") == "kveraser:repair=8"
     assert reference_method(["no-erase"]) is None
 
 
@@ -135,7 +138,8 @@ def tables_of(markdown):
 def test_every_file_is_written_and_the_tables_can_be_read(tmp_path):
     write_report(tmp_path, HEADER, records(), complete=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "kl_by_length.png", "kl_by_task.png", "quality_cost.png", "results.json", "results.md",
+        "kl_by_length.png", "kl_by_task.png", "kl_by_tokens.png", "quality_cost.png", "residual.png",
+        "results.json", "results.md",
     ]  # fmt: skip
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["complete"]
@@ -148,7 +152,7 @@ def test_every_file_is_written_and_the_tables_can_be_read(tmp_path):
         assert [row[0].strip("`") for row in table[2:]] == list(METHODS)
     rows = [Row.from_dict(row) for row in document["rows"]]
     assert tables[0][2][1].startswith(f"{one(rows, 'no-erase').values['kl'].mean:.4f} [")
-    for name in ("kl_by_length.png", "quality_cost.png", "kl_by_task.png"):
+    for name in ("kl_by_length.png", "kl_by_tokens.png", "quality_cost.png", "kl_by_task.png", "residual.png"):
         assert f"({name})" in page
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -169,7 +173,9 @@ def test_plots_are_drawn_for_one_length_one_task_and_many_methods_too():
         name = f"local-suffix-repair:tokens={tokens}"
         DISTANCE[name] = 0.01
         more.append(record("needle", 256, 0, "query_cached", name, rng))
-    assert set(draw_plots(summarise(few + more))) == {"kl_by_length.png", "quality_cost.png", "kl_by_task.png"}
+    plots = set(draw_plots(summarise(few + more)))
+    assert plots == {"kl_by_length.png", "kl_by_tokens.png", "quality_cost.png", "kl_by_task.png"}
+    assert set(draw_plots(summarise(few), few)) == {*plots, "residual.png"}
 
 
 def test_the_provenance_names_versions_and_tells_erasers_apart():

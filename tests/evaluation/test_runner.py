@@ -11,7 +11,7 @@ import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.evaluation.record import RECORDS, RESULTS, Record, RunLog
 from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
-from kveraser.methods import as_method, method_label
+from kveraser.methods import as_method
 from kveraser.tasks import Filler
 
 OPTIONS = EvalOptions(
@@ -177,13 +177,13 @@ def test_contexts_that_the_model_cannot_read_are_refused():
         evaluate(text_model(), make_tokenizer(), None, replace(OPTIONS, lengths=(20000,)), [], pytest.fail)
 
 
-def test_kveraser_is_compared_without_its_repair_only_where_it_has_one():
-    model = text_model()
-    labels = [method_label(method) for method in default_methods(random_eraser(model, repair=4))]
-    assert labels[-2:] == ["kveraser:repair=0", "kveraser"]
-    labels = [method_label(method) for method in default_methods(random_eraser(model))]
-    assert labels[-2:] == ["attention-guided-repair", "kveraser"]
-    assert "kveraser" not in [method.name for method in default_methods(None)]
+def test_every_method_is_compared_at_the_same_numbers_of_recomputed_tokens():
+    chosen = default_methods((16, 64))
+    assert {method.name for method in chosen} == {name for name, kind in kv.methods().items() if kind.compared}
+    for kind in (kind for kind in kv.methods().values() if kind.compared):
+        own = [method.recomputes for method in chosen if type(method) is kind]
+        assert own == ([None] if kind.budget_option is None else [0, 16, 64] if kind is kv.Steering else [16, 64])
+    assert all(method.with_budget(7).recomputes in (None, 7) for method in chosen)
 
 
 def test_a_file_is_shown_without_its_folder():

@@ -73,8 +73,7 @@ class _Sight:
         if tokens.mask is not None:
             visible = visible & tokens.mask[:, None, None, sees].bool()
         self.mask = additive(visible, cache, torch.float32)
-        whole = len(sees) == int(sees[-1]) + 1
-        self.columns: Tensor | slice = slice(0, len(sees)) if whole else sees
+        self.sees, self.whole = sees, len(sees) == int(sees[-1]) + 1
         self.blocks = self._blocks(model, tokens, repair)
 
     @staticmethod
@@ -108,15 +107,21 @@ class _Sight:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, rotary: bool) -> Tensor:
         """From `(batch, heads, n, head_dim)` queries to `(batch, n, heads, head_dim)`; scores are float32."""
         heads, count = query.shape[1:3]
-        shown = (keys[:, :, self.columns].float(), values[:, :, self.columns])
-        rows = max(_SCORES // (heads * shown[0].shape[2]), 1)
+        keys, values = self._shown(keys).float(), self._shown(values)
+        rows = max(_SCORES // (heads * keys.shape[2]), 1)
         parts = [
-            self._rows(query, slice(at, min(at + rows, count)), shown, scaling, rotary) for at in range(0, count, rows)
+            self._rows(query, slice(at, min(at + rows, count)), keys, values, scaling, rotary)
+            for at in range(0, count, rows)
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
 
-    def _rows(self, query: Tensor, rows: slice, shown: tuple[Tensor, Tensor], scaling: float, rotary: bool) -> Tensor:
-        keys, values = shown
+    def _shown(self, states: Tensor) -> Tensor:
+        """Of the states of all slots, those of the seen ones, without a copy where these are the first ones."""
+        if self.whole:
+            return states.narrow(2, 0, len(self.sees))
+        return states.index_select(2, self.sees)
+
+    def _rows(self, query: Tensor, rows: slice, keys: Tensor, values: Tensor, scaling: float, rotary: bool) -> Tensor:
         batch, heads, _, size = query.shape
         groups = keys.shape[1]
         plain = query.float() * scaling

@@ -27,11 +27,12 @@ from kveraser.cli.common import (
 )
 from kveraser.cli.tables import summary_table
 from kveraser.eraser import KVEraser
+from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, Protocol
 from kveraser.evaluation.provenance import environment, eraser_facts, placement, text_digest
 from kveraser.evaluation.record import Record, RunLog
 from kveraser.evaluation.report import results, tables, write_report
-from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate
+from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
 from kveraser.methods import as_method
 from kveraser.tasks import Filler, read_passages
@@ -48,6 +49,12 @@ def eval_command(
         list[str] | None, typer.Option(help="query_after or query_cached, repeatable; default both.")
     ] = None,
     methods: MethodsOption = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help=f"Recomputed tokens behind each span, for every method; repeatable; default {DEFAULT_BUDGET}."
+        ),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Examples per task and length.")] = EvalOptions.limit,
     data: Annotated[
         Path | None, typer.Option(help="Also evaluate document-qa with this HotpotQA, 2WikiMultiHopQA or MuSiQue file.")
@@ -68,6 +75,8 @@ def eval_command(
 ) -> None:
     """Compare methods on the same held-out examples, asked after the erase and with the question cached.
 
+    Without --methods every registered method is compared, all at the same number of recomputed tokens (several of them give curves).
+
     With --output, a run that was interrupted goes on where it stopped when the same command is given again.
 
     KL: distance to full recomputation in nats per token of its answer, with its 95 % interval; KL ratio: over that of
@@ -77,20 +86,20 @@ def eval_command(
     Example: kveraser eval --limit 5 -t needle -t injection -M kveraser -M local-suffix-repair:tokens=64 --output results
     """
     with reported(as_json):
-        named = [as_method(name) for name in methods or ()]
+        if methods and tokens:
+            raise OptionError(
+                "--tokens is for when no --methods are named; write it with the method: -M local-suffix-repair:tokens=64"
+            )
+        chosen = [as_method(name) for name in methods or ()] or default_methods(tokens or (DEFAULT_BUDGET,))
         wanted = [*(tasks or all_tasks()), *([f"{DocumentQA.name}={data}"] if data else ())]
         asked = cast("tuple[Protocol, ...]", tuple(protocols or PROTOCOLS))
 
-        def options_with(chosen: list[Any]) -> EvalOptions:
-            return EvalOptions(
-                tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens
-            )
-
-        options_with(named or default_methods(None))  # what is wrong with the options is said before anything is loaded
+        options = EvalOptions(
+            tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens
+        )  # what is wrong with the options is said before anything is loaded
         passages = read_passages(text)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
-        options = options_with(named or default_methods(tool))
         header = _header(options, model, backbone, tool, passages)
         log = RunLog(header, output, fresh)
         filler = Filler(passages, lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
@@ -116,9 +125,9 @@ def eval_command(
         if as_json:
             print_json(document)
             return
-        for task, length, protocol, chosen in tables(rows, [OVERALL, *(task_names(rows) if per_task else ())]):
-            stdout.print(f"\n[bold]{task}[/], about {length} tokens, {ASKED[protocol]} ({chosen[0].examples} examples)")
-            stdout.print(summary_table(chosen))
+        for task, length, protocol, found in tables(rows, [OVERALL, *(task_names(rows) if per_task else ())]):
+            stdout.print(f"\n[bold]{task}[/], about {length} tokens, {ASKED[protocol]} ({found[0].examples} examples)")
+            stdout.print(summary_table(found))
         if output is not None:
             stdout.print(f"\n[dim]tables, plots and every example are in {output}[/]")
 

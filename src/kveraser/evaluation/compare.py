@@ -49,6 +49,7 @@ class MethodResult:
         answer: greedy, one line.
         exact: whether the whole cache then equals a fresh prefill.
         tokens_recomputed: tokens run through the model by the erase.
+        residual: what the erase says it left (`EraseReceipt.residual`).
         milliseconds: of the erase; the median of the repeats.
         kl: KL(recompute || method) in nats per token of full recomputation's answer.
         agreement: share of these tokens for which both find the same token the most likely.
@@ -61,6 +62,7 @@ class MethodResult:
     answer: str
     exact: bool
     tokens_recomputed: int
+    residual: float | None
     milliseconds: float
     kl: float
     agreement: float
@@ -199,6 +201,7 @@ def compare_methods(
             answer=context.decode(seen.said).strip(),
             exact=seen.receipt.exact,
             tokens_recomputed=seen.receipt.tokens_recomputed,
+            residual=seen.receipt.residual,
             milliseconds=1000 * seen.seconds,
             kl=max(kl_divergence(exact.logits, seen.logits).mean().item(), 0.0),
             agreement=agreement(exact.logits, seen.logits),

@@ -17,7 +17,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
+from kveraser.evaluation.record import Record
+from kveraser.evaluation.statistics import rank_correlation
 from kveraser.evaluation.summary import ASKED, KL, OVERALL, Row, task_names
+from kveraser.methods import as_method
 
 _COLORS = ("#555555", "#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("x", "s", "o", "^", "D", "v", "P", "*")
@@ -29,13 +32,19 @@ _PLACES = [(9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center
 _KL = "KL(recompute || method), nats per token"
 
 
-def draw_plots(rows: Sequence[Row]) -> dict[str, bytes]:
-    """File name -> PNG, for `kl_by_length.png`, `quality_cost.png` and `kl_by_task.png`."""
-    return {
+def draw_plots(rows: Sequence[Row], records: Sequence[Record] = ()) -> dict[str, bytes]:
+    """File name -> PNG, for `kl_by_length.png`, `kl_by_tokens.png`, `quality_cost.png`, `kl_by_task.png` and (from records
+    whose residual is known) `residual.png`."""
+    plots = {
         "kl_by_length.png": _png(_kl_by_length(rows)),
+        "kl_by_tokens.png": _png(_kl_by_tokens(rows)),
         "quality_cost.png": _png(_quality_cost(rows)),
         "kl_by_task.png": _png(_kl_by_task(rows)),
     }
+    told = [record for record in records if record.residual is not None and record.residual > 0 and record.kl > 0]
+    if told:
+        plots["residual.png"] = _png(_residual(told))
+    return plots
 
 
 def _kl_by_length(rows: Sequence[Row]) -> Figure:
@@ -62,6 +71,76 @@ def _kl_by_length(rows: Sequence[Row]) -> Figure:
         axes.set_xlabel("tokens in the context (about)")
     panels[0][0].set_ylabel(_KL)
     _legend(figure, panels[0][0])
+    return figure
+
+
+def _kl_by_tokens(rows: Sequence[Row]) -> Figure:
+    """Distance to full recomputation over the tokens that an erase runs: one curve a method, and the best for every number."""
+    overall = [row for row in rows if row.task == OVERALL]
+    lengths, protocols = _lengths(overall), _protocols(overall)
+    names = list(dict.fromkeys(as_method(row.method).name for row in overall))
+    looks = dict(zip(names, islice(cycle(zip(_COLORS, _MARKERS, _LINES, strict=True)), len(names)), strict=True))
+    figure, panels = _panels(len(lengths), len(protocols), width=5.2, height=3.7)
+    for line, length in zip(panels, lengths, strict=True):
+        for axes, protocol in zip(line, protocols, strict=True):
+            everything = []
+            for name, (color, marker, style) in looks.items():
+                points = sorted(
+                    (run.mean, kl.mean)
+                    for row in _cells(overall, length, protocol)
+                    if as_method(row.method).name == name
+                    and (kl := row.values[KL.name])
+                    and (run := row.values["tokens_recomputed"])
+                )
+                everything += [(*point, name) for point in points]
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, linestyle=style, label=name)
+            front = _front([point for point in everything if point[1] > 0])
+            axes.plot(
+                *zip(*((x, y) for x, y, _ in front), strict=True), color="#bbbbbb", linewidth=5, alpha=0.5, zorder=0
+            )
+            axes.set_xscale("symlog", linthresh=8)
+            axes.set_yscale("symlog", linthresh=1e-3)
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{length} tokens, {ASKED[protocol]}", fontsize=10)
+            axes.set_xlabel("tokens run by an erase")
+        line[0].set_ylabel(_KL)
+    _legend(figure, panels[0][0])
+    return figure
+
+
+def _cells(rows: Sequence[Row], length: int, protocol: str) -> list[Row]:
+    """The rows of one length and protocol."""
+    return [row for row in rows if (row.length, row.protocol) == (length, protocol)]
+
+
+def _residual(records: Sequence[Record]) -> Figure:
+    """What receipts say is left against what is left, example by example, with their rank correlation."""
+    methods = list(dict.fromkeys(record.method for record in records))
+    protocols = [protocol for protocol in ASKED if any(record.protocol == protocol for record in records)]
+    figure, panels = _panels(1, len(protocols), width=5.2, height=4)
+    for axes, protocol in zip(panels[0], protocols, strict=True):
+        for index, method in enumerate(methods):
+            own = [record for record in records if (record.method, record.protocol) == (method, protocol)]
+            if not own:
+                continue
+            left, kl = [record.residual or 0.0 for record in own], [record.kl for record in own]
+            look = {"color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
+            alike = rank_correlation(left, kl)
+            axes.plot(
+                left,
+                kl,
+                linestyle="",
+                markersize=4,
+                alpha=0.7,
+                label=f"{method} (rank correlation {alike:.2f})",
+                **look,
+            )
+        axes.set_yscale("log")
+        axes.legend(fontsize=7, frameon=False)
+        axes.set_title(ASKED[protocol], fontsize=10)
+        axes.set_xlabel("residual: share of the attention to the span not recomputed")
+    panels[0][0].set_ylabel(_KL)
     return figure
 
 

@@ -33,7 +33,7 @@ class Record:
         gold, erased: the right answer without the spans, and the one that only they support.
         exact_match, f1: of the answer against the gold one; None without one.
         leaked: whether the answer says the erased one; None without one.
-        used, answer, kl, agreement, leak_margin, tokens_recomputed, milliseconds: as in `MethodResult`.
+        used, answer, kl, agreement, leak_margin, tokens_recomputed, residual, milliseconds: as in `MethodResult`.
     """
 
     task: str
@@ -54,6 +54,7 @@ class Record:
     kl: float
     agreement: float
     tokens_recomputed: int
+    residual: float | None
     milliseconds: float
 
     @property

@@ -31,7 +31,7 @@ def write_report(folder: Path, header: dict[str, Any], records: Sequence[Record]
     if rows:
         from kveraser.evaluation.plots import draw_plots  # matplotlib is loaded for plots only
 
-        for name, picture in draw_plots(rows).items():
+        for name, picture in draw_plots(rows, records).items():
             write_atomically(folder / name, picture)
             plots.append(name)
     write_atomically(folder / MARKDOWN, _page(document, rows, plots).encode())

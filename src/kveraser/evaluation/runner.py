@@ -6,7 +6,7 @@ Knows: tasks, contexts, comparing, scoring. Does not know about files, intervals
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,18 +20,31 @@ from kveraser.errors import OptionError
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.metrics import exact_match, f1, leaks
 from kveraser.evaluation.record import Key, Record
-from kveraser.methods import EraseMethod, as_method, method_label
+from kveraser.methods import EraseMethod, Steering, method_label, methods
 from kveraser.model_view import text_config
 from kveraser.tasks import EraseExample, Filler, Sizes, as_task
 
+DEFAULT_BUDGET = 64
+"""Recomputed tokens behind each span at which methods are compared."""
 
-def default_methods(eraser: KVEraser | None) -> list[EraseMethod]:
-    """What is compared when no method is named: `kveraser` as trained, and without its repair where it has one."""
-    names = ["no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair", "selective-recompute"]
-    names.append("attention-guided-repair")
-    if eraser is not None:
-        names += ["kveraser:repair=0", "kveraser"] if eraser.repair else ["kveraser"]
-    return [as_method(name) for name in names]
+
+def default_methods(budgets: Sequence[int] = (DEFAULT_BUDGET,)) -> list[EraseMethod]:
+    """What is compared when no method is named: every registered one, at the same numbers of recomputed tokens per span.
+
+    Args:
+        budgets: those numbers. Methods that recompute nothing, or everything, are there once, and `kveraser` also at 0.
+    """
+    found: list[EraseMethod] = []
+    for kind in methods().values():
+        method = kind()
+        if not kind.compared:
+            continue
+        if kind.budget_option is None:
+            found.append(method)
+            continue
+        wanted = dict.fromkeys((0, *budgets) if kind is Steering else budgets)
+        found += [method.with_budget(tokens) for tokens in wanted if tokens or kind is Steering]
+    return found
 
 
 @dataclass(frozen=True)
@@ -192,6 +205,7 @@ def _score(
             kl=result.kl,
             agreement=result.agreement,
             tokens_recomputed=result.tokens_recomputed,
+            residual=result.residual,
             milliseconds=result.milliseconds,
         )
     )

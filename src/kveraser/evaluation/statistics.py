@@ -62,3 +62,11 @@ def interval(mean: Any, draws: Values, level: float = LEVEL) -> Interval | None:
         return None
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(mean), float(low), float(high))
+
+
+def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation of paired numbers; ties count by their order, 0 for fewer than three."""
+    if len(one) < 3:
+        return 0.0
+    ranks = [np.argsort(np.argsort(np.asarray(numbers), kind="stable"), kind="stable") for numbers in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -35,7 +35,10 @@ class Metric:
 KL = Metric("kl", "KL", 4, "KL(recompute || method), nats per token of full recomputation's answer")
 RATIO = Metric("kl_ratio", "KL ratio", 2, "mean KL over that of delete-and-shift")
 DIFFERENCE = Metric(
-    "kl_difference", "kveraser minus it", 4, "KL of kveraser minus that of this method, paired by example"
+    "kl_difference",
+    "kveraser minus it",
+    4,
+    "KL of kveraser minus that of this method, paired by example; at the same number of recomputed tokens where both say one",
 )
 METRICS = (
     KL,
@@ -46,6 +49,7 @@ METRICS = (
     Metric("f1", "F1", 2, "word overlap of the answer, where the context still says it"),
     Metric("leaked", "leak", 2, "share of answers that say the erased one"),
     Metric("leak_margin", "margin", 2, "log-probability of the erased answer minus that by full recomputation, per token"),
+    Metric("residual", "residual", 2, "share of the attention to the span that was not recomputed, as the receipt says"),
     Metric("tokens_recomputed", "run", 0, "tokens run through the model by the erase"),
     Metric("milliseconds", "ms", 0, "time of the erase"),
 )  # fmt: skip
@@ -76,7 +80,7 @@ class Row:
     @classmethod
     def from_dict(cls, flat: dict[str, Any]) -> Row:
         """The row that `as_dict` gave."""
-        values = {m.name: Interval(**flat[m.name]) if flat[m.name] else None for m in METRICS}
+        values = {m.name: Interval(**flat[m.name]) if flat.get(m.name) else None for m in METRICS}
         return cls(flat["task"], flat["length"], flat["protocol"], flat["method"], flat["examples"], values)
 
 
@@ -115,10 +119,17 @@ def summarise(records: Iterable[Record], seed: int = 0) -> list[Row]:
     return rows
 
 
-def reference_method(methods: Sequence[str]) -> str | None:
-    """The method that the others are compared with: `kveraser` as it is, else its first variant; None without one."""
-    steering = [name for name in methods if isinstance(as_method(name), Steering)]
-    return Steering.name if Steering.name in steering else next(iter(steering), None)
+def reference_method(methods: Sequence[str], other: str | None = None) -> str | None:
+    """The method that another one is compared with; None without one.
+
+    It is `kveraser` at the same number of recomputed tokens, else as it is, else the variant that recomputes most.
+    """
+    steering = {name: method for name in methods if isinstance(method := as_method(name), Steering)}
+    budget = as_method(other).recomputes if other is not None and other not in steering else None
+    same = [name for name, method in steering.items() if budget is not None and method.repair == budget]
+    if same or Steering.name in steering:
+        return next(iter(same), Steering.name)
+    return max(steering, key=lambda name: steering[name].repair or 0, default=None)
 
 
 def _columns(groups: list[list[Example]], methods: list[str], seed: int) -> list[dict[str, Interval | None]]:
@@ -145,13 +156,11 @@ def _compare(columns: list[dict[str, Interval | None]], methods: list[str], mean
         with np.errstate(divide="ignore", invalid="ignore"):
             for index, column in enumerate(columns):
                 column[RATIO.name] = interval(means[index] / means[base], draws[:, index] / draws[:, base])
-    reference = reference_method(methods)
-    if reference is not None:
-        own = methods.index(reference)
-        for index, (name, column) in enumerate(zip(methods, columns, strict=True)):
-            method = as_method(name)
-            if method.removes and not method.exact and name != reference:
-                column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index])
+    for index, (name, column) in enumerate(zip(methods, columns, strict=True)):
+        method, reference = as_method(name), reference_method(methods, name)
+        if reference is not None and method.removes and not method.exact and name != reference:
+            own = methods.index(reference)
+            column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index])
 
 
 def _table(group: list[Example], methods: list[str], metric: str) -> Values:

@@ -35,6 +35,7 @@ class Auto(EraseMethod):
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "full-recompute where it is as cheap as kveraser, else kveraser"
     needs_eraser: ClassVar[bool] = True
+    compared: ClassVar[bool] = False
 
     def choose(self, edit: Edit) -> EraseMethod:
         """The method that this edit will use."""

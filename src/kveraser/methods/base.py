@@ -363,6 +363,19 @@ class EraseMethod(ABC):
     """Whether the spans are erased at all."""
     mends: ClassVar[bool] = False
     """Whether `apply` also repairs what earlier edits left, so that it has work to do even without spans."""
+    budget_option: ClassVar[str | None] = None
+    """The option that says how many tokens behind each span are recomputed, if there is one."""
+    compared: ClassVar[bool] = True
+    """Whether tables compare it with the others; not where it only chooses among them."""
+
+    def with_budget(self, tokens: int) -> EraseMethod:
+        """The method at so many recomputed tokens per span; methods without such an option stay as they are."""
+        return self if self.budget_option is None else replace(self, **{self.budget_option: tokens})
+
+    @property
+    def recomputes(self) -> int | None:
+        """How many tokens behind each span it is told to recompute; None where that is not said."""
+        return None if self.budget_option is None else getattr(self, self.budget_option)
 
     @abstractmethod
     def plan(self, edit: Edit) -> Plan:

@@ -16,7 +16,8 @@ from kveraser.methods.base import Choice, Edit
 from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual
 
 CANDIDATES = 256
-"""At least so many tokens get the close look, and four times as many as are to be recomputed."""
+CLOSER = 8
+"""At least so many tokens get the close look, and eight times as many as are to be recomputed."""
 NEAREST = 32
 """Slots right before a chosen token that it sees in any case."""
 SINK = 4
@@ -99,7 +100,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     slots = scene.suffix
     scores = scene.thin().amax(0)
     always = first_behind(edit.spans, slots, budget)
-    candidates = scores.topk(min(max(4 * budget, CANDIDATES), len(slots))).indices.sort().values
+    candidates = scores.topk(min(max(CLOSER * budget, CANDIDATES), len(slots))).indices.sort().values
     close = scene.close(slots[candidates]).amax(0)
     scores = scores * (close.sum() / scores[candidates].sum().clamp(min=1e-9))  # both looks on one scale
     scores[candidates] = close

@@ -8,7 +8,8 @@ there: two prefills of the same text, one of them with some spans masked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -26,6 +27,8 @@ MOST_TOKENS = 2000
 LEAST_TOKENS = 256
 LAYERS = 5
 RANK = 128
+SCAN_SHARE, LEAST_HEADS = 4, 3
+"""The first look takes a quarter of a layer's heads, but at least three."""
 LEAST_EXPLAINED = 0.5
 """Below this share of the queries' variance, probes say too little to choose by."""
 _SPAN = 32
@@ -40,7 +43,8 @@ class Calibration:
 
     Attributes:
         fingerprint: of the model.
-        scan: the probe of one layer from its own keys and values, for the first look at a whole suffix; None without.
+        scan: the probe of some heads of one layer from its own keys and values, for the first look at a whole suffix; None
+            without.
         probes: those of up to five layers from their neighbors' states as well, the best layer first.
         neutral: `(layers, kv_heads, head_dim)` float32, keys that no query likes, as at position 0.
     """
@@ -105,16 +109,22 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
     turning = Turning(model)
     turns = turning.at(slots)
 
-    def fit(layer: int, sources: tuple[int, ...]) -> Probe:
+    def fit(layer: int, sources: tuple[int, ...], heads: Sequence[int] | None = None) -> Probe:
         read = features(seen.cache.layers, sources, 0, slice(None), turns)
-        return fit_probe(read, Target.of(model, seen, layer, turns), layer, sources, RANK, turning, slots)
+        target = Target.of(model, seen, layer, turns)
+        if heads is None:
+            return fit_probe(read, target, layer, sources, RANK, turning, slots)
+        of_each = target.queries.shape[0] // seen.cache.layers[layer].keys.shape[1]
+        probe = fit_probe(read, target.of_heads(heads), layer, sources, RANK, turning, slots)
+        kept = heads if probe.heads == len(heads) else range(probe.heads)
+        return replace(probe, key_heads=tuple(head // of_each for head in kept))
 
     def around(layer: int) -> tuple[int, ...]:
         return tuple(index for index in (layer - 1, layer, layer + 1) if 0 <= index < total)
 
     return Calibration(
         fingerprint=Fingerprint.of(model),
-        scan=fit(best[0], (best[0],)),
+        scan=fit(best[0], (best[0],), _telling(looks[best[0]][0][:, counted], changes[counted])),
         probes=tuple(fit(layer, around(layer)) for layer in best),
         neutral=_neutral(seen, [whole for _, whole in looks], turning),
     )
@@ -186,6 +196,17 @@ def _changes(one: Observed, other: Observed) -> Tensor:
             size = a[0].float().square().sum((0, 2))
             found += (a[0].float() - b[0].float()).square().sum((0, 2)) / size.mean().clamp(min=1e-9)
     return found.sqrt()
+
+
+def _telling(masses: Tensor, changes: Tensor) -> list[int]:
+    """The few heads of a layer that together tell most, one after the other; masses `(heads, tokens)`."""
+    found: list[int] = []
+    left = list(range(len(masses)))
+    while left and len(found) < max(len(masses) // SCAN_SHARE, min(len(masses), LEAST_HEADS)):
+        best = max(left, key=lambda head: _worth(masses[[*found, head]].amax(0), changes))
+        found.append(best)
+        left.remove(best)
+    return sorted(found)
 
 
 def _worth(masses: Tensor, changes: Tensor) -> float:

@@ -23,9 +23,10 @@ from kveraser.readers.calibration import Calibration
 from kveraser.readers.probes import Probe
 
 FILE_NAME = "readers.safetensors"
-FORMAT = 1
+FORMAT = 2
 _MATRICES = ("down", "up")
 _VECTORS = ("mean", "scale", "bias")
+_FACTS = ("layer", "sources", "heads", "scaling", "explained", "key_heads")
 
 
 def write_calibration(file: Path, calibration: Calibration) -> None:
@@ -40,8 +41,8 @@ def write_calibration(file: Path, calibration: Calibration) -> None:
             tensors[f"{index}.{name}"] = (
                 kept.to(torch.float16 if name in _MATRICES else torch.float32).cpu().contiguous()
             )
-        about = (probe.layer, probe.sources, probe.heads, probe.scaling, round(probe.explained, 4))
-        probes.append(dict(zip(("layer", "sources", "heads", "scaling", "explained"), about, strict=True)))
+        about = (probe.layer, probe.sources, probe.heads, probe.scaling, round(probe.explained, 4), probe.key_heads)
+        probes.append(dict(zip(_FACTS, about, strict=True)))
     tensors["neutral"] = tensors["neutral"].cpu().contiguous()
     about_all = {"fingerprint": asdict(calibration.fingerprint), "probes": probes}
     body = json.dumps(about_all, sort_keys=True)
@@ -82,9 +83,11 @@ def cached_file(model: nn.Module) -> Path:
 
 def _probe(index: int, about: dict[str, Any], tensors: dict[str, Tensor]) -> Probe:
     parts = {name: tensors[f"{index}.{name}"].float() for name in (*_MATRICES, *_VECTORS)}
+    some = about.get("key_heads")  # format 1 told all heads
     return Probe(
-        about["layer"], tuple(about["sources"]), about["heads"], about["scaling"], **parts, explained=about["explained"]
-    )
+        about["layer"], tuple(about["sources"]), about["heads"], about["scaling"], **parts,
+        explained=about["explained"], key_heads=None if some is None else tuple(some),
+    )  # fmt: skip
 
 
 def _checksum(body: str, tensors: dict[str, Tensor]) -> str:

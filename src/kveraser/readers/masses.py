@@ -10,6 +10,7 @@ slots, so that the masses of distant tokens are not overstated.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SINK = 4
-NEAR = 64
+NEAR, FEW_NEAR = 64, 16
 SAMPLES, FEW_SAMPLES = 256, 64
 _NEVER = -torch.inf
+_LOWEST = -1e30
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Landscape:
         sink: `(SINK,)` or fewer, the first live slots outside of the span.
         samples: `(m,)` slots drawn evenly from what is neither.
         between: `(slots + 1,)`, how many live slots outside of span and sink there are before each slot.
+        near: how many slots up to a token count as the nearest.
     """
 
     live: Tensor
@@ -39,10 +42,11 @@ class Landscape:
     sink: Tensor
     samples: Tensor
     between: Tensor
+    near: int = NEAR
 
     def thinned(self) -> Landscape:
-        """With fewer samples, for a look at many tokens."""
-        return replace(self, samples=self.samples[:: SAMPLES // FEW_SAMPLES])
+        """With fewer samples and fewer near slots, for a look at many tokens."""
+        return replace(self, samples=self.samples[:: SAMPLES // FEW_SAMPLES], near=FEW_NEAR)
 
     @classmethod
     def of(cls, live: Tensor, span: Tensor) -> Landscape:
@@ -58,7 +62,14 @@ class Landscape:
 
 
 def span_mass(
-    queries: Tensor, slots: Tensor, keys: Tensor, scaling: float, land: Landscape, *, run: bool
+    queries: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    scaling: float,
+    land: Landscape,
+    *,
+    run: bool,
+    key_heads: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The share of their attention that tokens gave to the span, per head.
 
@@ -67,34 +78,51 @@ def span_mass(
         slots: `(tokens,)`, where the tokens are.
         keys: `(kv_heads, slots, head_dim)` of the layer.
         run: whether the slots are consecutive, which is faster.
+        key_heads: the key head of each query head; None: as many query heads as there are for each key head, in order.
 
     Returns:
         Masses `(heads, tokens)`, and the logarithm of the denominators, `(heads, tokens)`; both float32.
     """
     heads, count, size = queries.shape
-    groups = keys.shape[0]
+    which = range(keys.shape[0]) if key_heads is None else key_heads
+    groups = len(which)
     grouped = (queries * scaling).to(keys.dtype).reshape(groups, heads // groups * count, size)
-
-    def against(columns: Tensor, visible: Tensor) -> Tensor:
-        """Log of the summed weights of some columns; `visible` `(tokens, columns)`."""
-        if not len(columns):
-            return torch.full((heads, count), _NEVER, device=queries.device)
-        scores = (grouped @ keys[:, columns].transpose(-1, -2)).view(heads, count, -1).float()
-        if not bool(visible.all()):
-            scores.masked_fill_(~visible, _NEVER)
-        return scores.logsumexp(-1)
-
     before = slots[:, None]
-    span = against(land.span, land.span < before)
-    sink = against(land.sink, land.sink <= before)
-    seen = land.samples <= before - NEAR
-    drawn = seen.sum(-1)
-    far = against(land.samples, seen)
-    stand_for = land.between[(slots - NEAR + 1).clamp(min=0)].float() / drawn.clamp(min=1)
-    far = far + stand_for.clamp(min=1).log()
-    near = (_near_run if run else _near)(grouped, slots, keys, land, heads)
-    whole = torch.stack([span, sink, far, near]).logsumexp(0)
-    return (span - whole).exp(), whole
+    far = land.samples <= before - land.near
+    able = far.any(0)  # samples that are behind all tokens tell nothing
+    far, samples = far[:, able], land.samples[able]
+    visible = torch.cat([land.span < before, land.sink <= before, far], -1)
+    columns = torch.cat([land.span, land.sink, samples])
+    scores = (grouped @ _some(keys.index_select(1, columns), which).transpose(-1, -2)).view(heads, count, -1).float()
+    partly = (~visible.all(0)).nonzero()[:, 0]
+    if len(partly):
+        scores[..., int(partly[0]) :].masked_fill_(~visible[:, int(partly[0]) :], _NEVER)
+    largest = _exponentials(scores)
+    span, sink, drawn = (part.sum(-1) for part in scores.split([len(land.span), len(land.sink), len(samples)], -1))
+    stand_for = land.between[(slots - land.near + 1).clamp(min=0)].float() / far.sum(-1).clamp(min=1)
+    seen = (span + sink + drawn * stand_for.clamp(min=1)).log() + largest
+    near = (_near_run if run else _near)(grouped, slots, keys, land, which)
+    near = near.reshape(heads, count)
+    whole = torch.logaddexp(seen, near)
+    return span * (largest - whole).exp(), whole
+
+
+def _exponentials(scores: Tensor) -> Tensor:
+    """Turn scores `(..., columns)` into weights, in place; returns the logarithm `(...)` of what they are to be multiplied by."""
+    largest = scores.amax(-1).clamp(min=_LOWEST)
+    scores.sub_(largest[..., None]).exp_()
+    return largest
+
+
+def _log_sum(scores: Tensor) -> Tensor:
+    """Log of the summed weights of scores `(..., columns)`, which are overwritten."""
+    largest = _exponentials(scores)
+    return scores.sum(-1).log() + largest
+
+
+def _some(keys: Tensor, which: Sequence[int]) -> Tensor:
+    """Some of the key heads, without a copy where it is all of them."""
+    return keys if tuple(which) == tuple(range(len(keys))) else keys[list(which)]
 
 
 def _countable(columns: Tensor, land: Landscape) -> Tensor:
@@ -105,37 +133,39 @@ def _countable(columns: Tensor, land: Landscape) -> Tensor:
     return marked[columns.clamp(min=0)] & (columns >= 0)
 
 
-def _near(grouped: Tensor, slots: Tensor, keys: Tensor, land: Landscape, heads: int) -> Tensor:
-    """Log of the summed weights of the nearest slots, of tokens anywhere."""
+def _near(grouped: Tensor, slots: Tensor, keys: Tensor, land: Landscape, which: Sequence[int]) -> Tensor:
+    """Log of the summed weights of the nearest slots, of tokens anywhere; `(groups, heads of a group, tokens)`."""
     groups, _, size = grouped.shape
-    columns = slots[:, None] - torch.arange(NEAR, device=slots.device)
-    shown = keys[:, columns.clamp(min=0)]  # (groups, tokens, NEAR, head_dim)
+    columns = slots[:, None] - torch.arange(land.near, device=slots.device)
+    shown = _some(keys, which)[:, columns.clamp(min=0)]  # (groups, tokens, near, head_dim)
     rows = grouped.view(groups, -1, len(slots), size).transpose(1, 2)  # (groups, tokens, heads of a group, head_dim)
     scores = (rows @ shown.transpose(-1, -2)).float()
     scores = scores.masked_fill_(~_countable(columns, land)[None, :, None], _NEVER)
-    return scores.logsumexp(-1).transpose(1, 2).reshape(heads, len(slots))
+    return _log_sum(scores).transpose(1, 2)
 
 
-def _near_run(grouped: Tensor, slots: Tensor, keys: Tensor, land: Landscape, heads: int) -> Tensor:
-    """The same for consecutive tokens: blocks of NEAR tokens, each against the two blocks of keys that hold their nearest."""
+def _near_run(grouped: Tensor, slots: Tensor, keys: Tensor, land: Landscape, which: Sequence[int]) -> Tensor:
+    """The same for consecutive tokens: blocks of `near` tokens, each against the two blocks of keys that hold their nearest."""
     groups, _, size = grouped.shape
-    count, first = len(slots), int(slots[0])
-    blocks = math.ceil(count / NEAR)
-    low, high = first - NEAR, first + blocks * NEAR
-    shown = F.pad(keys[:, max(low, 0) : min(high, keys.shape[1])], (0, 0, max(-low, 0), max(high - keys.shape[1], 0)))
-    windows = shown.unfold(1, 2 * NEAR, NEAR)  # (groups, blocks, head_dim, 2 * NEAR)
-    rows = F.pad(grouped.view(groups, -1, count, size), (0, 0, 0, blocks * NEAR - count))
-    rows = rows.view(groups, -1, blocks, NEAR, size).transpose(
-        1, 2
-    )  # (groups, blocks, heads of a group, NEAR, head_dim)
-    scores = (rows.flatten(2, 3) @ windows).view(groups, blocks, -1, NEAR, 2 * NEAR).float()
-    place = torch.arange(NEAR, device=keys.device)[:, None]
-    offset = torch.arange(2 * NEAR, device=keys.device)[None]
-    band = (offset > place) & (offset <= place + NEAR)
-    columns = torch.arange(low, high, device=keys.device)
-    counts = (_countable(columns.clamp(max=len(land.live) - 1), land) & (columns < len(land.live))).unfold(
-        0, 2 * NEAR, NEAR
+    count, first, near = len(slots), int(slots[0]), land.near
+    blocks = math.ceil(count / near)
+    low, high = first - near, first + blocks * near
+    shown = F.pad(
+        _some(keys[:, max(low, 0) : min(high, keys.shape[1])], which),
+        (0, 0, max(-low, 0), max(high - keys.shape[1], 0)),
     )
-    scores = scores.masked_fill_(~(band & counts[:, None])[None, :, None], _NEVER)
-    found = scores.logsumexp(-1).transpose(1, 2).reshape(groups, -1, blocks * NEAR)
-    return found[:, :, :count].reshape(heads, count)
+    windows = shown.unfold(1, 2 * near, near)  # (groups, blocks, head_dim, 2 * near)
+    rows = F.pad(grouped.view(groups, -1, count, size), (0, 0, 0, blocks * near - count))
+    rows = rows.view(groups, -1, blocks, near, size).transpose(
+        1, 2
+    )  # (groups, blocks, heads of a group, near, head_dim)
+    scores = (rows.flatten(2, 3) @ windows).view(groups, blocks, -1, near, 2 * near).float()
+    place = torch.arange(near, device=keys.device)[:, None]
+    offset = torch.arange(2 * near, device=keys.device)[None]
+    band = (offset > place) & (offset <= place + near)
+    columns = torch.arange(low, high, device=keys.device)
+    known = _countable(columns.clamp(max=len(land.live) - 1), land) & (columns < len(land.live))
+    counts = known.unfold(0, 2 * near, near)
+    scores.masked_fill_(~(band & counts[:, None])[None, :, None], _NEVER)
+    found = _log_sum(scores).transpose(1, 2).reshape(groups, -1, blocks * near)
+    return found[:, :, :count]

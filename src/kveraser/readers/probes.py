@@ -11,7 +11,7 @@ queries, what goes into the norm is regressed, and the model's own norm applied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,11 +87,12 @@ class Probe:
     Attributes:
         layer: whose queries.
         sources: layers whose keys and values are read.
-        heads: query heads.
+        heads: how many query heads it tells.
         scaling: of the layer's attention scores.
         mean, scale: `(features,)` float32.
         down, up, bias: `(features, rank)`, `(rank, outputs)`, `(outputs,)`.
         explained: share of the queries' variance that it explains, on tokens that it was not fitted to.
+        key_heads: where only some of the query heads are told: the key head of each.
     """
 
     layer: int
@@ -104,12 +105,13 @@ class Probe:
     up: Tensor
     bias: Tensor
     explained: float
+    key_heads: tuple[int, ...] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Probe:
         """The probe with matrices of that type, for use."""
         kept = {name: getattr(self, name).to(device, torch.float32) for name in ("mean", "scale", "bias")}
         maps = {name: getattr(self, name).to(device, dtype) for name in ("down", "up")}
-        return Probe(self.layer, self.sources, self.heads, self.scaling, **kept, **maps, explained=self.explained)
+        return replace(self, **kept, **maps)
 
     def queries(self, read: Tensor, turns: Turns, norm: nn.Module | None, norm_shape: tuple[int, ...]) -> Tensor:
         """The queries of tokens as their layer uses them, `(heads, tokens, head_dim)` float32.
@@ -118,11 +120,12 @@ class Probe:
             read: `features` of the tokens.
             norm: the layer's query norm, if it has one, and the shape (without tokens) of what goes into it.
         """
-        inner = ((read - self.mean) / self.scale).to(self.down.dtype) @ self.down
-        found = (inner @ self.up).float() + self.bias
+        inner = (read.sub(self.mean).div_(self.scale)).to(self.down.dtype) @ self.down
+        found = (inner @ self.up).float().add_(self.bias)
         if norm is not None:
             weight = next(norm.parameters(), found)
-            found = norm(found.view(1, -1, *norm_shape).to(weight.dtype))[0].float()
+            shape = (self.heads, norm_shape[1]) if len(norm_shape) == 2 else norm_shape
+            found = norm(found.view(1, -1, *shape).to(weight.dtype))[0].float()
         return turns.to_place(found.reshape(len(read), self.heads, -1).transpose(0, 1), self.layer)
 
 
@@ -146,6 +149,14 @@ class Target:
         outputs = turns.to_origin(queries, layer).transpose(0, 1).flatten(1)
         return cls(outputs, queries, found.scaling, None, ())
 
+    def of_heads(self, heads: Sequence[int]) -> Target:
+        """That of some query heads alone; all of them where a norm takes them together."""
+        if self.norm is not None and len(self.norm_shape) == 1:
+            return self
+        some = torch.tensor(list(heads), device=self.queries.device)
+        outputs = self.outputs.view(len(self.outputs), self.queries.shape[0], -1)[:, some].flatten(1)
+        return replace(self, outputs=outputs, queries=self.queries[some])
+
 
 def fit_probe(read: Tensor, target: Target, layer: int, sources: tuple[int, ...], rank: int, turning: Turning,
               positions: Tensor) -> Probe:  # fmt: skip
@@ -167,11 +178,11 @@ def fit_probe(read: Tensor, target: Target, layer: int, sources: tuple[int, ...]
     _, directions = torch.linalg.eigh(fitted.T @ fitted)  # in ascending order
     up = directions.flip(1)[:, : min(rank, *weights.shape)].T.contiguous()
     heads = target.queries.shape[0]
-    probe = Probe(layer, sources, heads, target.scaling, mean, scale, weights @ up.T, up, bias, 0.0)
+    probe = Probe(layer, sources, heads, target.scaling, mean, scale, weights @ up.T, up, bias, explained=0.0)
     guess = probe.queries(read[held], turning.at(positions[held]), target.norm, target.norm_shape)
     truth = target.queries[:, held]
     left = (truth - guess).pow(2).sum() / (truth - truth.mean(1, keepdim=True)).pow(2).sum().clamp(min=_TINY)
-    return Probe(layer, sources, heads, target.scaling, mean, scale, weights @ up.T, up, bias, 1 - float(left))
+    return replace(probe, explained=1 - float(left))
 
 
 def _ridge(inputs: Tensor, outputs: Tensor) -> Tensor:

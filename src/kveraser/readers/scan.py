@@ -82,7 +82,7 @@ class Scene:
         return probe.queries(read, turns, *norm_of(self.model, probe.layer))
 
     def thin(self) -> Tensor:
-        """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, the largest of any head."""
+        """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, the largest of any head that it tells."""
         assert self.calibration.scan is not None
         probe = self._ready(self.calibration.scan)
         first, last = self.spans[0].start, self.tokens.length
@@ -92,7 +92,7 @@ class Scene:
             for start in range(first, last, CHUNK):
                 slots = torch.arange(start, min(start + CHUNK, last), device=keys.device)
                 told = self.queries(probe, row, slots, run=True)
-                mass, _ = span_mass(told, slots, keys, probe.scaling, land, run=True)
+                mass, _ = span_mass(told, slots, keys, probe.scaling, land, run=True, key_heads=probe.key_heads)
                 found[row, slots] = mass.amax(0)
         return found[:, self.suffix]
 
@@ -129,13 +129,14 @@ class Scene:
                 later = int((chosen < start).sum())  # those see nothing of this stretch
                 if later == len(chosen):
                     break
-                grouped = rows[:, later:].reshape(groups, -1, rows.shape[-1])
-                scores = (grouped @ layer.keys[row][:, start:end].transpose(-1, -2)).view(len(rows), -1, end - start)
-                scores -= whole[:, later:, None].to(scores.dtype)
-                behind = torch.arange(start, end, device=chosen.device) > chosen[later:, None]
+                seen = layer.keys[row][:, start:end]
+                told_rows = rows[:, later:].reshape(groups, -1, rows.shape[-1]).transpose(-1, -2)
+                less = -whole[:, later:].reshape(groups, 1, -1).to(seen.dtype)
+                scores = torch.baddbmm(less, seen, told_rows)  # (groups, slots, heads of a group * tokens)
+                behind = torch.arange(start, end, device=chosen.device)[:, None] > chosen[later:]
                 if bool(behind.any()):
-                    scores = scores.masked_fill(behind, -torch.inf)
-                most[start:end] = torch.maximum(most[start:end], scores.amax((0, 1)).float())
+                    scores.view(groups, end - start, -1, len(chosen) - later).masked_fill_(behind[:, None], -torch.inf)
+                most[start:end] = torch.maximum(most[start:end], scores.amax(-1).amax(0).float())
         able = torch.stack([land.live for land in self.lands]).any(0)
         for span in self.spans:
             able[span.slice] = False

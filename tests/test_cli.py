@@ -144,11 +144,22 @@ def test_the_demo_shows_every_method_in_every_story(tiny_backbone, eraser_folder
     result = run("demo", "--eraser", eraser_folder)
     assert result.exit_code == 0, result.output
     assert "growth" in result.output
+    assert "who read it" in result.output
+    assert "Nearest to full recomputation" in result.output
     data = json.loads(run("demo", "--eraser", eraser_folder, "--no-latency", "--json").stdout)
     assert [story["story"] for story in data["stories"]] == [story.name for story in stories.stories()]
     for story in data["stories"]:
         for protocol in ("query_after", "query_cached"):
-            assert [row["method"] for row in story[protocol]] == list(kv.methods())
+            names = [row["method"].partition(":")[0] for row in story[protocol]]
+            assert names == [name for name, kind in kv.methods().items() if kind.compared]
+            (suffix,) = {row["tokens_recomputed"] for row in story[protocol] if row["method"] == "full-recompute"}
+            for row in story[protocol]:
+                if kv.methods()[row["method"].partition(":")[0]].budget_option:
+                    assert (
+                        latency.TOKENS <= row["tokens_recomputed"] < suffix / 2
+                    )  # with a trained eraser also the span
+            assert suffix > 6 * latency.TOKENS
+        assert len(story["readers"]) == story["tokens_behind"]
         assert story["erased"] in result.output
 
 

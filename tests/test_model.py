@@ -14,8 +14,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
+from kveraser.cli.demo import PAGES
+from kveraser.demo.latency import TOKENS
 from kveraser.demo.stories import stories
-from kveraser.demo.tell import tell
+from kveraser.demo.tell import tell, tell_both
 from kveraser.eraser import shipped_eraser, shipped_erasers
 from kveraser.evaluation import leaks
 from kveraser.evaluation.compare import PROTOCOLS, compare_methods, read_parts
@@ -51,6 +53,18 @@ def test_the_erased_value_is_in_no_answer_after_erasing(told, name, protocol):
     assert not leaks(results["kveraser"].answer, story.erased)
     assert results["full-recompute"].kl < 1e-3
     assert results["kveraser"].kl < results["no-erase"].kl
+
+
+@pytest.mark.parametrize("index", range(len(stories())))
+def test_in_the_demo_every_answer_is_that_of_full_recomputation_with_a_seventh_of_its_tokens(smollm, index):
+    model, tokenizer = smollm
+    methods = [FullRecompute(), kv.Steering().with_budget(TOKENS)]
+    told = tell_both(stories(PAGES)[index], kv.ErasableContext(model, tokenizer), methods)
+    assert told.behind > 400
+    for exact, erased in (told.after, told.cached):
+        assert erased.answer == exact.answer
+        assert erased.tokens_recomputed * 7 < exact.tokens_recomputed
+        assert 0 < erased.residual < 1
 
 
 @pytest.mark.parametrize("name", [story.name for story in stories()])

@@ -156,7 +156,20 @@ def readers(
     check_editable(model, cache)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
-    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser)
+    return run_readers(model, cache, tokens, spans, eraser)[:, spans[0].end :]
+
+
+@torch.no_grad()
+def run_readers(
+    model: nn.Module,
+    cache: Cache,
+    tokens: Tokens,
+    spans: tuple[Span, ...],
+    eraser: KVEraser | None = None,
+    text: Text | None = None,
+) -> Tensor:
+    """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0."""
+    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text=text)
     calibration = calibration_of(edit, (eraser or default_eraser(model)).calibration)
     if not calibration.tells:
         raise CalibrationError(
@@ -167,9 +180,7 @@ def readers(
     found = torch.zeros(tokens.ids.shape, device=tokens.ids.device)
     if len(scene.suffix):
         found[:, scene.suffix] = scene.everywhere()
-    if tokens.mask is not None:
-        found *= tokens.mask
-    return found[:, spans[0].end :]
+    return found if tokens.mask is None else found * tokens.mask
 
 
 def restore(

@@ -117,6 +117,24 @@ class ErasableContext(TokenContext):
             wanted = [what] if isinstance(what, Span | str) else list(what)
             return self.erase_spans([self.locate(entry) for entry in wanted], method, undo=undo)
 
+    def readers(self, what: What) -> Tensor:
+        """How much each token has attended to something: who would have to be recomputed to erase it.
+
+        Args:
+            what: as for `erase`.
+
+        Returns:
+            `(positions,)` float32, one for each ledger position: a share of its attention, the largest of any head, mean
+            over layers; 0 before the first span, in the spans, and for what is erased.
+
+        Raises:
+            SpanError: as for `erase`.
+            CalibrationError: keys and values tell too little.
+        """
+        with self._lock:
+            wanted = [what] if isinstance(what, Span | str) else list(what)
+            return self.readers_of([self.locate(entry) for entry in wanted])
+
     def locate(self, what: Span | str) -> Span:
         """The ledger span meant by a span, a message id, or a text that occurs once.
 

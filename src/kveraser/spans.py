@@ -210,3 +210,13 @@ class SpanLedger:
         """The slots of a live span (one run: nothing inside it is erased)."""
         start = self.to_cache(span.start)
         return Span(start, start + len(span))
+
+    def from_cache(self, slots: Span) -> tuple[Span, ...]:
+        """The ledger positions of some slots, in order."""
+        found, at = [], 0
+        for run in gaps((entry.span for entry in self._erased if not entry.in_cache), self.length):
+            start, end = max(slots.start, at), min(slots.end, at + len(run))
+            if start < end:
+                found.append(Span(start, end).shift(run.start - at))
+            at += len(run)
+        return tuple(found)

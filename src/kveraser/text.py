@@ -54,6 +54,10 @@ class TokenBorders:
         last = bisect_left(counts, end, key=self._characters)
         return Span(first, max(last, first + 1))
 
+    def characters(self, span: Span) -> tuple[int, int]:
+        """The characters `[start, end)` that some tokens begin and end with."""
+        return self._characters(span.start), self._characters(span.end)
+
     def _characters(self, count: int) -> int:
         """Whole characters in the first `count` tokens; a character that is cut decodes to something else."""
         if count not in self._lengths:

@@ -211,7 +211,7 @@ def _drop_tensor(folder):
     ("damage", "words"),
     [
         (lambda f: (f / "kveraser.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "kveraser.json").unlink(), "holds no kveraser.json"),
+        (lambda f: [(f / name).unlink() for name in ("kveraser.json", "adapter_config.json")], "holds neither"),
         (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x" * 40), "damaged"),
         (_drop_tensor, "lacks 1"),
         (

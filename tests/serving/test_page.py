@@ -112,6 +112,11 @@ def drag_over(page, text):
     assert page.evaluate("getSelection().toString()").strip() == text.strip()
 
 
+def marked_texts(page, name):
+    """The texts that a highlight marks."""
+    return page.evaluate("(name) => [...(CSS.highlights.get(name) ?? [])].map(String)", name)
+
+
 def card(page, version):
     return page.locator(f"#answers .{version}")
 
@@ -126,8 +131,17 @@ def test_a_stale_fact_is_selected_erased_asked_about_undone_and_repaired(real_ur
     said(page, "Read.")
     assert page.locator("#context").text_content() == story.prefix + story.span + story.suffix
     drag_over(page, story.span.strip())
+    expect(page.locator("#readers")).to_contain_text("read most by", timeout=SECONDS)
+    heat = marked_texts(page, "heat-4")
+    assert heat
+    assert all(story.suffix.startswith(text) or text in story.suffix for text in heat)
     page.click("#erase")
     said(page, "Erased")
+    again = "".join(marked_texts(page, "recomputed"))
+    assert 0 < len(again) < len(story.suffix)
+    assert again[:8] == story.suffix[:8]  # right behind the span
+    entry = page.locator("#erases li").text_content()
+    assert "recomputed" in entry and "of the attention to it left" in entry and "neutral eraser" in entry
     assert page.locator("#context del").text_content().strip() == story.span.strip()
     expect(page.locator("#exactness")).to_have_text("approximate")
     removed = int(page.locator("#erases li").text_content().split(": ")[1].split()[0])
@@ -158,6 +172,7 @@ def test_a_stale_fact_is_selected_erased_asked_about_undone_and_repaired(real_ur
 
     page.click("#erases button")
     said(page, "every state is as it was")
+    assert marked_texts(page, "recomputed") == []
     expect(page.locator("#context del")).to_have_count(0)
     expect(page.locator("#exactness")).to_have_text("exact")
     drag_over(page, story.span.strip())

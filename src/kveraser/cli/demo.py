@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -25,18 +26,20 @@ from kveraser.cli.common import (
     reported,
     stdout,
 )
-from kveraser.cli.tables import results_table
-from kveraser.demo.latency import SUFFIXES, latency_methods, measure_latency
+from kveraser.cli.tables import heat_line, results_table, top_readers
+from kveraser.demo.latency import SUFFIXES, TOKENS, latency_methods, measure_latency
 from kveraser.demo.stories import stories
-from kveraser.demo.tell import tell
+from kveraser.demo.tell import Told, tell_both
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import OptionError
-from kveraser.evaluation import PROTOCOLS, MethodResult, leaks
+from kveraser.evaluation import PROTOCOLS, leaks
 from kveraser.evaluation.compare import Context
-from kveraser.methods import EraseMethod, as_method, methods
+from kveraser.methods import EraseMethod, FullRecompute, Steering, methods
 
 STORY_TOKENS, LATENCY_TOKENS = 2048, 5120
+PAGES = 5
+"""Behind what is erased: some 480 tokens, of which at most a seventh is recomputed."""
 
 
 class Engine(StrEnum):
@@ -61,7 +64,9 @@ def demo_command(
 
     "Asked after": the question comes after the erase. "Question was cached": the question had been read, with the span
     still there, when the span was erased; that is harder. KL is the distance to full recomputation, in nats per token
-    of its answer; "run" is the number of tokens run through the model. An answer in red says what should be gone.
+    of its answer; "run" is the number of tokens run through the model: 64 for every method that recomputes some. "Left" is
+    the receipt's own estimate: the share of the attention to the span that was not recomputed. An answer in red says what
+    should be gone. The line of blocks shows who has read the span, from right behind it to the end.
 
     Example: kveraser demo --no-latency
     """
@@ -77,17 +82,21 @@ def demo_command(
         with progress_bar() as bar:
             steps = len(stories()) * len(every) * len(PROTOCOLS)
             task = bar.add_task("stories", total=steps + latency * len(SUFFIXES) * len(timed))
-            for story in stories():
-                after, cached = (
-                    tell(story, new_context(STORY_TOKENS), every, protocol, done=lambda _: bar.advance(task))
-                    for protocol in PROTOCOLS
-                )
-                told.append(_as_json(story.name, story.question, story.erased, after, cached))
+            for story in stories(PAGES):
+                found = tell_both(story, new_context(STORY_TOKENS), every, done=lambda _: bar.advance(task))
+                told.append(_as_json(story.name, story.question, story.erased, found))
                 if not as_json:
                     said = f"[bold]{story.name}[/]: {story.use}\nerased: [italic]{story.span.strip()}[/]\nasked: {story.question}"
                     stdout.print()
                     stdout.print(Panel(said, expand=False))
-                    stdout.print(results_table(after, cached, story.erased))
+                    stdout.print(results_table(found.after, found.cached, story.erased))
+                    if line := heat_line(found.read):
+                        stdout.print(
+                            f"who read it, of {found.behind} tokens behind it: [red]{line}[/]", highlight=False
+                        )
+                        stdout.print(
+                            f"[dim]most of all: {escape(top_readers(found.words, found.read))}[/]", highlight=False
+                        )
             if latency:
                 bar.update(task, description="latency")
                 rows = measure_latency(new_context(LATENCY_TOKENS), timed, done=lambda _: bar.advance(task))
@@ -108,7 +117,9 @@ Made = tuple[Callable[[int], Context], list[EraseMethod]]
 def _transformers(model: str, eraser: str | None, device: str | None, dtype: str | None, quiet: bool) -> Made:
     backbone, tokenizer = load(model, device, dtype, quiet=quiet)
     tool = KVEraser.from_pretrained(eraser, backbone) if eraser else default_eraser(backbone)
-    return lambda _: ErasableContext(backbone, tokenizer, tool), [as_method(name) for name in methods()]
+    return lambda _: ErasableContext(backbone, tokenizer, tool), [
+        kind().with_budget(TOKENS) for kind in methods().values() if kind.compared
+    ]
 
 
 def _llama_cpp(model: str, eraser: str | None, device: str | None, dtype: str | None) -> Made:
@@ -123,15 +134,15 @@ def _llama_cpp(model: str, eraser: str | None, device: str | None, dtype: str | 
     return lambda length: LlamaCppContext(loaded, tool, length=length), [kind() for kind in METHODS]
 
 
-def _as_json(
-    name: str, question: str, erased: str, after: list[MethodResult], cached: list[MethodResult]
-) -> dict[str, Any]:
+def _as_json(name: str, question: str, erased: str, told: Told) -> dict[str, Any]:
     return {
         "story": name,
         "question": question,
         "erased": erased,
-        "query_after": [result.as_dict() for result in after],
-        "query_cached": [result.as_dict() for result in cached],
+        "tokens_behind": told.behind,
+        "readers": [{"text": text, "read": read} for text, read in zip(told.words, told.read, strict=True)],
+        "query_after": [result.as_dict() for result in told.after],
+        "query_cached": [result.as_dict() for result in told.cached],
     }
 
 
@@ -148,13 +159,33 @@ def _latency_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _verdict(told: list[dict[str, Any]]) -> None:
-    """Say for each method in how many of the answers the erased value still is."""
-    counts: dict[str, int] = {}
-    total = 0
+    """Every method over all answers: how often it says the erased value, how often what full recomputation says, how far off."""
+    by_method: dict[str, list[tuple[bool, bool, float, int]]] = {}
     for story in told:
-        for protocol in ("query_after", "query_cached"):
-            total += 1
-            for result in story[protocol]:
-                counts[result["method"]] = counts.get(result["method"], 0) + leaks(result["answer"], story["erased"])
-    said = ", ".join(f"{name} {count}" for name, count in counts.items())
-    stdout.print(f"\nAnswers with the erased value, of {total}: {said}")
+        for protocol in PROTOCOLS:
+            exact = next(row["answer"] for row in story[protocol] if row["method"] == FullRecompute.name)
+            for row in story[protocol]:
+                leaked, same = leaks(row["answer"], story["erased"]), row["answer"] == exact
+                seen = by_method.setdefault(row["method"].partition(":")[0], [])
+                seen.append((leaked, same, row["kl"], row["tokens_recomputed"]))
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in ("over all answers", "say the erased value", "equal full recomputation's", "mean KL", "tokens run"):
+        table.add_column(column, justify="left" if column == "over all answers" else "right")
+    means: dict[str, tuple[float, ...]] = {}
+    for name, rows in by_method.items():
+        means[name] = leaked, same, kl, run = tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))
+        count = len(rows)
+        table.add_row(
+            name, f"{leaked * count:.0f} of {count}", f"{same * count:.0f} of {count}", f"{kl:.3f}", f"{run:.0f}"
+        )
+    stdout.print()
+    stdout.print(table)
+    erasing = [name for name in means if methods()[name].removes and not methods()[name].exact]
+    best = min(erasing, key=lambda name: means[name][2])
+    stdout.print(f"Nearest to full recomputation, of those that do not recompute everything: [bold]{best}[/].")
+    if Steering.name in means and FullRecompute.name in means:
+        _, same, _, run = means[Steering.name]
+        stdout.print(
+            f"The default, [bold]{Steering.name}[/], answers as full recomputation does in {same:.0%} of the answers with "
+            f"{run / means[FullRecompute.name][3]:.0%} of the tokens, and moves nothing: every position stays valid, and undo is cheap."
+        )

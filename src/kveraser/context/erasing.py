@@ -9,9 +9,12 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from kveraser.cache import Tokens, cache_length
 from kveraser.context.state import ContextState, EditRecord
-from kveraser.edit import run_edit
+from kveraser.edit import run_edit, run_readers
 from kveraser.eraser import KVEraser
 from kveraser.ids import IdBuffer
 from kveraser.methods import EraseMethod, EraseReceipt, as_method
@@ -19,7 +22,7 @@ from kveraser.spans import Span, merge_spans
 
 
 class Erasing(ContextState):
-    """`erase_spans`."""
+    """`erase_spans` and `readers_of`."""
 
     def erase_spans(
         self, spans: Span | Iterable[Span], method: str | EraseMethod | KVEraser = "kveraser", *, undo: bool = True
@@ -34,13 +37,29 @@ class Erasing(ContextState):
             final: list[EraseReceipt] = []
 
             def commit(receipt: EraseReceipt) -> None:
-                entered = replace(receipt, spans=wanted)
+                run_again = tuple(part for run in receipt.recomputed for part in self._ledger.from_cache(run))
+                entered = replace(receipt, spans=wanted, recomputed=run_again)
                 self._commit(entered, chosen.removes)
                 final.append(entered)
 
             tokens = Tokens(self._slots.view[None])
             run_edit(self.model, self.cache, tokens, slots, chosen, self.eraser, undo, commit, self._calibration_text())
             return final[0]
+
+    def readers_of(self, spans: Span | Iterable[Span]) -> Tensor:
+        """Who has read ledger spans; see `ErasableContext.readers`."""
+        with self._lock:
+            wanted = merge_spans([spans] if isinstance(spans, Span) else spans, self._ledger.length)
+            for span in wanted:
+                self._ledger.check_live(span)
+            slots = merge_spans((self._ledger.span_to_cache(span) for span in wanted), cache_length(self.cache))
+            tokens = Tokens(self._slots.view[None])
+            masses = run_readers(self.model, self.cache, tokens, slots, self.eraser, self._calibration_text())[0]
+            found = torch.zeros(self._ledger.length, device=masses.device)
+            for run in self._ledger.from_cache(Span(slots[0].start, cache_length(self.cache))):
+                first = self._ledger.to_cache(run.start)
+                found[run.slice] = masses[first : first + len(run)]
+            return found
 
     def _commit(self, receipt: EraseReceipt, removes: bool) -> None:
         dropped: tuple[Span, ...] = ()

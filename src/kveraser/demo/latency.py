@@ -14,12 +14,14 @@ from kveraser.evaluation.compare import Context
 from kveraser.methods import DeleteAndShift, EraseMethod, FullRecompute, LocalSuffixRepair, Steering
 
 PREFIX, SPAN = 256, 64
+TOKENS = 64
+"""Recomputed by every method that recomputes some."""
 SUFFIXES = (256, 1024, 4096)
 
 
 def latency_methods() -> list[EraseMethod]:
     """The methods that are timed."""
-    return [FullRecompute(), DeleteAndShift(), LocalSuffixRepair(), Steering()]
+    return [FullRecompute(), DeleteAndShift(), LocalSuffixRepair(TOKENS), Steering(repair=TOKENS)]
 
 
 def measure_latency(

@@ -9,7 +9,7 @@ the time of a pass, so that other threads may go on using it.
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kveraser.cache import Window, check_model
+from kveraser.eraser.adapter_files import CONFIG, KEY_PREFIX, WEIGHTS, find_folder, read_lora_config, read_weights, tidy
 from kveraser.eraser.config import FILE_NAME, Choose, EraserConfig
 from kveraser.eraser.lora import LoraLinear
 from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
     from os import PathLike
 
 _ADAPTER = "eraser"
-_WEIGHTS = "adapter_model.safetensors"
-_KEY_PREFIX = "base_model.model."
 _REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
+_UNVERIFIED = (
+    "{path} has no {file}, so nothing says which model it was made for: it is taken as an eraser of this {model} that sees the "
+    "whole prefix and recomputes nothing (kv.Steering(eraser, repair=64) also recomputes readers)"
+)
 
 
 NEUTRAL_REPAIR = 64
@@ -149,31 +152,32 @@ class KVEraser:
         """Load an eraser from a folder or a hub id.
 
         Args:
-            path: PEFT folder or hub id that also holds a `kveraser.json`.
+            path: PEFT folder or hub id that also holds a `kveraser.json`. Without one it is taken as the paper's authors
+                publish theirs (`Graph-COM/KVEraser`): the whole prefix is seen, nothing is recomputed unless asked for,
+                and a warning says that nobody can tell whether it was made for this backbone.
             model: the backbone.
             check_weights: False accepts a backbone of the same shape with other weights (a fine-tune of it).
 
         Raises:
             EraserMismatchError: not an eraser, damaged, or made for another backbone.
         """
-        folder = _fetch(str(path))
-        config = EraserConfig.read(folder / FILE_NAME)
+        folder = find_folder(str(path))
+        if (folder / FILE_NAME).is_file():
+            config = EraserConfig.read(folder / FILE_NAME)
+        else:
+            config = EraserConfig(Fingerprint.of(model))
+            warnings.warn(
+                _UNVERIFIED.format(path=path, file=FILE_NAME, model=type(causal_lm(model)).__name__), stacklevel=2
+            )
         difference = config.fingerprint.difference(model)
         if difference is not None and (check_weights or "weights" not in difference):
             name = type(causal_lm(model)).__name__
             raise EraserMismatchError(
                 f"the eraser in {path} was made for another model than this {name}: {difference}; {_REMEDY}"
             )
-        try:
-            lora_config = PeftConfig.from_pretrained(str(folder))
-        except Exception as error:  # PEFT and JSON raise their own kinds
-            raise EraserMismatchError(f"the adapter in {path} cannot be read, it may be damaged: {error}") from error
-        if not isinstance(lora_config, LoraConfig) or lora_config.use_dora or lora_config.modules_to_save:
-            raise EraserMismatchError(
-                f"the adapter in {path} is no plain LoRA ({lora_config.peft_type}); export it as one"
-            )
+        lora_config = read_lora_config(folder, str(path))
         eraser = cls(config, lora_config, _lora_layers(model, lora_config), _calibration(folder, config))
-        eraser.load_weights(folder)
+        eraser.load_weights(folder, causal_lm(model).base_model_prefix)
         if not check_weights:
             eraser._checked = ref(causal_lm(model))
         return eraser
@@ -233,8 +237,8 @@ class KVEraser:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """LoRA A and B by PEFT's names."""
         for name, layer in self.layers.items():
-            yield f"{_KEY_PREFIX}{name}.lora_A.weight", layer.down
-            yield f"{_KEY_PREFIX}{name}.lora_B.weight", layer.up
+            yield f"{KEY_PREFIX}{name}.lora_A.weight", layer.down
+            yield f"{KEY_PREFIX}{name}.lora_B.weight", layer.up
 
     def matrices(self, module: str) -> tuple[nn.Parameter, nn.Parameter, float]:
         """A `(rank, in)`, B `(out, rank)` and the scaling of their product, of the adapted module with that name."""
@@ -280,8 +284,8 @@ class KVEraser:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.lora_config.save_pretrained(str(target))
-        _tidy(target / "adapter_config.json")
-        save_file({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, str(target / _WEIGHTS))
+        tidy(target / CONFIG)
+        save_file({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, str(target / WEIGHTS))
         replace(self.config, notes={**self.config.notes, **(notes or {})}).write(target)
         if self.calibration is not None:
             write_calibration(target / READERS, self.calibration)
@@ -311,17 +315,17 @@ class KVEraser:
             source = str(folder or self.save_pretrained(temporary))
             return str(api.upload_folder(repo_id=repo_id, folder_path=source))
 
-    def load_weights(self, folder: str | PathLike[str]) -> None:
+    def load_weights(self, folder: str | PathLike[str], body: str = "model") -> None:
         """Take over the weights of an eraser of the same shape.
+
+        Args:
+            body: what the causal model calls the model below its head; an adapter may have been saved for that alone.
 
         Raises:
             EraserMismatchError: unreadable, or of another shape.
         """
-        try:
-            weights = load_file(str(Path(folder) / _WEIGHTS))
-        except Exception as error:  # safetensors raises its own kinds
-            raise EraserMismatchError(f"the adapter in {folder} cannot be read, it may be damaged: {error}") from error
-        self._load(weights, str(folder))
+        names = [name for name, _ in self.named_parameters()]
+        self._load(read_weights(Path(folder), names, body), str(folder))
 
     def _load(self, weights: dict[str, Tensor], source: str) -> None:
         own, rank = dict(self.named_parameters()), self.lora_config.r if self.lora_config else 0
@@ -335,7 +339,7 @@ class KVEraser:
             if weights[name].shape != parameter.shape:
                 raise EraserMismatchError(
                     f"{name} in {source} has shape {tuple(weights[name].shape)}, rank {rank} on this model "
-                    f"needs {tuple(parameter.shape)}; adapter_config.json and {_WEIGHTS} do not belong together"
+                    f"needs {tuple(parameter.shape)}; adapter_config.json and {WEIGHTS} do not belong together"
                 )
             parameter.data = weights[name].to(parameter)
 
@@ -392,30 +396,3 @@ def _without_adapters(module: nn.Module) -> None:
         module._modules[name] = child
         if child is not None:
             _without_adapters(child)
-
-
-def _fetch(path: str) -> Path:
-    """The local folder of a path or hub id."""
-    folder = Path(path)
-    if (folder / FILE_NAME).is_file():
-        return folder
-    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise EraserMismatchError(
-            f"{path} holds no {FILE_NAME}, so it is not an eraser; give a folder or hub id made by kveraser"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:
-        raise EraserMismatchError(
-            f"{path} is neither a folder with a {FILE_NAME} nor a reachable hub id: {error}"
-        ) from error
-
-
-def _tidy(file: Path) -> None:
-    """Sort PEFT's target modules (a set), so that the same eraser always gives the same file."""
-    data = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(data.get("target_modules"), list):
-        data["target_modules"] = sorted(data["target_modules"])
-    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -125,17 +125,9 @@ def _residual(records: Sequence[Record]) -> Figure:
             if not own:
                 continue
             left, kl = [record.residual or 0.0 for record in own], [record.kl for record in own]
-            look = {"color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
-            alike = rank_correlation(left, kl)
-            axes.plot(
-                left,
-                kl,
-                linestyle="",
-                markersize=4,
-                alpha=0.7,
-                label=f"{method} (rank correlation {alike:.2f})",
-                **look,
-            )
+            color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+            name = f"{method} (rank correlation {rank_correlation(left, kl):.2f})"
+            axes.plot(left, kl, color=color, marker=marker, linestyle="", markersize=4, alpha=0.7, label=name)
         axes.set_yscale("log")
         axes.legend(fontsize=7, frameon=False)
         axes.set_title(ASKED[protocol], fontsize=10)

@@ -69,4 +69,5 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     if len(one) < 3:
         return 0.0
     ranks = [np.argsort(np.argsort(np.asarray(numbers), kind="stable"), kind="stable") for numbers in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    matrix: Values = np.atleast_2d(np.corrcoef(np.array(ranks)))
+    return float(matrix[0, 1])

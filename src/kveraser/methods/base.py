@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -261,7 +261,7 @@ class EraseReceipt:
         positions_kept: whether every remaining token is still at its old position.
         residual: an estimate of what was left behind: the share of the attention that later tokens paid to the spans and
             whose states were not recomputed. 0.0 when the result is exact, None where nothing was scored.
-        recomputed: slots (before the edit) whose own tokens were run again.
+        recomputed: whose own tokens were run again; cache positions before the edit or ledger positions, like `spans`.
         eraser: "trained" or "neutral", for methods that use an eraser.
         notes: what did not go as asked, and why.
         removed, steered: slots (before the edit) that are gone, or hold steering states now.
@@ -370,7 +370,8 @@ class EraseMethod(ABC):
 
     def with_budget(self, tokens: int) -> EraseMethod:
         """The method at so many recomputed tokens per span; methods without such an option stay as they are."""
-        return self if self.budget_option is None else replace(self, **{self.budget_option: tokens})
+        changed: dict[str, int] = {} if self.budget_option is None else {self.budget_option: tokens}
+        return cast("EraseMethod", replace(cast("Any", self), **changed))
 
     @property
     def recomputes(self) -> int | None:

@@ -8,6 +8,7 @@ client put one for a span that was steered. A context with a placeholder in its 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -99,6 +100,8 @@ class Reused:
         kept: ids of the request, from the beginning, that are in the context now.
         recomputed: tokens that were run to take the runs out.
         mended: those of `kept` among them.
+        where: runs of the cached conversation that were recomputed in place.
+        residual, eraser: of the erase, as in its receipt.
     """
 
     method: str
@@ -106,6 +109,9 @@ class Reused:
     kept: int
     recomputed: int = 0
     mended: int = 0
+    where: tuple[tuple[int, int], ...] = ()
+    residual: float | None = None
+    eraser: str | None = None
 
 
 def reuse_exactly(held: Held, found: Match, placeholder: tuple[int, ...]) -> Reused:
@@ -132,6 +138,7 @@ def reuse_by_steering(held: Held, found: Match, placeholder: tuple[int, ...]) ->
     firsts = (int(where[removal.start]) for removal in found.removals if removal.replaced)
     positions = (set(held.placeholders) - gone) | {max(first, -1 - first) for first in firsts}
     recomputed = mended = 0
+    receipt = None
     if spans:
         receipt = held.context.erase_spans(spans, Steering(), undo=False)
         recomputed = receipt.tokens_recomputed
@@ -139,7 +146,10 @@ def reuse_by_steering(held: Held, found: Match, placeholder: tuple[int, ...]) ->
     held.placeholders = tuple(sorted(positions))
     if doomed:
         held.rebuild = None
-    return Reused("kveraser" if runs else "prefix", tuple(runs), found.new_from, recomputed, mended)
+    again = () if receipt is None else _places(where, receipt.recomputed)
+    left, eraser = (None, None) if receipt is None else (receipt.residual, receipt.eraser)
+    method = "kveraser" if runs else "prefix"
+    return Reused(method, tuple(runs), found.new_from, recomputed, mended, again, left, eraser)
 
 
 def whole_placeholders(held: Held, found: Match, placeholder: tuple[int, ...]) -> Match:
@@ -166,6 +176,15 @@ def before(found: Match, position: int, placeholder_length: int) -> Match:
     gone = sum(removal.end - removal.start for removal in removals)
     added = sum(placeholder_length for removal in removals if removal.replaced)
     return replace(found, removals=tuple(removals), kept_until=end, new_from=end - gone + added)
+
+
+def _places(where: Ids, spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    """Where in a view some ledger spans are."""
+    chosen = np.zeros(len(where), dtype=bool)
+    for span in spans:
+        chosen |= (where >= span.start) & (where < span.end)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _ledger_spans(where: Ids) -> list[Span]:

@@ -76,6 +76,9 @@ class Reuse:
         spans: runs that were taken out, in tokens of the cached conversation.
         tokens_reused: tokens of the prompt whose states were there already and were left as they are.
         tokens_recomputed: tokens that were run through the model, steering included.
+        recomputed: runs of the cached conversation that were recomputed where they are, in tokens like `spans`.
+        residual: what the erase left behind by its own estimate; 0.0 where the context is exact, None where not known.
+        eraser: "trained" or "neutral", where one was used.
         seconds: until the first token could be sampled, without waiting.
     """
 
@@ -85,6 +88,9 @@ class Reuse:
     tokens_reused: int
     tokens_recomputed: int
     seconds: float
+    recomputed: tuple[tuple[int, int], ...] = ()
+    residual: float | None = None
+    eraser: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,9 @@ class Engine:
                 tokens_reused=reused.kept - reused.mended,
                 tokens_recomputed=reused.recomputed + len(new),
                 seconds=time.perf_counter() - started,
+                recomputed=reused.where,
+                residual=0.0 if held.exact else reused.residual,
+                eraser=reused.eraser,
             )
             reply = Reply(reuse, len(prompt.ids))
             for piece in decode(held.context, logits, prompt.sampling, self.tokenizer, self.end_ids, job.check):

@@ -25,10 +25,13 @@ from kveraser.serving.contexts import Held
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.engine import Engine, Reuse
 from kveraser.serving.jobs import Job
-from kveraser.serving.selection import runs_of, spans_of_characters
+from kveraser.serving.selection import characters_of, runs_of, spans_of_characters
 from kveraser.serving.watching import Emitter, Watch
 from kveraser.spans import Span
 from kveraser.text import find_text
+
+MOST_READERS = 128
+"""Tokens that are shown as readers of something."""
 
 
 class SessionNotFoundError(KVEraserError):
@@ -136,6 +139,30 @@ class Sessions:
                 held.receipts[receipt.id] = receipt
             return receipt
 
+    def readers(self, owner: str, name: str, what: What) -> dict[str, Any]:
+        """Who has read something: the tokens that attended to it most, each with its place and its share of attention."""
+        held = self.get(owner, name)
+        spans = what.spans_in(held.context)
+        masses = held.context.readers(list(spans))
+        count = min(MOST_READERS, int((masses > 0).sum()))
+        best = masses.topk(count).indices.tolist()
+        tokens = [Span(position, position + 1) for position in best]
+        places = characters_of(held.context, tokens)
+        total = float(masses.sum())
+        return {
+            "spans": [pair(span) for span in spans],
+            "readers": [
+                {
+                    "span": pair(token),
+                    "characters": list(place),
+                    "text": held.context.text_of(token),
+                    "read": float(masses[token.start]),
+                }
+                for token, place in zip(tokens, places, strict=True)
+            ],
+            "shown": float(masses[best].sum()) / total if total else 1.0,
+        }
+
     def restore(self, owner: str, name: str, receipt_id: str) -> dict[str, Any]:
         """Undo an erase."""
         held = self.get(owner, name)
@@ -227,7 +254,9 @@ class Sessions:
             else:
                 text = answer()
         run = watch.prompt_length - before if watch.prompt_length > before else 1
-        reuse = Reuse("prefix", exact, (), watch.prompt_length - run, run, watch.first - started)
+        reuse = Reuse(
+            "prefix", exact, (), watch.prompt_length - run, run, watch.first - started, residual=0.0 if exact else None
+        )
         return Answer(text, watch.prompt_length, reuse)
 
     def show(self, owner: str, name: str) -> dict[str, Any]:
@@ -247,6 +276,7 @@ class Sessions:
             "runs": [{"span": pair(run.span), "state": "live" if run.live else "erased", "text": context.text_of(run.span)}
                      for run in runs_of(context)],
             "erases": [shown(receipt) for receipt in context.receipts],
+            "recomputed": [list(place) for place in characters_of(context, _live_parts(context))],
         }  # fmt: skip
 
     def _fit(self, held: Held, more: int, copies: int = 1) -> None:
@@ -295,5 +325,22 @@ def shown(receipt: EraseReceipt) -> dict[str, Any]:
         "exact": receipt.exact,
         "tokens_removed": receipt.tokens_removed,
         "tokens_recomputed": receipt.tokens_recomputed,
+        "recomputed": [pair(span) for span in receipt.recomputed],
+        "residual": receipt.residual,
+        "eraser": receipt.eraser,
+        "notes": list(receipt.notes),
         "seconds": receipt.seconds,
     }
+
+
+def _live_parts(context: ErasableContext) -> list[Span]:
+    """What of the tokens that the erases in effect have recomputed is still live, each part within one run."""
+    return [
+        part
+        for receipt in context.receipts
+        if not context.exact
+        for span in receipt.recomputed
+        for run in context.live_spans
+        if (start := max(span.start, run.start)) < (end := min(span.end, run.end))
+        for part in (Span(start, end),)
+    ]

@@ -1,4 +1,4 @@
-"""What is seen of a session, and from what is selected of it to spans.
+"""What is seen of a session, from what is selected of it to spans, and from spans to what is seen.
 
 Knows: contexts, characters. Does not know about HTTP. The session's text is that of its runs, live and erased ones, joined;
 characters are counted in it as Unicode code points.
@@ -34,13 +34,7 @@ def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, in
     Raises:
         SpanError: an empty or reversed range, one that ends behind the text, or one without live text.
     """
-    assert context.tokenizer is not None
-    borders, at = list[tuple[int, Span, TokenBorders]](), 0
-    for run in runs_of(context):
-        found = TokenBorders(context.tokenizer, context.ids_of(run.span))
-        if run.live:
-            borders.append((at, run.span, found))
-        at += len(found.text)
+    borders, at = _borders(context)
     spans = list[Span]()
     for start, end in ranges:
         if not 0 <= start < end <= at:
@@ -54,3 +48,27 @@ def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, in
             raise SpanError(f"the characters [{start}, {end}) are erased already")
         spans += inside
     return tuple(spans)
+
+
+def characters_of(context: ErasableContext, spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The characters `[start, end)` of live ledger spans, each of which is within one run; in the order of the spans."""
+    borders, _ = _borders(context)
+    found = []
+    for span in spans:
+        for first, run, text in borders:
+            if run.start <= span.start and span.end <= run.end:
+                start, end = text.characters(span.shift(-run.start))
+                found.append((first + start, first + end))
+    return found
+
+
+def _borders(context: ErasableContext) -> tuple[list[tuple[int, Span, TokenBorders]], int]:
+    """The live runs: first character, ledger span and token borders of each; and the length of the whole text."""
+    assert context.tokenizer is not None
+    borders, at = list[tuple[int, Span, TokenBorders]](), 0
+    for run in runs_of(context):
+        found = TokenBorders(context.tokenizer, context.ids_of(run.span))
+        if run.live:
+            borders.append((at, run.span, found))
+        at += len(found.text)
+    return borders, at

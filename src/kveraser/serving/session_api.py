@@ -54,8 +54,8 @@ class NewText(Body):
     text: Text = Field(min_length=1)
 
 
-class EraseBody(Body):
-    """What to erase: exactly one of `text`, `message`, `spans`, `characters`."""
+class WhatBody(Body):
+    """What in a session: exactly one of `text`, `message`, `spans`, `characters`."""
 
     text: Text | None = Field(None, description="A text that occurs once in what is live.")
     message: Name | None = Field(None, description="The id of a message.")
@@ -65,8 +65,6 @@ class EraseBody(Body):
     characters: Annotated[list[tuple[Position, Position]], Field(min_length=1, max_length=256)] | None = Field(
         None, description="Half-open ranges of code points in the session's text: that of its `runs`, joined."
     )
-    method: str = Field("kveraser", max_length=256, description="A name, or NAME:OPTION=VALUE,...")
-    purge: bool = Field(False, description="Make it final: repaired exactly, then overwritten everywhere.")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -75,9 +73,16 @@ class EraseBody(Body):
         return self
 
     def what(self) -> What:
-        """What to erase."""
+        """The same for sessions."""
         spans = tuple(Span(start, end) for start, end in self.spans or ())
         return What(self.text, self.message, spans, tuple(self.characters or ()))
+
+
+class EraseBody(WhatBody):
+    """What to erase, and how."""
+
+    method: str = Field("kveraser", max_length=256, description="A name, or NAME:OPTION=VALUE,...")
+    purge: bool = Field(False, description="Make it final: repaired exactly, then overwritten everywhere.")
 
 
 class RestoreBody(Body):
@@ -162,6 +167,11 @@ def session_router(engine: Engine) -> APIRouter:
             return {**shown(receipt), "exact": receipt.exact or body.purge, "purged": body.purge}
 
         return await run(engine, request, work)
+
+    @router.post("/{session_id}/readers")
+    async def readers(session_id: SessionId, body: WhatBody, request: Request, owner: Owner) -> dict[str, Any]:
+        """Who has read something: the tokens whose attention went to it, the most attentive first. Changes nothing."""
+        return await run(engine, request, lambda job: sessions.readers(owner, session_id, body.what()))
 
     @router.post("/{session_id}/restore")
     async def restore(session_id: SessionId, body: RestoreBody, request: Request, owner: Owner) -> dict[str, Any]:

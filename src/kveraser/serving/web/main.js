@@ -2,6 +2,7 @@
 
 import { answerCards, badge, drawDistributions, milliseconds } from "./answers.js";
 import { ApiError, call, setKey } from "./api.js";
+import { Heat } from "./heat.js";
 import { drawLedger } from "./ledger.js";
 import { TextView } from "./selection.js";
 import { Session } from "./session.js";
@@ -9,6 +10,7 @@ import { Session } from "./session.js";
 const $ = (id) => document.getElementById(id);
 const session = new Session();
 const view = new TextView($("context"));
+const heat = new Heat(view, $("readers"), (characters, signal) => session.readers(characters, signal));
 let examples = [];
 let asking = null;
 
@@ -16,6 +18,7 @@ let asking = null;
 async function doing(what, work) {
   if (document.body.ariaBusy === "true") return;
   document.body.ariaBusy = "true";
+  heat.follow(null); // what it would look at may be gone by then
   $("error").textContent = "";
   $("status").textContent = what;
   show();
@@ -49,6 +52,7 @@ session.addEventListener("change", () => {
   const empty = !shown.tokens;
   $("context-section").hidden = $("ask-section").hidden = empty;
   view.show(shown.runs);
+  view.mark("recomputed", shown.recomputed);
   $("ledger-caption").textContent = drawLedger($("ledger"), shown);
   badge($("exactness"), shown.exact);
   $("erases").replaceChildren(...shown.erases.map(eraseEntry));
@@ -56,7 +60,7 @@ session.addEventListener("change", () => {
   show();
 });
 
-function eraseEntry({ id, method, tokens_removed: tokens, seconds }) {
+function eraseEntry({ id, method, tokens_removed: tokens, seconds, exact, recomputed, residual, eraser }) {
   const entry = document.createElement("li");
   const undo = document.createElement("button");
   undo.textContent = "Undo";
@@ -67,7 +71,12 @@ function eraseEntry({ id, method, tokens_removed: tokens, seconds }) {
       return report.bit_exact ? "Undone: every state is as it was." : `Undone: ${report.tokens_recomputed} tokens were read again.`;
     }),
   );
-  entry.append(`${method}: ${tokens} tokens in ${milliseconds(seconds)}`, undo);
+  const facts = [`${method}: ${tokens} tokens in ${milliseconds(seconds)}`];
+  const again = recomputed.reduce((sum, [start, end]) => sum + end - start, 0);
+  if (again) facts.push(`${again} that had read it recomputed (underlined)`);
+  if (!exact && residual !== null) facts.push(`${Math.round(100 * residual)} % of the attention to it left`);
+  if (eraser) facts.push(`${eraser} eraser`);
+  entry.append(facts.join(", "), undo);
   return entry;
 }
 
@@ -112,7 +121,10 @@ $("forget").addEventListener("click", () => doing("Forgetting …", () => sessio
 
 // -- erasing
 
-view.addEventListener("select", show);
+view.addEventListener("select", () => {
+  show();
+  heat.follow(view.selected);
+});
 view.addEventListener("delete", erase);
 $("erase").addEventListener("click", erase);
 

@@ -35,6 +35,20 @@ export class TextView extends EventTarget {
     this.element.scrollTop += range.getBoundingClientRect().top - this.element.getBoundingClientRect().top - 40;
   }
 
+  /** Mark ranges of characters, [start, end) each in code points, with a named highlight; browsers without these show none. */
+  mark(name, ranges) {
+    if (!globalThis.Highlight) return;
+    const units = [0]; // where each code point begins
+    for (const character of this.element.textContent) units.push(units.at(-1) + character.length);
+    const marked = ranges.map(([start, end]) => {
+      const range = document.createRange();
+      range.setStart(...this.#place(units[start]));
+      range.setEnd(...this.#place(units[end]));
+      return range;
+    });
+    CSS.highlights.set(name, new Highlight(...marked));
+  }
+
   #render() {
     this.element.replaceChildren(
       ...this.runs.map((run) => {
@@ -56,7 +70,7 @@ export class TextView extends EventTarget {
     before.setEnd(range.startContainer, range.startOffset);
     const start = length(before.toString());
     const end = start + length(range.toString());
-    this.#choose(end > start ? [start, end] : null);
+    if (`${this.selected}` !== `${end > start ? [start, end] : null}`) this.#choose(end > start ? [start, end] : null);
   }
 
   #choose(selected) {

@@ -3,7 +3,7 @@
 import { ApiError, call, events } from "./api.js";
 
 const ID = "kveraser.session";
-const NOTHING = { tokens: 0, live_tokens: 0, exact: true, messages: [], runs: [], erases: [] };
+const NOTHING = { tokens: 0, live_tokens: 0, exact: true, messages: [], runs: [], erases: [], recomputed: [] };
 
 export class Session extends EventTarget {
   shown = NOTHING;
@@ -52,6 +52,11 @@ export class Session extends EventTarget {
     const receipt = await call("POST", `${this.#path}/erase`, { characters, method, purge });
     await this.refresh();
     return receipt;
+  }
+
+  /** Who has read ranges of characters: the tokens that attended to them most. */
+  readers(characters, signal) {
+    return call("POST", `${this.#path}/readers`, { characters }, signal);
   }
 
   async restore(id) {

@@ -12,7 +12,7 @@ help:
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
-	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 OTHER_LENGTHS=: a quick look, with RESULTS=FOLDER PAGES="
+	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make backbones     get the Qwen backbones (1.6 GB to download, 11 GB on the disk); NAMES=: only these"
@@ -100,19 +100,25 @@ test-llama-cpp: .venv-llama-cpp/.engine
 	$(MAKE) VENV=.venv-llama-cpp .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/python -m pytest tests/engines/test_llama_cpp.py tests/engines/test_llama_cpp_model.py tests/test_export.py
 
-# What the pages show, from the command line's own results. DATA is a file of HotpotQA questions, which is not in the repository.
-LIMIT ?= 6
-LENGTHS ?= 256 1024
-OTHER_LENGTHS ?= 512 2048
+# What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted.
+# DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.
+LIMIT ?= 4
+LONG_LIMIT ?= 1
 QUESTIONS ?= 100
+BACKBONE_LIMIT ?= 4
+LARGER ?= qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct
 RESULTS ?= docs/results
-PAGES ?= README.md docs/results.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
+PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 results: $(STAMP)
-	$(EVAL) --limit $(LIMIT) $(addprefix --lengths ,$(LENGTHS)) --output $(RESULTS)/tasks
-	$(if $(OTHER_LENGTHS),$(EVAL) --limit 1 $(addprefix --lengths ,$(OTHER_LENGTHS)) --output $(RESULTS)/lengths)
+	$(EVAL) --limit $(LIMIT) --lengths 256 --output $(RESULTS)/short
+	$(EVAL) --limit $(LIMIT) --lengths 1024 --output $(RESULTS)/tasks
+	$(EVAL) --limit $(LONG_LIMIT) --lengths 4096 --output $(RESULTS)/long
+	$(EVAL) --limit $(LONG_LIMIT) --lengths 1024 --tokens 16 --tokens 64 --tokens 256 --output $(RESULTS)/curve
 	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
+	@set -e; for name in $(LARGER); do test -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$$name" || continue; \
+		$(EVAL) --model $$name --limit $(BACKBONE_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa --output $(RESULTS)/$$name; done
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
 	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))

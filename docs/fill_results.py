@@ -1,8 +1,10 @@
 """Fill the tables of Markdown pages from the folder that `make results` writes.
 
-A table stands between two marks, `<!-- results FOLDER TABLE [LENGTH] -->` and `<!-- /results -->`; the text around it is
-written by hand. FOLDER is below the results folder, TABLE one of `TABLES` below; without LENGTH (tokens) there is a table
-for every length.
+A table, or a number within a sentence, stands between two marks, `<!-- results FOLDER TABLE [ARGUMENT] -->` and
+`<!-- /results -->`; the text around it is written by hand. FOLDER is below the results folder (`A+B`: the rows of both), TABLE
+one of `TABLES` below. For tables the argument is a length in tokens; without it there is a table for every length.
+`overview` is a row for every method, a pair of columns for every folder; `kl` and `count` are numbers for sentences: of a method, and how
+many examples there are.
 
 Usage: python docs/fill_results.py [--kept FOLDER]... RESULTS PAGE...
 """
@@ -26,7 +28,7 @@ from kveraser.evaluation.report import (
 )
 from kveraser.evaluation.summary import ASKED, KL, METRICS, OVERALL, Row, task_names
 
-MARKED = re.compile(r"(<!-- results (\S+) (\S+)(?: (\d+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results (\S+) (\S+)(?: (\S+))? -->).*?(<!-- /results -->)", re.DOTALL)
 KEPT = "*Not made again in the last run of `make results`: its data was not given.*"
 MISSING = "*Not made yet.*"
 MEANS = ("kl", "kl_ratio", "agreement", "exact_match", "f1", "leaked", "leak_margin", "milliseconds")
@@ -89,42 +91,89 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["tokens behind the span", *map(str, suffixes), "growth"], body)
 
 
+def overview(folders: dict[str, list[Row]]) -> str:
+    """KL of every method on every backbone, after / cached, at its only length; methods by name, at their budget there."""
+    columns = {name: rows for name, rows in folders.items() if rows}
+    shown: dict[str, list[str]] = {}
+    for place, rows in enumerate(columns.values()):
+        length = max(row.length for row in rows)
+        for label in methods(rows, length):
+            name = "kveraser, nothing recomputed" if label == "kveraser:repair=0" else label.partition(":")[0]
+            shown.setdefault(name, [""] * len(columns))[place] = both(rows, OVERALL, length, label, KL.name, 4)
+    body = [[f"`{name}`" if "," not in name else name, *cells_] for name, cells_ in shown.items()]
+    return markdown_table(["KL after / cached", *columns], body)
+
+
+def kl(rows: Sequence[Row], method: str) -> str:
+    """KL of one method over the tasks, after / cached, at the only length."""
+    return both(rows, OVERALL, max(row.length for row in rows), method, KL.name, 4)
+
+
+def count(rows: Sequence[Row]) -> str:
+    """How many examples every method has been through in each protocol."""
+    return str(max(row.examples for row in rows if row.task == OVERALL))
+
+
+def same_answers(document: dict[str, Any], method: str) -> str:
+    """How many answers of a method in the demo equal full recomputation's, `7 of 8`."""
+    found = [
+        row["answer"] == next(other["answer"] for other in story[protocol] if other["method"] == "full-recompute")
+        for story in document["stories"]
+        for protocol in ASKED
+        for row in story[protocol]
+        if row["method"].partition(":")[0] == method
+    ]
+    return f"{sum(found)} of {len(found)}"
+
+
 PER_LENGTH: dict[str, Callable[[Sequence[Row], int], str]] = {"means": means, "tasks": by_task, "full": full}
-TABLES = (*PER_LENGTH, "made", "lengths", "columns", "latency")
+IN_SENTENCES = ("kl", "count", "same")
+TABLES = (*PER_LENGTH, "made", "lengths", "columns", "latency", "overview", *IN_SENTENCES)
 
 
-def table(document: dict[str, Any], name: str, length: int | None, kept: bool) -> str:
-    """One table of a folder's `results.json`."""
+def table(documents: dict[str, dict[str, Any]], name: str, argument: str | None, kept: bool) -> str:
+    """One table, or one number, of the `results.json` of some folders."""
+    first = next(iter(documents.values()))
     if name == "latency":
-        return latency(document["latency"])
+        return latency(first["latency"])
+    if name == "same":
+        return same_answers(first, argument or "kveraser")
     if name == "made":
-        return provenance_line(document) + (f"\n\n{KEPT}" if kept else "")
+        lines = [provenance_line(document) for document in documents.values()]
+        return "\n\n".join([*lines, *([KEPT] if kept else [])])
     if name == "columns":
         return columns_explained()
-    rows = [Row.from_dict(row) for row in document["rows"]]
+    by_folder = {folder: [Row.from_dict(row) for row in document["rows"]] for folder, document in documents.items()}
+    rows = [row for found in by_folder.values() for row in found]
+    if name == "overview":
+        return overview({documents[folder]["options"]["model"]: found for folder, found in by_folder.items()})
     if name == "lengths":
         return by_length(rows)
+    if name == "kl":
+        return kl(rows, argument or "kveraser")
+    if name == "count":
+        return count(rows)
     if name not in PER_LENGTH:
         raise SystemExit(f"there is no table {name!r}; there are: {', '.join(TABLES)}")
     there = sorted({row.length for row in rows})
-    if length is not None and length not in there:
-        raise SystemExit(f"a page wants {name} at {length} tokens, the results have {there}")
-    if length is not None:
-        return PER_LENGTH[name](rows, length)
+    if argument is not None and int(argument) not in there:
+        raise SystemExit(f"a page wants {name} at {argument} tokens, the results have {there}")
+    if argument is not None:
+        return PER_LENGTH[name](rows, int(argument))
     return "\n\n".join(f"**Contexts of about {n} tokens**\n\n{PER_LENGTH[name](rows, n)}" for n in there)
 
 
 def fill(page: str, results: Path, kept: Sequence[str] = ()) -> str:
-    """A page with its tables made anew; those of a folder without results say so."""
+    """A page with its tables and numbers made anew; those of folders without results say so."""
 
     def replaced(mark: re.Match[str]) -> str:
-        begin, folder, name, length, end = mark.groups()
-        file = results / folder / "results.json"
-        content = MISSING
-        if file.exists():
-            document = json.loads(file.read_text(encoding="utf-8"))
-            content = table(document, name, int(length) if length else None, folder in kept)
-        return f"{begin}{content}\n{end}"
+        begin, folders, name, argument, end = mark.groups()
+        files = {folder: results / folder / "results.json" for folder in folders.split("+")}
+        documents = {
+            folder: json.loads(file.read_text(encoding="utf-8")) for folder, file in files.items() if file.exists()
+        }
+        content = table(documents, name, argument, folders in kept) if documents else MISSING
+        return f"{begin}{content}{end}" if name in IN_SENTENCES else f"{begin}\n{content}\n{end}"
 
     return MARKED.sub(replaced, page)
 

@@ -77,7 +77,8 @@ def test_erase_compares_all_methods(tiny_backbone, context_file, eraser_folder):
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["erased"].strip() == "the code is 1234."
-    assert [row["method"] for row in data["results"]] == list(kv.methods())
+    assert [row["method"].partition(":")[0] for row in data["results"]] == list(kv.methods())
+    assert len(data["readers"]) == data["tokens"] - data["span"][1]
     exact = next(row for row in data["results"] if row["method"] == "full-recompute")
     assert exact["exact"]
     assert exact["kl"] == pytest.approx(0, abs=1e-4)
@@ -170,6 +171,9 @@ def test_doctor_shows_the_environment_and_what_works(tiny_backbone):
     data = json.loads(run("doctor", "-m", "tiny", "--json").output)
     assert data["methods"]["delete-and-shift"] == "yes"
     assert "neutral eraser" in data["methods"]["kveraser"]
+    assert "not rounded noticeably in float32" in data["model"]["moving keys"]
+    assert "neutral eraser" in data["model"]["eraser"]
+    assert data["model"]["readers"]
     refused = run("doctor", "-m", "dynamic")
     assert refused.exit_code == 1
     assert "dynamic-NTK" in " ".join(refused.output.split())
@@ -202,8 +206,8 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     data = json.loads(result.stdout)
     rows = [row for row in data["rows"] if row["task"] == "mean over tasks" and row["protocol"] == "query_cached"]
     assert [row["method"] for row in rows] == [
-        "no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair", "selective-recompute",
-        "attention-guided-repair", "kveraser",
+        "no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair:tokens=64", "selective-recompute:tokens=64",
+        "attention-guided-repair", "kveraser:repair=0", "kveraser:repair=64",
     ]  # fmt: skip
     assert all(row["examples"] == 4 for row in rows)
     assert rows[1]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
@@ -211,6 +215,18 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     assert data["options"]["tasks"] == ["needle", "injection"]
     assert data["environment"]["kveraser"] == kv.__version__
     assert data["eraser"]["rank"] == 4
+
+
+def test_eval_compares_at_several_numbers_of_recomputed_tokens(evaluate):
+    data = json.loads(evaluate("-t", "needle", "--tokens", "4", "--tokens", "8", "--json").stdout)
+    labels = [row["method"] for row in data["rows"] if row["task"] == "needle" and row["protocol"] == "query_after"]
+    assert labels.count("local-suffix-repair:tokens=4") == labels.count("local-suffix-repair:tokens=8") == 1
+    assert [label for label in labels if label.startswith("kveraser")] == [
+        f"kveraser:repair={tokens}" for tokens in (0, 4, 8)
+    ]
+    both = evaluate("-t", "needle", "--tokens", "4", "-M", "kveraser")
+    assert both.exit_code == 2
+    assert "--tokens is for when no --methods are named" in " ".join(both.output.split())
 
 
 def test_eval_prints_a_table_of_means_and_on_request_one_for_every_task(evaluate):

@@ -56,7 +56,10 @@ def test_readers_are_recomputed_with_such_an_adapter_when_asked_for(tmp_path):
 
 def test_an_adapter_of_another_shape_is_refused(tmp_path):
     published(tmp_path / "adapter", tiny("qwen3"), below_the_head=True)
-    with pytest.warns(UserWarning), pytest.raises(kv.EraserMismatchError, match="too many for this model"):
+    with (
+        pytest.warns(UserWarning, match="kveraser.json"),
+        pytest.raises(kv.EraserMismatchError, match="too many for this model"),
+    ):
         kv.KVEraser.from_pretrained(tmp_path / "adapter", build(make_config("qwen3", num_hidden_layers=2)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import runpy
 from pathlib import Path
 
@@ -236,8 +237,43 @@ def test_marks_that_cannot_be_filled_are_refused(tmp_path, mark):
         FILL["fill"](f"<!-- results {mark} -->\n<!-- /results -->", tmp_path)
 
 
-def test_every_table_that_a_page_shows_can_be_made():
-    for page in ("README.md", "docs/results.md"):
-        text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
-        for _, _, name, _, _ in FILL["MARKED"].findall(text):
-            assert name in FILL["TABLES"]
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/method.md",
+    "src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md",
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_number_that_a_page_shows_is_that_of_the_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    marks = FILL["MARKED"].findall(text)
+    assert {name for _, _, name, _, _ in marks} <= set(FILL["TABLES"])
+    assert FILL["fill"](text, ROOT / "docs" / "results") == text.replace(f"\n\n{FILL['KEPT']}", "")
+
+
+def test_numbers_stand_within_sentences(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    document, _ = results(HEADER, records(), True)
+    (tmp_path / "tasks" / "results.json").write_text(json.dumps(document))
+    filled = FILL["fill"](
+        "It leaves <!-- results tasks kl kveraser -->old<!-- /results --> on <!-- results tasks count --><!-- /results -->.",
+        tmp_path,
+    )
+    shown = re.sub("<!--.*?-->", "", filled)
+    assert re.fullmatch(r"It leaves 0\.\d{4} / 0\.\d{4} on 8\.", shown)
+
+
+def test_every_backbone_has_its_columns_in_the_overview(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        document, _ = results({**HEADER, "options": {**HEADER["options"], "model": folder}}, records((256,)), True)
+        (tmp_path / folder / "results.json").write_text(json.dumps(document))
+    (table,) = tables_of(FILL["fill"]("<!-- results one+two+three overview -->\n<!-- /results -->", tmp_path))
+    assert table[0] == ["KL after / cached", "one", "two"]
+    names = [row[0].strip("`") for row in table[2:]]
+    assert names[-2:] == ["kveraser, nothing recomputed", "kveraser"]
+    assert "local-suffix-repair" in names
+    assert all(row[1] == row[2] for row in table[2:])

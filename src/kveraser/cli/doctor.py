@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from kveraser import __version__
 from kveraser.backbone import check_converted, converted_folder, default_dtype, load_backbone
@@ -21,11 +22,15 @@ from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
 from kveraser.eraser import default_eraser, shipped_erasers
 from kveraser.errors import BackboneError, UnsupportedCacheError
 from kveraser.methods import methods
+from kveraser.model_view import causal_lm, model_dtype
 from kveraser.paths import cache_folder
+from kveraser.readers import known_calibration
 from kveraser.rope import rotary_layout
 
 _READ_WHOLE = 200_000_000  # bytes of a GGUF file; weights from larger ones take too long to read for a look
 _KINDS = {"trained": "the trained eraser that ships for it", "neutral": "the neutral eraser, which needs no training"}
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
+_LARGE_BIAS = 16.0
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "gguf")
 
 
@@ -60,13 +65,12 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cache folder": str(cache_folder()),
         "erasers that ship": ", ".join(shipped_erasers()) or "none",
+        "published erasers": 'Qwen3-8B: kv.KVEraser.from_pretrained("Graph-COM/KVEraser", model)',
     }
 
 
-def support(name: str) -> dict[str, str]:
+def support(model: PreTrainedModel) -> dict[str, str]:
     """Method -> "yes", or why not, for a model."""
-    with stderr.status(f"loading {name} ..."):
-        model, _ = load_backbone(name)
     try:
         check_model(model)
     except UnsupportedCacheError as error:
@@ -75,10 +79,41 @@ def support(name: str) -> dict[str, str]:
     try:
         rotary_layout(model)
     except UnsupportedCacheError as error:
-        for method in ("delete-and-shift", "local-suffix-repair", "selective-recompute", "attention-guided-repair"):
-            verdicts[method] = str(error)
+        verdicts |= {name: str(error) for name, kind in methods().items() if kind.moves_keys}
     verdicts["kveraser"] = f"yes, with {_KINDS[default_eraser(model).kind]}"
     return verdicts
+
+
+def about(model: PreTrainedModel) -> dict[str, str]:
+    """What decides which method is good for a model: whether moving keys loses something, and who can be seen reading."""
+    dtype = model_dtype(model)
+    bias = largest_key_bias(model)
+    said = f"the largest key bias is {bias:.0f}" if bias else "its keys have no bias"
+    if dtype == torch.float32:
+        moving = f"keys are not rounded noticeably in float32 ({said})"
+    elif bias > _LARGE_BIAS:
+        moving = f"lossy: {said}, and {dtype} rounds such keys again; use kveraser, which moves nothing"
+    else:
+        moving = f"each move rounds keys again in {dtype}; {said}"
+    found = default_eraser(model).calibration or known_calibration(model)
+    if found is None:
+        probes = "not calibrated yet; happens at the first erase, once"
+    elif found.tells:
+        layers = ", ".join(str(probe.layer) for probe in found.probes)
+        probes = f"told from layers {layers}; probes explain at least {found.explained:.0%} of the queries"
+    else:
+        probes = f"cannot be told: probes explain {found.explained:.0%} of the queries; the next tokens are recomputed instead"
+    return {"moving keys": moving, "readers": probes, "eraser": _KINDS[default_eraser(model).kind]}
+
+
+def largest_key_bias(model: PreTrainedModel) -> float:
+    """The largest bias of a projection that makes keys (of a fused one: of all that it makes); 0 without any."""
+    found = [
+        float(module.bias.detach().abs().max())
+        for name, module in causal_lm(model).named_modules()
+        if name.rpartition(".")[2] in _KEY_PROJECTIONS and getattr(module, "bias", None) is not None
+    ]
+    return max(found, default=0.0)
 
 
 def doctor_command(
@@ -94,15 +129,23 @@ def doctor_command(
     with reported(as_json):
         facts = environment()
         states = {name: backbone_state(known) for name, known in BACKBONES.items()}
-        verdicts = support(model) if model else {}
+        verdicts: dict[str, str] = {}
+        found: dict[str, str] = {}
+        if model:
+            with stderr.status(f"loading {model} ..."):
+                loaded, _ = load_backbone(model)
+            verdicts = support(loaded)
+            found = about(loaded) if verdicts["full-recompute"] == "yes" else {}
         if as_json:
-            print_json({"environment": facts, "backbones": states, "methods": verdicts})
+            print_json({"environment": facts, "backbones": states, "methods": verdicts, "model": found})
         else:
             _show(facts)
             stdout.print("\n[bold]backbones by name[/]")
             _show(states)
             if verdicts:
                 stdout.print(f"\n[bold]{model}[/]")
+                _show(found)
+                stdout.print("\n[bold]methods[/]")
                 _show(verdicts)
         if verdicts and verdicts["full-recompute"] != "yes":
             sys.exit(1)

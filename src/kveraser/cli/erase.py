@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from kveraser.cli.common import (
     DEFAULT_MODEL,
@@ -25,10 +26,12 @@ from kveraser.cli.common import (
     stderr,
     stdout,
 )
-from kveraser.cli.tables import results_table
+from kveraser.cli.tables import heat_line, results_table, top_readers
+from kveraser.demo.tell import who_read
 from kveraser.erasable import ErasableContext
-from kveraser.errors import OptionError
+from kveraser.errors import CalibrationError, OptionError
 from kveraser.evaluation import compare_methods
+from kveraser.evaluation.runner import DEFAULT_BUDGET
 from kveraser.methods import EraseMethod, as_method
 from kveraser.methods import methods as all_methods
 from kveraser.spans import Span
@@ -53,11 +56,19 @@ def parse_span(text: str) -> Span | str:
     return Span(int(match[1]), int(match[2])) if match else text
 
 
-def chosen_methods(names: list[str] | None, eraser: bool) -> list[EraseMethod]:
-    """The named methods; all that can run when none is named."""
+def chosen_methods(names: list[str] | None, tokens: int) -> list[EraseMethod]:
+    """The named methods; all of them, at the same number of recomputed tokens, when none is named."""
     if names:
         return [as_method(name) for name in names]
-    return [as_method(name) for name, method in all_methods().items() if eraser or not method.needs_eraser]
+    return [method().with_budget(tokens) for method in all_methods().values()]
+
+
+def _who_read(context: ErasableContext, span: Span) -> tuple[list[str], list[float]]:
+    """What follows a span, and how much each token has read it; nothing where that cannot be told."""
+    try:
+        return who_read(context, [span])
+    except CalibrationError:
+        return [], []
 
 
 def erase_command(
@@ -65,6 +76,9 @@ def erase_command(
     span: Annotated[str, typer.Option("--span", "-s", help="Text that occurs once in it, or START:END in tokens.")],
     ask: Annotated[str, typer.Option("--ask", "-a", help="Question to ask behind the context.")],
     methods: MethodsOption = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Recomputed tokens behind the span, where no methods are named.")
+    ] = DEFAULT_BUDGET,
     model: ModelOption = DEFAULT_MODEL,
     eraser: EraserOption = None,
     device: DeviceOption = None,
@@ -77,15 +91,17 @@ def erase_command(
 ) -> None:
     """Erase a span from a context and ask a question, by one or several methods.
 
+    "Left" is the receipt's own estimate: the share of the attention to the span that was not recomputed. The line of blocks
+    shows who has read the span, from right behind it to the end of the context.
+
     Example: kveraser erase --context notes.txt --span "The code is 1234." --ask "What is the code?" -M kveraser
     """
     with reported(as_json):
         text = read_context(context)
-        chosen_methods(methods, True)  # an unknown name is an error before anything is loaded
+        chosen = chosen_methods(methods, tokens)  # an unknown name is an error before anything is loaded
         where = parse_span(span)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
-        chosen = chosen_methods(methods, tool is not None)
         live = ErasableContext(backbone, tokenizer, tool)
         with stderr.status("reading the context ..."):
             live.append(text)
@@ -100,6 +116,7 @@ def erase_command(
                 repeats=repeats,
                 done=lambda _: bar.advance(task),
             )  # fmt: skip
+        words, read = _who_read(live, found)
         if as_json:
             print_json(
                 {
@@ -109,6 +126,7 @@ def erase_command(
                     "erased": live.text_of(found),
                     "question": ask,
                     "protocol": "query_cached" if cached else "query_after",
+                    "readers": [{"text": text, "read": share} for text, share in zip(words, read, strict=True)],
                     "results": [result.as_dict() for result in results],
                 }
             )
@@ -116,3 +134,6 @@ def erase_command(
         stdout.print(f"{len(live)} tokens; erased {found}: ", end="")
         stdout.print(repr(live.text_of(found)), markup=False)
         stdout.print(results_table(results))
+        if line := heat_line(read):
+            stdout.print(f"who read it, of {len(read)} tokens behind it: [red]{line}[/]", highlight=False)
+            stdout.print(f"[dim]most of all: {escape(top_readers(words, read))}[/]", highlight=False)

@@ -6,10 +6,12 @@ Knows: stories, contexts, comparing. Does not know about the terminal.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kveraser.demo.stories import Story
 from kveraser.erasable import ErasableContext
+from kveraser.errors import CalibrationError
 from kveraser.evaluation import MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.compare import Context
 from kveraser.methods import EraseMethod
@@ -40,7 +42,11 @@ class Told:
 def tell_both(story: Story, context: Context, methods: Sequence[EraseMethod], *, done: Done | None = None) -> Told:
     """One story in both protocols, by the given methods; `context` is a new one."""
     spans = _read(story, context)
-    words, read = who_read(context, spans) if isinstance(context, ErasableContext) else ([], [])
+    words: list[str] = []
+    read: list[float] = []
+    if isinstance(context, ErasableContext):
+        with suppress(CalibrationError):
+            words, read = who_read(context, spans)
     behind = len(context.encode(story.suffix))
     after = _compare(story, context, spans, methods, ask(story.question), done)
     context.append(ask(story.question))

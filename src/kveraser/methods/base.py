@@ -363,6 +363,8 @@ class EraseMethod(ABC):
     """Whether the spans are erased at all."""
     mends: ClassVar[bool] = False
     """Whether `apply` also repairs what earlier edits left, so that it has work to do even without spans."""
+    moves_keys: ClassVar[bool] = False
+    """Whether what follows the spans moves up, so that cached keys are rotated and rounded again."""
     budget_option: ClassVar[str | None] = None
     """The option that says how many tokens behind each span are recomputed, if there is one."""
     compared: ClassVar[bool] = True

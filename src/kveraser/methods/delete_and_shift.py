@@ -65,6 +65,7 @@ class DeleteAndShift(EraseMethod):
 
     name: ClassVar[str] = "delete-and-shift"
     summary: ClassVar[str] = "drop the span's states, re-rotate the suffix keys"
+    moves_keys: ClassVar[bool] = True
 
     def plan(self, edit: Edit) -> Plan:
         check_movable(edit)

@@ -27,6 +27,7 @@ class LocalSuffixRepair(EraseMethod):
 
     name: ClassVar[str] = "local-suffix-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the next 32 tokens"
+    moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class SelectiveRecompute(EraseMethod):
 
     name: ClassVar[str] = "selective-recompute"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
+    moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
 """Surgery on transformers caches, in place.
 
 `support` says what can be edited, `growable` is a cache layer that grows without copies, `surgery` reads and writes
-slots, `passes` runs tokens again inside their slots, `repair` as if
-others had never been there, `marks` is what an edited cache remembers of itself.
+slots, `passes` runs tokens again inside their slots, `repair` as if others had never been there, `closing` runs new ones as if
+these had left no gap, `marks` is what an edited cache remembers of itself.
 """
 
+from kveraser.cache.closing import closing_gaps
 from kveraser.cache.growable import GrowableLayer, growable_cache
 from kveraser.cache.marks import EditMark, Marks, Steered, get_marks, set_marks
 from kveraser.cache.passes import (
@@ -50,6 +51,7 @@ __all__ = [
     "check_cache",
     "check_editable",
     "check_model",
+    "closing_gaps",
     "count_positions",
     "cut",
     "extend",

@@ -49,6 +49,11 @@ class Steered:
         """Mark slots that were just written."""
         return cls(span, cache.layers[0].values[:, 0, span.start].clone())
 
+    @property
+    def silent(self) -> bool:
+        """Whether they say nothing to whoever attends to them: neutral states, whose values are zero."""
+        return self.probe.numel() > 0 and not bool(self.probe.any())
+
     def holds(self, cache: Cache) -> bool:
         """Whether the steering states are still there: the slots may have been cropped and filled again since, while
         rows of the batch may have been reordered, repeated or dropped."""

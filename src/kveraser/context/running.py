@@ -55,9 +55,8 @@ class Running(ContextState):
                 for a in range(0, len(new), PREFILL_CHUNK):
                     part = new[a : a + PREFILL_CHUNK]
                     where = torch.arange(length + a, length + a + len(part), device=new.device)[None]
-                    output = for_decoding(self.model)(
-                        input_ids=part[None], position_ids=where, past_key_values=cache, use_cache=True
-                    )
+                    with self._reading(for_decoding(self.model)) as model:
+                        output = model(input_ids=part[None], position_ids=where, past_key_values=cache, use_cache=True)
                     rows.append(output.logits[0].float())
             return torch.cat(rows)
 
@@ -78,12 +77,13 @@ class Running(ContextState):
             length = cache_length(self.cache)
             device = model_device(self.model)
             try:
-                output = for_decoding(self.model)(
-                    input_ids=new[-1:].to(device)[None],
-                    position_ids=torch.tensor([[length]], device=device),
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
+                with self._reading(for_decoding(self.model)) as model:
+                    output = model(
+                        input_ids=new[-1:].to(device)[None],
+                        position_ids=torch.tensor([[length]], device=device),
+                        past_key_values=self.cache,
+                        use_cache=True,
+                    )
             except BaseException:
                 with uninterrupted():
                     for layer in self.cache.layers:  # the interrupted pass may have reached only some of them
@@ -136,10 +136,11 @@ class Running(ContextState):
                 if rows > 1:
                     cache = copy.deepcopy(cache)
                     cache.batch_repeat_interleave(rows)
-                output = for_decoding(self.model).generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache,
-                    max_new_tokens=max_new_tokens, **settings,
-                )  # fmt: skip
+                with self._reading(for_decoding(self.model)) as model:
+                    output = model.generate(
+                        input_ids=prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache,
+                        max_new_tokens=max_new_tokens, **settings,
+                    )  # fmt: skip
                 answer = torch.as_tensor(output[0, prompt.shape[1] :]).cpu()
                 run = len(new) + len(answer) - 1  # the last new token has not been run yet
                 kept = None

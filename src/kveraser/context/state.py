@@ -6,11 +6,13 @@ Knows: how these stay in step. Does not know how spans are erased or tokens gene
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -18,6 +20,7 @@ from kveraser.cache import (
     Marks,
     Tokens,
     check_model,
+    closing_gaps,
     extend,
     get_marks,
     growable_cache,
@@ -142,10 +145,21 @@ class ContextState:
             raise ContextError(f"token id {bad} is outside the model's vocabulary of {vocabulary}")
         return new
 
+    @contextmanager
+    def _reading(self, otherwise: nn.Module | None = None) -> Iterator[Any]:
+        """The model that new tokens are to be run with: across the gaps of steered spans as if there were none.
+
+        Args:
+            otherwise: given where there is no gap; None for the context's model.
+        """
+        with closing_gaps(self.model, get_marks(self.cache).steered, otherwise or self.model) as model:
+            yield model
+
     @torch.no_grad()
     def _extend(self, new: Tensor) -> None:
         slots = self._slots.view
-        extend(self.model, self.cache, Tokens(torch.cat([slots, new.to(slots.device)])[None]))
+        with self._reading() as model:
+            extend(model, self.cache, Tokens(torch.cat([slots, new.to(slots.device)])[None]))
 
     def _register(self, new: Tensor) -> Span:
         """Enter tokens whose states are in the cache already."""
@@ -174,8 +188,8 @@ class ContextState:
     # -- slots
 
     def _extend_cache(self, ids: list[int]) -> None:
-        device = model_device(self.model)
-        extend(self.model, self.cache, Tokens(torch.tensor([ids], device=device)))
+        with self._reading() as model:
+            extend(model, self.cache, Tokens(torch.tensor([ids], device=model_device(self.model))))
 
     def _became_exact(self, ledger: SpanLedger) -> None:
         """Enter that the cache now holds exactly the live tokens; states kept for undoing older edits are freed."""

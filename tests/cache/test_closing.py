@@ -1,0 +1,73 @@
+"""Tokens that are read after a steered span see what was before it as if there were no gap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kveraser as kv
+from conftest import FAMILIES, build, make_config, token_ids
+from kveraser.cache import closing_gaps, get_marks
+
+EVERYTHING = kv.Steering(repair=1000, keys=None)
+
+
+def contexts(model, spans, ids, method):
+    """Two contexts of the same ids: spans erased by the method, and recomputed exactly."""
+    found = []
+    for chosen in (method, "full-recompute"):
+        context = kv.ErasableContext(model, None, kv.KVEraser.neutral(model, ids=token_ids(300)[0]))
+        context.append(ids)
+        for span in spans:
+            context.erase(span, chosen)
+        found.append(context)
+    return found
+
+
+@pytest.mark.parametrize(
+    "spans", [[kv.Span(9, 20)], [kv.Span(6, 13), kv.Span(20, 24)], [kv.Span(20, 24), kv.Span(9, 20)]]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_all_of_the_suffix_recomputed_what_comes_later_is_that_of_full_recomputation(family, spans):
+    model = build(make_config(family))
+    steered, exact = contexts(model, spans, token_ids(60)[0].tolist(), EVERYTHING)
+    assert get_marks(steered.cache).steered_spans
+    asked = token_ids(7, seed=3)[0].tolist()
+    close = {"atol": 1e-4, "rtol": 1e-4}
+    assert torch.allclose(steered.logits_ids(asked), exact.logits_ids(asked), **close)
+    assert torch.allclose(steered.logits_ids(asked, from_last=True), exact.logits_ids(asked, from_last=True), **close)
+    assert steered.generate_ids(asked, max_new_tokens=4) == exact.generate_ids(asked, max_new_tokens=4)
+    rows = [context.advance(asked) for context in (steered, exact)]
+    assert torch.allclose(*rows, **close)
+    assert torch.allclose(steered.logits_ids([5]), exact.logits_ids([5]), **close)  # what was appended, too
+
+
+def test_without_closing_the_gap_shows():
+    model = build(make_config("llama"))
+    steered, exact = contexts(model, [kv.Span(9, 40)], token_ids(60)[0].tolist(), EVERYTHING)
+    asked = token_ids(7, seed=3)[0].tolist()
+    closed = (steered.logits_ids(asked) - exact.logits_ids(asked)).abs().max()
+    steered._reading = lambda otherwise=None: closing_gaps(model, (), otherwise or model)
+    left_open = (steered.logits_ids(asked) - exact.logits_ids(asked)).abs().max()
+    assert closed < 1e-4 < 1e-2 < left_open
+
+
+def test_looking_ahead_and_beams_leave_the_context_as_it_was_and_agree_with_reading():
+    model = build(make_config("llama"))
+    context, _ = contexts(model, [kv.Span(9, 20)], token_ids(60)[0].tolist(), kv.Steering(repair=8))
+    before = [layer.keys.clone() for layer in context.cache.layers]
+    asked = token_ids(600, seed=3)[0].tolist()  # more than one chunk
+    ahead = context.logits_ids(asked)
+    context.generate_ids(asked[:3], max_new_tokens=3, num_beams=2)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, context.cache.layers, strict=True))
+    last = context.advance(asked)
+    assert torch.allclose(ahead[-1], last, atol=1e-4)
+
+
+def test_where_nothing_is_steered_the_model_itself_is_run():
+    model = build(make_config("llama"))
+    with closing_gaps(model, (), model) as used:
+        assert used is model
+    context, _ = contexts(model, [kv.Span(9, 20)], token_ids(60)[0].tolist(), kv.Steering(repair=8))
+    with closing_gaps(model, get_marks(context.cache).steered, model) as used:
+        assert used is not model

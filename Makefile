@@ -121,6 +121,7 @@ results: $(STAMP)
 		$(EVAL) --model $$name --limit $(BACKBONE_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa --output $(RESULTS)/$$name; done
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
+	$(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER))
 	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.

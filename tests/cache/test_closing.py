@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kveraser as kv
-from conftest import FAMILIES, build, make_config, token_ids
+from conftest import FAMILIES, build, make_config, random_eraser, token_ids
 from kveraser.cache import closing_gaps, get_marks
 
 EVERYTHING = kv.Steering(repair=1000, keys=None)
@@ -50,6 +50,15 @@ def test_without_closing_the_gap_shows():
     steered._reading = lambda otherwise=None: closing_gaps(model, (), otherwise or model)
     left_open = (steered.logits_ids(asked) - exact.logits_ids(asked)).abs().max()
     assert closed < 1e-4 < 1e-2 < left_open
+
+
+def test_a_trained_eraser_keeps_the_gap_that_it_was_trained_with():
+    model = build(make_config("llama"))
+    context = kv.ErasableContext(model, None, random_eraser(model))
+    context.append(token_ids(60)[0].tolist())
+    context.erase(kv.Span(9, 20))
+    with context._reading() as used:
+        assert used is model
 
 
 def test_looking_ahead_and_beams_leave_the_context_as_it_was_and_agree_with_reading():

@@ -1,4 +1,4 @@
-"""Running new tokens behind steered spans as if these had left no gap.
+"""Running new tokens behind hidden spans as if these had left no gap.
 
 Knows: gaps, rotary embeddings, attention. Does not know why there are gaps, or what the new tokens are for.
 
@@ -25,6 +25,7 @@ from kveraser.cache.marks import Steered
 from kveraser.cache.repair import can_close_gaps
 from kveraser.model_view import causal_lm, view
 from kveraser.rope import Rotation, frequencies, rotary_layout
+from kveraser.spans import Span
 
 _CLOSING = "kveraser_closing"
 _SCORES = 1 << 24
@@ -49,21 +50,16 @@ class _Gaps:
     rotary: tuple[bool, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, steered: Sequence[Steered]) -> _Gaps:
-        """From steered slots. What is in a gap is seen where it is, as if only the later gaps were closed."""
+    def of(cls, model: nn.Module, gaps: Sequence[Span]) -> _Gaps:
+        """From the gaps, in order."""
         inv_freq, layout = frequencies(model), rotary_layout(model)
-
-        def turn(positions: int) -> Rotation | None:
-            return Rotation(-positions, inv_freq, layout.pairing) if positions else None
-
         blocks: list[_Block] = []
-        at, gone = 0, sum(len(entry.span) for entry in steered)
-        for entry in steered:
-            if at < entry.span.start:
-                blocks.append(_Block(at, entry.span.start, turn(gone)))
-            gone -= len(entry.span)
-            blocks.append(_Block(entry.span.start, entry.span.end, turn(gone), shown=not entry.silent))
-            at = entry.span.end
+        at, gone = 0, sum(map(len, gaps))
+        for gap in gaps:
+            if at < gap.start:
+                blocks.append(_Block(at, gap.start, Rotation(-gone, inv_freq, layout.pairing)))
+            blocks.append(_Block(gap.start, gap.end, shown=False))
+            at, gone = gap.end, gone - len(gap)
         return cls((*blocks, _Block(at, None)), tuple(layout.rotary))
 
 
@@ -72,18 +68,20 @@ _gaps: ContextVar[_Gaps | None] = ContextVar("gaps", default=None)
 
 @contextmanager
 def closing_gaps(model: nn.Module, steered: Sequence[Steered], otherwise: nn.Module) -> Iterator[Any]:
-    """A view of a model for the block, in which new tokens see what is before steered spans as if these were not there.
+    """A view of a model for the block, in which new tokens see what is before hidden spans as if these were not there.
 
     New tokens are those whose states are appended to the cache; all of them are behind the spans, and there is no padding.
 
     Args:
-        steered: slots that hold steering states, in order.
+        steered: slots that hold steering states, in order. Those of a trained eraser stand in for what was there, and were
+            trained to with their gap open: it stays so.
         otherwise: given instead where there is no gap, or none that can be closed.
     """
-    if not steered or not can_close_gaps(model):
+    gaps = [entry.span for entry in steered if entry.silent]
+    if not gaps or not can_close_gaps(model):
         yield otherwise
         return
-    token = _gaps.set(_Gaps.of(model, steered))
+    token = _gaps.set(_Gaps.of(model, gaps))
     try:
         yield view(causal_lm(model), attention=_CLOSING)
     finally:

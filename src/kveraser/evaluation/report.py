@@ -96,9 +96,13 @@ def _page(document: dict[str, Any], rows: Sequence[Row], plots: Sequence[str]) -
 def provenance_line(document: dict[str, Any]) -> str:
     """In one paragraph: model, machine, versions, eraser, seed."""
     options, made, eraser = document["options"], document["environment"], document["eraser"]
-    about = "no eraser" if eraser is None else (
-        f"eraser {eraser['sha256'][:12]} (rank {eraser['rank']}, window {eraser['window']}, repair {eraser['repair']})"
-    )  # fmt: skip
+    if eraser is None:
+        about = "no eraser"
+    elif eraser.get("kind") == "neutral":
+        about = "the neutral eraser"
+    else:
+        facts = f"rank {eraser['rank']}, window {eraser['window']}, repair {eraser['repair']}"
+        about = f"eraser {eraser['sha256'][:12]} ({facts})"
     return (
         f"{options['model']} in {options['dtype']} on {options['device']} ({made['processor']}, {made['threads']} threads), "
         f"{about}; {options['limit']} examples per task and length, seed {options['seed']}; kveraser {made['kveraser']}"

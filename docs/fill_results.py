@@ -49,7 +49,7 @@ def means(rows: Sequence[Row], length: int) -> str:
     """Every method in a row: the means over tasks, after / cached."""
     shown = [metric for metric in METRICS if metric.name in MEANS]
     body = [
-        [f"`{name}`", *(both(rows, OVERALL, length, name, m.name, min(m.digits, 3)) for m in shown)]
+        [f"`{name}`", *(both(rows, OVERALL, length, name, m.name, m.digits) for m in shown)]
         for name in methods(rows, length)
     ]
     return markdown_table(["after / cached", *(metric.title for metric in shown)], body)

@@ -1,4 +1,5 @@
-"""Make docs/images/page.png: the server's page after a stale fact was erased and a question asked.
+"""Make docs/images/page.png and page_heat.png: the server's page after a stale fact was erased and a question asked, and before,
+with the heat that shows who has read what is selected.
 
 Knows: the page's elements, Debian's chromium, playwright. A server on the embedded model is started for it, and stopped.
 
@@ -52,6 +53,10 @@ def main() -> None:
                 for button, words in (("#read", "Read."), ("#erase", "Erased"), ("#ask", "Answered.")):
                     page.click(button)
                     page.locator("#status", has_text=words).wait_for()
+                    if button == "#read":  # the story's span is selected
+                        page.locator("#readers", has_text="read most by").wait_for()
+                        heat = options.file.with_stem(f"{options.file.stem}_heat")
+                        page.locator("#context-section").screenshot(path=heat)
             page.evaluate("scrollTo(0, 0)")
             page.screenshot(path=options.file, full_page=True)
             browser.close()

@@ -1,7 +1,7 @@
 """kveraser: erase a span from a language model's context after it has been processed."""
 
 from kveraser.backbone import load_backbone
-from kveraser.edit import erase, readers, restore
+from kveraser.edit import erase, readers, reading, restore
 from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import (
@@ -63,5 +63,6 @@ __all__ = [
     "load_backbone",
     "methods",
     "readers",
+    "reading",
     "restore",
 ]

@@ -1,14 +1,17 @@
-"""`erase`, `restore` and `readers` on a plain transformers cache, in place, for people with a generate loop of their own.
+"""`erase`, `restore`, `readers` and `reading` on a plain transformers cache, in place, for people with a generate loop of their own.
 
 Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kveraser.cache import (
@@ -16,6 +19,7 @@ from kveraser.cache import (
     cache_length,
     check_cache,
     check_editable,
+    closing_gaps,
     count_positions,
     extend,
     get_marks,
@@ -157,6 +161,24 @@ def readers(
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
     return run_readers(model, cache, tokens, spans, eraser)[:, spans[0].end :]
+
+
+@contextmanager
+def reading(model: PreTrainedModel, cache: Cache) -> Iterator[Any]:
+    """The model to read later tokens with behind an erase that moved nothing, for the time of the block.
+
+    What was erased in place leaves a gap in positions. In the block, tokens that are run with the model given there (`model(...)`,
+    `model.generate(...)`) see what was before the gap as if there were none, as they do in an `ErasableContext`. It is a view of the user's model, which
+    stays as it is; where nothing was hidden in place it is that model itself.
+
+    Args:
+        model, cache: as given to `erase`.
+
+    Raises:
+        UnsupportedCacheError: rows are padded (by the call within the block).
+    """
+    with closing_gaps(model, get_marks(cache).steered, model) as reader:
+        yield reader
 
 
 @torch.no_grad()

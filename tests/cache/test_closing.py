@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kveraser as kv
-from conftest import FAMILIES, build, make_config, random_eraser, token_ids
+from conftest import FAMILIES, build, make_config, prefill, random_eraser, token_ids
 from kveraser.cache import closing_gaps, get_marks
 
 EVERYTHING = kv.Steering(repair=1000, keys=None)
@@ -80,3 +80,35 @@ def test_where_nothing_is_steered_the_model_itself_is_run():
     context, _ = contexts(model, [kv.Span(9, 20)], token_ids(60)[0].tolist(), kv.Steering(repair=8))
     with closing_gaps(model, get_marks(context.cache).steered, model) as used:
         assert used is not model
+
+
+@torch.no_grad()
+def test_on_a_plain_cache_later_tokens_are_read_with_the_model_that_reading_gives():
+    model, ids = build(make_config("qwen2")), token_ids(60)
+    found = []
+    for method in (EVERYTHING, "full-recompute"):
+        cache = prefill(model, ids)
+        receipt = kv.erase(
+            model, cache, ids, kv.Span(9, 20), method, eraser=kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+        )
+        after = torch.cat([receipt.token_ids(ids), token_ids(5, seed=3)], -1)
+        with kv.reading(model, cache) as reader:
+            assert (reader is model) == (method == "full-recompute")
+            said = reader.generate(
+                after, attention_mask=torch.ones_like(after), past_key_values=cache, max_new_tokens=4, do_sample=False
+            )
+            found.append((said[0, after.shape[1] :].tolist(), reader(said[:, -1:], past_key_values=cache).logits))
+    assert found[0][0] == found[1][0]
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_padded_rows_are_refused_across_closed_gaps():
+    model, ids = build(make_config("llama")), token_ids(40, rows=2)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    cache = prefill(model, ids, mask=mask)
+    kv.erase(model, cache, ids, kv.Span(9, 20), "kveraser", attention_mask=mask)
+    more = torch.cat([mask, mask[:, -1:]], -1)
+    with kv.reading(model, cache) as reader, pytest.raises(kv.UnsupportedCacheError, match="padded rows"):
+        reader(ids[:, :1], past_key_values=cache, attention_mask=more)

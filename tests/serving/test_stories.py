@@ -40,4 +40,7 @@ def test_a_dropped_message_is_steered_away_and_nearly_all_else_is_reused(ask, st
     assert not found["exact"]
     assert usage.prompt_tokens - found["tokens_reused"] <= 64  # at most what has read the message is run again
     assert usage.prompt_tokens_details.cached_tokens == found["tokens_reused"]
+    assert 0 < found["residual"] < 1
+    assert found["eraser"] == "neutral"
+    assert 0 < sum(end - start for start, end in found["recomputed"]) <= 64
     assert not leaks(text, story.erased), text

@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kveraser.cache.marks import Steered
 from kveraser.cache.repair import can_close_gaps
+from kveraser.errors import UnsupportedCacheError
 from kveraser.model_view import causal_lm, view
 from kveraser.rope import Rotation, frequencies, rotary_layout
 from kveraser.spans import Span
@@ -128,4 +129,15 @@ def _rows(rows: slice, count: int, blocks: Sequence[tuple[Tensor, Tensor, bool]]
 
 
 AttentionInterface.register(_CLOSING, _closing_attention)
-AttentionMaskInterface.register(_CLOSING, lambda *_, **__: None)
+
+
+def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """What tokens see is told by the gaps; padding is not among it."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise UnsupportedCacheError(
+            "padded rows cannot be read across closed gaps; run the model itself, which leaves the gap open, or erase with "
+            "attention-guided-repair, which leaves none"
+        )
+
+
+AttentionMaskInterface.register(_CLOSING, _no_mask)

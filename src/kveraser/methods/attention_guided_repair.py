@@ -12,11 +12,11 @@ from typing import ClassVar
 import torch
 
 from kveraser.cache import Repair, cache_length, recompute, repair_slots
+from kveraser.eraser import default_eraser
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choosing import Wish, choose_readers
 from kveraser.methods.delete_and_shift import check_movable, delete_spans
-from kveraser.readers import known_calibration
 from kveraser.spans import Span
 
 
@@ -51,7 +51,7 @@ class AttentionGuidedRepair(EraseMethod):
 
     def plan(self, edit: Edit) -> Plan:
         check_movable(edit)
-        given = edit.eraser.calibration if edit.eraser else known_calibration(edit.model)
+        given = (edit.eraser or default_eraser(edit.model)).calibration
         return Plan(edit.spans[0].start, choice=choose_readers(edit, self._wish(), given))
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:

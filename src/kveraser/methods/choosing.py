@@ -13,7 +13,7 @@ from torch import Tensor
 from kveraser.cache import slots_of
 from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
 from kveraser.methods.base import Choice, Edit
-from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual
+from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, weights_of
 
 CANDIDATES = 256
 CLOSER = 8
@@ -100,11 +100,12 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     slots = scene.suffix
     scores = scene.thin().amax(0)
     always = first_behind(edit.spans, slots, budget)
-    candidates = scores.topk(min(max(CLOSER * budget, CANDIDATES), len(slots))).indices.sort().values
+    weights = weights_of(slots)
+    candidates = (scores * weights).topk(min(max(CLOSER * budget, CANDIDATES), len(slots))).indices.sort().values
     close = scene.close(slots[candidates]).amax(0)
     scores = scores * (close.sum() / scores[candidates].sum().clamp(min=1e-9))  # both looks on one scale
     scores[candidates] = close
-    chosen = choose(slots, scores, always, budget, coverage=wish.coverage, block=wish.block)
+    chosen = choose(slots, scores, always, budget, weights=weights, coverage=wish.coverage, block=wish.block)
     left = residual(slots, scores, chosen)
     return Choice(chosen, _sight(scene, kept, chosen, wish.keys), left)
 

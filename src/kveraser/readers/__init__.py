@@ -6,7 +6,7 @@
 """
 
 from kveraser.readers.calibration import LEAST_TOKENS, MOST_TOKENS, Calibration, calibrate
-from kveraser.readers.choice import choose, first_behind, residual
+from kveraser.readers.choice import choose, first_behind, residual, weights_of
 from kveraser.readers.files import FILE_NAME, cached_file, read_calibration, write_calibration
 from kveraser.readers.known import Text, calibration_for, known_calibration, remember
 from kveraser.readers.probes import Turning
@@ -29,5 +29,6 @@ __all__ = [
     "read_calibration",
     "remember",
     "residual",
+    "weights_of",
     "write_calibration",
 ]

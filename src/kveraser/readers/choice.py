@@ -16,6 +16,17 @@ FIRST = 8
 """Live tokens behind each span that are always recomputed: some heads look at the token right before, across the gap."""
 
 
+NEWEST, NEWEST_WEIGHT = 32, 4.0
+"""What the last live tokens have read counts so many times: whatever comes next looks at them most."""
+
+
+def weights_of(slots: Tensor) -> Tensor:
+    """How much it matters what each of the live slots has read, `(suffix,)`."""
+    weights = torch.ones(len(slots), device=slots.device)
+    weights[max(len(slots) - NEWEST, 0) :] = NEWEST_WEIGHT
+    return weights
+
+
 def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
     """The first live slots behind each span, up to the next one, at most `budget` in all; `(n,)`, in order.
 
@@ -37,6 +48,7 @@ def choose(
     always: Tensor,
     budget: int,
     *,
+    weights: Tensor | None = None,
     coverage: float | None = None,
     block: int | None = None,
 ) -> Tensor:
@@ -47,12 +59,13 @@ def choose(
         scores: `(suffix,)`, how much each has read.
         always: some of the slots that are among them in any case.
         budget: how many at most.
+        weights: `(suffix,)`, how much it matters what each has read; None: the same for all.
         coverage: stop when so much of all scores is covered.
         block: choose whole runs on multiples of so many slots, by their summed scores.
     """
+    wanted = scores.clone() if weights is None else scores * weights
     if block is not None:
-        return _blocks(slots, scores, always, budget, coverage, block)
-    wanted = scores.clone()
+        return _blocks(slots, scores, wanted, always, budget, coverage, block)
     wanted[torch.isin(slots, always)] = torch.inf
     order = wanted.argsort(descending=True, stable=True)[:budget]
     if coverage is not None:
@@ -60,10 +73,12 @@ def choose(
     return slots[order].sort().values
 
 
-def _blocks(slots: Tensor, scores: Tensor, always: Tensor, budget: int, coverage: float | None, block: int) -> Tensor:
+def _blocks(slots: Tensor, scores: Tensor, wanted: Tensor, always: Tensor, budget: int, coverage: float | None,
+            block: int) -> Tensor:  # fmt: skip
     place = slots // block
-    sums = torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, scores)
-    wanted = sums.clone()
+    sums, wanted = (
+        torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, each) for each in (scores, wanted)
+    )
     wanted[(always // block).unique()] = torch.inf
     there = place.unique()
     order = there[wanted[there].argsort(descending=True, stable=True)][: max(budget // block, 1)]

@@ -75,7 +75,9 @@ def draw(words: list[str], read: list[float], span: kv.Span, again: set[int], ti
                 made.set_position((x, y))
             if inside or position in again:
                 height = y + 0.05 if inside else y - 0.04
-                axes.plot([x, x + length], [height, height], color="#b3261e" if inside else "#22734a", linewidth=1, zorder=5)
+                axes.plot(
+                    [x, x + length], [height, height], color="#b3261e" if inside else "#22734a", linewidth=1, zorder=5
+                )
             x += length
     axes.set_xlim(0, width)
     axes.set_ylim(y - LINE, 2 * LINE)

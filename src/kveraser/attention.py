@@ -13,6 +13,7 @@ The query heads of a group read the same keys and values, so they can be rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from kveraser.model_view import causal_lm, evaluating, frozen, model_device, mod
 
 _DECODING, _GROUPED, _MASKED = "kveraser_decoding", "kveraser_grouped", "kveraser_masked"
 _TOLD = "kveraser_told"
+_MOST_SCORES = 1 << 24
+"""Attention scores that are held at a time."""
 _MOST_SLOTS = 2048
 """Beyond, the scores of plain products no longer fit a CPU's caches."""
 
@@ -84,6 +87,34 @@ def masked_attention(
         return grouped_attention(module, query, key, value, attention_mask, **options)
     result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return result
+
+
+def blockwise_attention(
+    blocks: Sequence[tuple[Tensor, Tensor]], value: Tensor, hide: Callable[[Tensor, slice], object]
+) -> Tensor:
+    """Softmax attention in which each block of slots has queries of its own; scores are float32, some rows at a time.
+
+    Args:
+        blocks: for consecutive blocks of slots, `(batch, heads, tokens, head_dim)` scaled queries and
+            `(batch, kv_heads, slots, head_dim)` keys, both float32.
+        value: `(batch, kv_heads, all slots, head_dim)`.
+        hide: changes the scores `(batch, heads, rows, all slots)` of a range of tokens in place, so that what is not to be seen is not.
+
+    Returns:
+        `(batch, heads, tokens, head_dim)`, in the type of the values.
+    """
+    batch, groups, length, size = value.shape
+    heads, count = blocks[0][0].shape[1:3]
+    step = max(_MOST_SCORES // (heads * length), 1)
+    parts = []
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        scores = [query[:, :, rows].reshape(batch, groups, -1, size) @ keys.transpose(-1, -2) for query, keys in blocks]
+        found = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).view(batch, heads, -1, length)
+        hide(found, rows)
+        weights = found.softmax(-1).to(value.dtype).view(batch, groups, -1, length)
+        parts.append((weights @ value).view(batch, heads, -1, size))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def told_attention(

@@ -98,7 +98,7 @@ def test_rows_of_scores_that_do_not_fit_are_computed_in_turns(monkeypatch):
     model, ids = tiny(), token_ids(40)
     found = []
     for most in (1 << 24, 500):
-        monkeypatch.setattr("kveraser.cache.repair._SCORES", most)
+        monkeypatch.setattr("kveraser.attention._MOST_SCORES", most)
         cache = prefill(model, ids)
         repair_slots(model, cache, Tokens(ids), [Repair(torch.arange(9, 40), torch.arange(40))])
         found.append(states(cache))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from kveraser.attention import blockwise_attention
 from kveraser.cache.marks import Steered
 from kveraser.cache.repair import can_close_gaps
 from kveraser.errors import UnsupportedCacheError
@@ -29,39 +31,34 @@ from kveraser.rope import Rotation, frequencies, rotary_layout
 from kveraser.spans import Span
 
 _CLOSING = "kveraser_closing"
-_SCORES = 1 << 24
-"""Attention scores that are held at a time."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Slots `[start, end)` (None: to the end of the cache) that a query sees after a turn, or not at all."""
-
-    start: int
-    end: int | None
-    turn: Rotation | None = None
-    shown: bool = True
 
 
 @dataclass(frozen=True)
 class _Gaps:
-    """All slots in blocks, and which layers are rotary."""
+    """Hidden spans in order, the turns of the queries for the slots between them, and which layers are rotary.
 
-    blocks: tuple[_Block, ...]
+    `turns` are of the slots up to the end of each span; for those behind the last one queries stay as they are.
+    """
+
+    spans: tuple[Span, ...]
+    turns: tuple[Rotation, ...]
     rotary: tuple[bool, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, gaps: Sequence[Span]) -> _Gaps:
-        """From the gaps, in order."""
+    def of(cls, model: nn.Module, spans: Sequence[Span]) -> _Gaps:
+        """From the hidden spans."""
         inv_freq, layout = frequencies(model), rotary_layout(model)
-        blocks: list[_Block] = []
-        at, gone = 0, sum(map(len, gaps))
-        for gap in gaps:
-            if at < gap.start:
-                blocks.append(_Block(at, gap.start, Rotation(-gone, inv_freq, layout.pairing)))
-            blocks.append(_Block(gap.start, gap.end, shown=False))
-            at, gone = gap.end, gone - len(gap)
-        return cls((*blocks, _Block(at, None)), tuple(layout.rotary))
+        gone = list(accumulate(map(len, reversed(spans))))[::-1]  # positions from each span on
+        turns = tuple(Rotation(-positions, inv_freq, layout.pairing) for positions in gone)
+        return cls(tuple(spans), turns, tuple(layout.rotary))
+
+    def blocks(self, query: Tensor, keys: Tensor, rotary: bool) -> list[tuple[Tensor, Tensor]]:
+        """The queries for each block of slots, and its keys."""
+        found, at = [], 0
+        for span, turn in zip(self.spans, self.turns, strict=True):
+            found.append((turn(query) if rotary else query, keys[:, :, at : span.end]))
+            at = span.end
+        return [*found, (query, keys[:, :, at:])]
 
 
 _gaps: ContextVar[_Gaps | None] = ContextVar("gaps", default=None)
@@ -95,37 +92,20 @@ def _closing_attention(
     """Causal softmax attention of the last tokens of a cache, across closed gaps; scores are float32."""
     gaps = _gaps.get()
     assert gaps is not None
-    count, size, length = query.shape[2], query.shape[3], key.shape[2]
+    count, size = query.shape[2:]
     scaling = options.get("scaling")
     scaled = query.float() * (size**-0.5 if scaling is None else scaling)
-    turns = gaps.rotary[int(module.layer_idx)]  # type: ignore[arg-type]
-    blocks = []
-    for block in gaps.blocks:
-        turned = block.turn(scaled) if block.turn is not None and turns else scaled
-        blocks.append((turned, key[:, :, block.start : block.end].float().transpose(-1, -2), block.shown))
-    rows = max(_SCORES // (query.shape[1] * length), 1)
-    parts = [_rows(slice(a, min(a + rows, count)), count, blocks, value) for a in range(0, count, rows)]
-    found = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    rotary = gaps.rotary[int(module.layer_idx)]  # type: ignore[arg-type]
+    own = torch.arange(count, device=query.device)
+
+    def hide(scores: Tensor, rows: slice) -> None:
+        for span in gaps.spans:
+            scores[..., span.slice] = -torch.inf
+        if count > 1:
+            scores[..., -count:].masked_fill_(own > own[rows, None], -torch.inf)
+
+    found = blockwise_attention(gaps.blocks(scaled, key.float(), rotary), value, hide)
     return found.transpose(1, 2).to(query.dtype), None
-
-
-def _rows(rows: slice, count: int, blocks: Sequence[tuple[Tensor, Tensor, bool]], value: Tensor) -> Tensor:
-    """The output `(batch, heads, rows, head_dim)` of some of `count` new tokens."""
-    batch, groups, length, size = value.shape
-    heads, some = blocks[0][0].shape[1], rows.stop - rows.start
-    scores = []
-    for query, keys, shown in blocks:
-        if shown:
-            scores.append(query[:, :, rows].reshape(batch, groups, -1, size) @ keys)
-        else:
-            scores.append(query.new_full((batch, groups, heads // groups * some, keys.shape[-1]), -torch.inf))
-    found = torch.cat(scores, -1).view(batch, heads, some, length)
-    if count > 1:
-        own = torch.arange(rows.start, rows.stop, device=value.device)[:, None]
-        later = torch.arange(count, device=value.device)[None] > own
-        found[..., length - count :].masked_fill_(later, -torch.inf)
-    weights = found.softmax(-1).to(value.dtype).view(batch, groups, -1, length)
-    return (weights @ value).view(batch, heads, some, size)
 
 
 AttentionInterface.register(_CLOSING, _closing_attention)

@@ -22,16 +22,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.attention import for_telling, grouped_attention
+from kveraser.attention import blockwise_attention, for_telling, grouped_attention
 from kveraser.cache.passes import PassLayer, Rewrite, additive, range_bytes, run_pass, shown_slots, visible_slots
 from kveraser.cache.tokens import Tokens
 from kveraser.errors import UnsupportedCacheError
 from kveraser.model_view import causal_lm
 from kveraser.rope import Rotation, frequencies, has_rotary, rotary_layout
 from kveraser.spans import Span
-
-_SCORES = 1 << 24
-"""Attention scores that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -106,35 +103,21 @@ class _Sight:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float, rotary: bool) -> Tensor:
         """From `(batch, heads, n, head_dim)` queries to `(batch, n, heads, head_dim)`; scores are float32."""
-        heads, count = query.shape[1:3]
         keys, values = self._shown(keys).float(), self._shown(values)
-        rows = max(_SCORES // (heads * keys.shape[2]), 1)
-        parts = [
-            self._rows(query, slice(at, min(at + rows, count)), keys, values, scaling, rotary)
-            for at in range(0, count, rows)
+        plain = query.float() * scaling
+        blocks = [
+            (turn(plain) if turn is not None and rotary else plain, keys[:, :, columns])
+            for columns, turn in self.blocks
         ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).transpose(1, 2)
+        return blockwise_attention(blocks, values, lambda scores, rows: scores.add_(self.mask[:, :, rows])).transpose(
+            1, 2
+        )
 
     def _shown(self, states: Tensor) -> Tensor:
         """Of the states of all slots, those of the seen ones, without a copy where these are the first ones."""
         if self.whole:
             return states.narrow(2, 0, len(self.sees))
         return states.index_select(2, self.sees)
-
-    def _rows(self, query: Tensor, rows: slice, keys: Tensor, values: Tensor, scaling: float, rotary: bool) -> Tensor:
-        batch, heads, _, size = query.shape
-        groups = keys.shape[1]
-        plain = query.float() * scaling
-        scores = []
-        for columns, turn in self.blocks:
-            turned = (turn(plain) if turn is not None and rotary else plain)[:, :, rows]
-            grouped = turned.reshape(batch, groups, -1, size)
-            scores.append(grouped @ keys[:, :, columns].transpose(-1, -2))
-        found = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
-        count = rows.stop - rows.start
-        weights = found.view(batch, heads, count, -1).add_(self.mask[:, :, rows]).softmax(-1)
-        weights = weights.to(values.dtype).view(batch, groups, -1, weights.shape[-1])
-        return (weights @ values).view(batch, heads, count, size)
 
 
 class _Steered:

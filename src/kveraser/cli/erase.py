@@ -29,7 +29,7 @@ from kveraser.cli.common import (
 from kveraser.cli.tables import heat_line, results_table, top_readers
 from kveraser.demo.tell import who_read
 from kveraser.erasable import ErasableContext
-from kveraser.errors import CalibrationError, OptionError
+from kveraser.errors import OptionError
 from kveraser.evaluation import compare_methods
 from kveraser.evaluation.runner import DEFAULT_BUDGET
 from kveraser.methods import EraseMethod, as_method
@@ -61,14 +61,6 @@ def chosen_methods(names: list[str] | None, tokens: int) -> list[EraseMethod]:
     if names:
         return [as_method(name) for name in names]
     return [method().with_budget(tokens) for method in all_methods().values()]
-
-
-def _who_read(context: ErasableContext, span: Span) -> tuple[list[str], list[float]]:
-    """What follows a span, and how much each token has read it; nothing where that cannot be told."""
-    try:
-        return who_read(context, [span])
-    except CalibrationError:
-        return [], []
 
 
 def erase_command(
@@ -116,7 +108,7 @@ def erase_command(
                 repeats=repeats,
                 done=lambda _: bar.advance(task),
             )  # fmt: skip
-        words, read = _who_read(live, found)
+        words, read = who_read(live, [found])
         if as_json:
             print_json(
                 {

@@ -30,10 +30,7 @@ class Erasing(ContextState):
         """Erase ledger spans; see `ErasableContext.erase`."""
         with self._lock:
             chosen = as_method(method)
-            wanted = merge_spans([spans] if isinstance(spans, Span) else spans, self._ledger.length)
-            for span in wanted:
-                self._ledger.check_live(span)
-            slots = merge_spans((self._ledger.span_to_cache(span) for span in wanted), cache_length(self.cache))
+            wanted, slots = self._located(spans)
             final: list[EraseReceipt] = []
 
             def commit(receipt: EraseReceipt) -> None:
@@ -49,10 +46,7 @@ class Erasing(ContextState):
     def readers_of(self, spans: Span | Iterable[Span]) -> Tensor:
         """Who has read ledger spans; see `ErasableContext.readers`."""
         with self._lock:
-            wanted = merge_spans([spans] if isinstance(spans, Span) else spans, self._ledger.length)
-            for span in wanted:
-                self._ledger.check_live(span)
-            slots = merge_spans((self._ledger.span_to_cache(span) for span in wanted), cache_length(self.cache))
+            _, slots = self._located(spans)
             tokens = Tokens(self._slots.view[None])
             masses = run_readers(self.model, self.cache, tokens, slots, self.eraser, self._calibration_text())[0]
             found = torch.zeros(self._ledger.length, device=masses.device)
@@ -60,6 +54,13 @@ class Erasing(ContextState):
                 first = self._ledger.to_cache(run.start)
                 found[run.slice] = masses[first : first + len(run)]
             return found
+
+    def _located(self, spans: Span | Iterable[Span]) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+        """Live ledger spans, sorted, and the slots that hold them."""
+        wanted = merge_spans([spans] if isinstance(spans, Span) else spans, self._ledger.length)
+        for span in wanted:
+            self._ledger.check_live(span)
+        return wanted, merge_spans((self._ledger.span_to_cache(span) for span in wanted), cache_length(self.cache))
 
     def _commit(self, receipt: EraseReceipt, removes: bool) -> None:
         dropped: tuple[Span, ...] = ()

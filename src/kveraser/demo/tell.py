@@ -6,7 +6,6 @@ Knows: stories, contexts, comparing. Does not know about the terminal.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from kveraser.demo.stories import Story
@@ -42,11 +41,7 @@ class Told:
 def tell_both(story: Story, context: Context, methods: Sequence[EraseMethod], *, done: Done | None = None) -> Told:
     """One story in both protocols, by the given methods; `context` is a new one."""
     spans = _read(story, context)
-    words: list[str] = []
-    read: list[float] = []
-    if isinstance(context, ErasableContext):
-        with suppress(CalibrationError):
-            words, read = who_read(context, spans)
+    words, read = who_read(context, spans) if isinstance(context, ErasableContext) else ([], [])
     behind = len(context.encode(story.suffix))
     after = _compare(story, context, spans, methods, ask(story.question), done)
     context.append(ask(story.question))
@@ -66,10 +61,13 @@ def tell(
 
 
 def who_read(context: ErasableContext, spans: Sequence[Span]) -> tuple[list[str], list[float]]:
-    """What follows some spans, token by token, and how much each token has attended to them."""
+    """What follows some spans, token by token, and how much each token has attended to them; nothing where that cannot be told."""
     first = spans[-1].end
-    words = [context.text_of(Span(position, position + 1)) for position in range(first, len(context))]
-    return words, context.readers(list(spans))[first:].tolist()
+    try:
+        read = context.readers(list(spans))[first:].tolist()
+    except CalibrationError:
+        return [], []
+    return [context.text_of(Span(position, position + 1)) for position in range(first, len(context))], read
 
 
 def _read(story: Story, context: Context) -> tuple[Span, ...]:

@@ -335,12 +335,8 @@ def shown(receipt: EraseReceipt) -> dict[str, Any]:
 
 def _live_parts(context: ErasableContext) -> list[Span]:
     """What of the tokens that the erases in effect have recomputed is still live, each part within one run."""
-    return [
-        part
-        for receipt in context.receipts
-        if not context.exact
-        for span in receipt.recomputed
-        for run in context.live_spans
-        if (start := max(span.start, run.start)) < (end := min(span.end, run.end))
-        for part in (Span(start, end),)
-    ]
+    if context.exact:
+        return []
+    spans = [span for receipt in context.receipts for span in receipt.recomputed]
+    both = [(max(span.start, run.start), min(span.end, run.end)) for span in spans for run in context.live_spans]
+    return [Span(start, end) for start, end in both if start < end]

@@ -52,7 +52,7 @@ def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, in
 
 def characters_of(context: ErasableContext, spans: Sequence[Span]) -> list[tuple[int, int]]:
     """The characters `[start, end)` of live ledger spans, each of which is within one run; in the order of the spans."""
-    borders, _ = _borders(context)
+    borders = _borders(context)[0] if spans else []
     found = []
     for span in spans:
         for first, run, text in borders:

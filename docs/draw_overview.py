@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from fill_results import short_name
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -47,7 +48,7 @@ def main() -> None:
                 xerr=[[kl.mean - kl.low for _, kl in values], [kl.high - kl.mean for _, kl in values]],
                 error_kw={"linewidth": 0.8, "ecolor": "#333333"}, label=SAID[protocol],
             )  # fmt: skip
-        axes.set_yticks(range(len(labels)), [name_of(label) for label in labels], fontsize=8)
+        axes.set_yticks(range(len(labels)), [short_name(label) for label in labels], fontsize=8)
         axes.invert_yaxis()
         axes.set_xscale("log")
         axes.set_xlim(left=LEAST)
@@ -70,11 +71,6 @@ def kl_of(row: Row, label: str) -> float:
     """A method's mean KL in a row; 0 in other methods' rows."""
     value = row.values[KL.name]
     return value.mean if row.method == label and value is not None else 0.0
-
-
-def name_of(label: str) -> str:
-    """A method for the axis: at 0 tokens it says so, the others share a number."""
-    return "kveraser, nothing recomputed" if label == "kveraser:repair=0" else label.partition(":")[0]
 
 
 if __name__ == "__main__":

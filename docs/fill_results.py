@@ -91,6 +91,11 @@ def latency(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["tokens behind the span", *map(str, suffixes), "growth"], body)
 
 
+def short_name(label: str) -> str:
+    """A method where all that recompute some tokens recompute the same number: without it, unless it is none."""
+    return "kveraser, nothing recomputed" if label == "kveraser:repair=0" else label.partition(":")[0]
+
+
 def overview(folders: dict[str, list[Row]]) -> str:
     """KL of every method on every backbone, after / cached, at its only length; methods by name, at their budget there."""
     columns = {name: rows for name, rows in folders.items() if rows}
@@ -98,7 +103,7 @@ def overview(folders: dict[str, list[Row]]) -> str:
     for place, rows in enumerate(columns.values()):
         length = max(row.length for row in rows)
         for label in methods(rows, length):
-            name = "kveraser, nothing recomputed" if label == "kveraser:repair=0" else label.partition(":")[0]
+            name = short_name(label)
             shown.setdefault(name, [""] * len(columns))[place] = both(rows, OVERALL, length, label, KL.name, 4)
     body = [[f"`{name}`" if "," not in name else name, *cells_] for name, cells_ in shown.items()]
     return markdown_table(["KL after / cached", *columns], body)

@@ -15,12 +15,12 @@ from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
 from kveraser.cli.demo import PAGES
-from kveraser.demo.latency import TOKENS
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import tell, tell_both
 from kveraser.eraser import shipped_eraser, shipped_erasers
 from kveraser.evaluation import leaks
 from kveraser.evaluation.compare import PROTOCOLS, compare_methods, read_parts
+from kveraser.evaluation.runner import DEFAULT_BUDGET
 from kveraser.methods import FullRecompute, NoErase
 from kveraser.tasks import Filler, Sizes, as_task
 from kveraser.tasks.sources import read_passages
@@ -58,7 +58,7 @@ def test_the_erased_value_is_in_no_answer_after_erasing(told, name, protocol):
 @pytest.mark.parametrize("index", range(len(stories())))
 def test_in_the_demo_every_answer_is_that_of_full_recomputation_with_a_seventh_of_its_tokens(smollm, index):
     model, tokenizer = smollm
-    methods = [FullRecompute(), kv.Steering().with_budget(TOKENS)]
+    methods = [FullRecompute(), kv.Steering().with_budget(DEFAULT_BUDGET)]
     told = tell_both(stories(PAGES)[index], kv.ErasableContext(model, tokenizer), methods)
     assert told.behind > 400
     for exact, erased in (told.after, told.cached):

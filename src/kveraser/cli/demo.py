@@ -27,7 +27,7 @@ from kveraser.cli.common import (
     stdout,
 )
 from kveraser.cli.tables import heat_line, results_table, top_readers
-from kveraser.demo.latency import SUFFIXES, TOKENS, latency_methods, measure_latency
+from kveraser.demo.latency import SUFFIXES, TIMED, measure_latency
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import Told, tell_both
 from kveraser.erasable import ErasableContext
@@ -35,6 +35,7 @@ from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, leaks
 from kveraser.evaluation.compare import Context
+from kveraser.evaluation.runner import DEFAULT_BUDGET
 from kveraser.methods import EraseMethod, FullRecompute, Steering, methods
 
 STORY_TOKENS, LATENCY_TOKENS = 2048, 5120
@@ -76,7 +77,7 @@ def demo_command(
             new_context, every = _llama_cpp(model, eraser, device, dtype)
         else:
             new_context, every = _transformers(model, eraser, device, dtype, as_json)
-        timed = [method for method in latency_methods() if method in every]
+        timed = [method for method in every if isinstance(method, TIMED)]
         told: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         with progress_bar() as bar:
@@ -118,7 +119,7 @@ def _transformers(model: str, eraser: str | None, device: str | None, dtype: str
     backbone, tokenizer = load(model, device, dtype, quiet=quiet)
     tool = KVEraser.from_pretrained(eraser, backbone) if eraser else default_eraser(backbone)
     return lambda _: ErasableContext(backbone, tokenizer, tool), [
-        kind().with_budget(TOKENS) for kind in methods().values() if kind.compared
+        kind().with_budget(DEFAULT_BUDGET) for kind in methods().values() if kind.compared
     ]
 
 

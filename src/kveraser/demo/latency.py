@@ -14,14 +14,10 @@ from kveraser.evaluation.compare import Context
 from kveraser.methods import DeleteAndShift, EraseMethod, FullRecompute, LocalSuffixRepair, Steering
 
 PREFIX, SPAN = 256, 64
-TOKENS = 64
-"""Recomputed by every method that recomputes some."""
 SUFFIXES = (256, 1024, 4096)
 
-
-def latency_methods() -> list[EraseMethod]:
-    """The methods that are timed."""
-    return [FullRecompute(), DeleteAndShift(), LocalSuffixRepair(TOKENS), Steering(repair=TOKENS)]
+TIMED: tuple[type[EraseMethod], ...] = (FullRecompute, DeleteAndShift, LocalSuffixRepair, Steering)
+"""What is timed, of what an engine can do."""
 
 
 def measure_latency(

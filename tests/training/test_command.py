@@ -76,7 +76,7 @@ def test_the_result_is_pushed_to_the_hub_when_asked(tmp_path, small, corpus, mon
         (["--set", "colour=red"], "colour"),
         (["--preset", "huge"], "no preset 'huge'"),
         (["--text", "no-such-file.txt"], "no text source"),
-        (["--start", "no-such-folder"], "holds no kveraser.json"),
+        (["--start", "no-such-folder"], "no-such-folder holds neither a kveraser.json nor"),
         (["--config", "none.yaml"], "cannot read the configuration"),
     ],
 )

@@ -178,8 +178,8 @@ def _tiny() -> TrainConfig:
     }
     return TrainConfig(
         EraserOptions(rank=8, alpha=16, window=(4, 512), repair=0),
-        Stage(_PRETRAINING, steps=4, contexts=3, validate_every=4, validation_contexts=6, **small),
-        Stage(("needle", "preference"), steps=10, contexts=3, validate_every=10, validation_contexts=6, **small),
+        Stage(_PRETRAINING, steps=3, contexts=2, validate_every=3, validation_contexts=4, **small),
+        Stage(("needle", "preference"), steps=6, contexts=2, validate_every=6, validation_contexts=4, **small),
     )
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kveraser as kv
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
 from kveraser.training import TrainConfig, read_config
 from kveraser.training.distill import Variant
 from kveraser.training.loop import StageRun

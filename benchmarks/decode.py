@@ -3,7 +3,7 @@
     python benchmarks/decode.py [--full] [--json] [--output FOLDER]
 
 All decode the same tokens from the same states, in turns. Contexts run the model in a view with an attention that is faster on
-CPUs (`kveraser.attention`).
+CPUs (`kveraser.model.attention`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
-from kveraser.attention import for_decoding
 from kveraser.cache import growable_cache
 from kveraser.demo.stories import pages
+from kveraser.model.attention import for_decoding
 
 KINDS = ("DynamicCache", "growable", "growable, as in contexts")
 POSITIONS = 8192

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kveraser.cache import growable_cache
 from kveraser.evaluation.provenance import environment, placement
 from kveraser.evaluation.report import markdown_table
-from kveraser.model_view import decoder, model_device, model_dtype, text_config
+from kveraser.model.view import decoder, model_device, model_dtype, text_config
 
 Result = TypeVar("Result")
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kveraser as kv
-from kveraser.attention import for_packing
+from kveraser.model.attention import for_packing
 from kveraser.tasks import Filler, as_task, read_passages, tasks
 from kveraser.training.distill import judge, pack, prefill, teach
 from kveraser.training.lessons import Erase, Lesson, LessonPlan

@@ -187,7 +187,7 @@ def tokenizer():
 @pytest.fixture(autouse=True)
 def _own_cache_folder(tmp_path_factory, monkeypatch, request):
     """Keep measured cost models of tiny models out of the user's cache folder."""
-    if not {"model", "backbones"} & set(request.keywords):
+    if not {"model", "backbones"} & {mark.name for mark in request.node.iter_markers()}:
         monkeypatch.setenv("KVERASER_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 

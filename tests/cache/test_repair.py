@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kveraser as kv
 from conftest import FAMILIES, build, make_config, prefill, relative, states, tiny, token_ids
 from kveraser.cache import Repair, Tokens, repair_slots
-from kveraser.rope import frequencies, rotary_layout, rotate
+from kveraser.model.rope import frequencies, rotary_layout, rotate
 from kveraser.spans import gaps
 
 
@@ -98,7 +98,7 @@ def test_rows_of_scores_that_do_not_fit_are_computed_in_turns(monkeypatch):
     model, ids = tiny(), token_ids(40)
     found = []
     for most in (1 << 24, 500):
-        monkeypatch.setattr("kveraser.attention._MOST_SCORES", most)
+        monkeypatch.setattr("kveraser.model.attention._MOST_SCORES", most)
         cache = prefill(model, ids)
         repair_slots(model, cache, Tokens(ids), [Repair(torch.arange(9, 40), torch.arange(40))])
         found.append(states(cache))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import build, make_config
 from kveraser.export.names import Naming
-from kveraser.fingerprint import Fingerprint
+from kveraser.model.fingerprint import Fingerprint
 
 VOCABULARY = 320
 LETTERS = [chr(code) for code in range(33, 127)]

@@ -24,7 +24,7 @@ from kveraser.engines.llama_cpp.cells import LIVE, WORK
 from kveraser.engines.llama_cpp.passes import Bench
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.errors import EngineError
-from kveraser.fingerprint import Fingerprint
+from kveraser.model.fingerprint import Fingerprint
 
 WINDOW, REPAIR = (2, 9), 5
 ERASING = ("kveraser", "delete-and-shift", "full-recompute")

@@ -14,7 +14,6 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed here;
 
 from llama_cpp_helpers import without_effect
 
-from kveraser.backbone import embedded_gguf
 from kveraser.cli import app
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import tell
@@ -25,8 +24,9 @@ from kveraser.evaluation import leaks, read_parts
 from kveraser.evaluation.compare import PROTOCOLS
 from kveraser.evaluation.runner import EvalOptions, draw
 from kveraser.export import EraserFiles, write_gguf_backbone
-from kveraser.fingerprint import Fingerprint
 from kveraser.methods import NoErase, as_method
+from kveraser.model.backbone import embedded_gguf
+from kveraser.model.fingerprint import Fingerprint
 from kveraser.tasks import Filler, read_passages
 
 pytestmark = pytest.mark.model

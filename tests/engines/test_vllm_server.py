@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import kveraser as kv
-from kveraser.backbone import DEFAULT_BACKBONE, converted_folder
 from kveraser.demo.stories import Story, pages, stories
 from kveraser.engines.vllm_http import VLLMClient
 from kveraser.engines.vllm_protocol import Demand, Piece
@@ -26,7 +25,8 @@ from kveraser.engines.vllm_server import running_server, server_arguments, shipp
 from kveraser.engines.vllm_session import VLLMSession
 from kveraser.eraser import shipped_eraser
 from kveraser.errors import EngineError
-from kveraser.paths import cache_folder
+from kveraser.files import cache_folder
+from kveraser.model.backbone import DEFAULT_BACKBONE, converted_folder
 
 pytestmark = [
     pytest.mark.model,

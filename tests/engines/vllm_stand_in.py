@@ -14,7 +14,7 @@ from kveraser.engines.vllm_http import VLLMClient
 from kveraser.engines.vllm_protocol import KEY, Piece, read_demand
 from kveraser.engines.vllm_store import EditStore, Geometry, digest_ids
 from kveraser.errors import EngineError
-from kveraser.rope import frequencies, rotate
+from kveraser.model.rope import frequencies, rotate
 
 
 class StandIn(VLLMClient):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import kveraser as kv
 from conftest import prefill, random_eraser, tiny, token_ids
+from kveraser.files import cache_folder
 from kveraser.methods.cost_model import CostModel, PassCost, cost_model, fit
-from kveraser.paths import cache_folder
 from kveraser.readers import calibrate
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import kveraser as kv
 from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
 from kveraser.cache import get_marks
+from kveraser.model.rope import frequencies, rotary_layout, rotate
 from kveraser.readers import Scene, calibrate, remember
-from kveraser.rope import frequencies, rotary_layout, rotate
 
 
 @pytest.fixture(autouse=True, scope="module")

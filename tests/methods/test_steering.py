@@ -23,7 +23,7 @@ from conftest import (
     token_ids,
 )
 from kveraser.cache import PREFILL_CHUNK, get_marks, growable_cache, window_spans
-from kveraser.rope import frequencies, rotary_layout, rotate
+from kveraser.model.rope import frequencies, rotary_layout, rotate
 
 
 class LargestAllocation(TorchDispatchMode):

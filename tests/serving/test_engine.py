@@ -280,9 +280,9 @@ def test_a_full_disk_costs_a_cached_conversation_and_nothing_else(make_engine, m
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    import kveraser.paths
+    import kveraser.files
 
-    monkeypatch.setattr(kveraser.paths.os, "fsync", full)
+    monkeypatch.setattr(kveraser.files.os, "fsync", full)
     for number in range(4):
         ask(engine, [("user", f"{number} {TALK[4][1]}")])
     assert engine.store.bytes <= 200_000

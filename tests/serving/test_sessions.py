@@ -165,12 +165,12 @@ def test_a_change_that_cannot_be_saved_is_not_made(serve, tmp_path, monkeypatch)
     server = serve(state_dir=tmp_path / "state")
     name = create(server, None, "the car is blue")
     before = server.call("GET", f"/v1/sessions/{name}").json()
-    import kveraser.paths
+    import kveraser.files
 
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(kveraser.paths.os, "fsync", full)
+    monkeypatch.setattr(kveraser.files.os, "fsync", full)
     assert server.call("POST", f"/v1/sessions/{name}/text", json={"text": "more"}).status_code == 500
     monkeypatch.undo()
     assert server.call("GET", f"/v1/sessions/{name}").json() == before

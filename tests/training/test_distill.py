@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import kveraser as kv
 from conftest import FAMILIES, build, make_config, prefill, random_eraser, text_model, tiny
-from kveraser.attention import for_packing, grouped_attention
 from kveraser.evaluation import kl_divergence
+from kveraser.model.attention import for_packing, grouped_attention
 from kveraser.training.distill import judge, pack, teach
 from kveraser.training.distill import prefill as prefill_lessons
 from kveraser.training.lessons import Erase, Lesson, Probe

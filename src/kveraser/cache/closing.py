@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from kveraser.attention import blockwise_attention
 from kveraser.cache.marks import Steered
 from kveraser.cache.repair import can_close_gaps
 from kveraser.errors import UnsupportedCacheError
-from kveraser.model_view import causal_lm, view
-from kveraser.rope import Rotation, frequencies, rotary_layout
+from kveraser.model.attention import blockwise_attention
+from kveraser.model.rope import Rotation, frequencies, rotary_layout
+from kveraser.model.view import causal_lm, view
 from kveraser.spans import Span
 
 _CLOSING = "kveraser_closing"

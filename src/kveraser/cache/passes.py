@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.attention import for_masks
 from kveraser.cache.support import writing
 from kveraser.cache.tokens import Tokens
 from kveraser.interrupts import uninterrupted
-from kveraser.model_view import decoder, evaluating
+from kveraser.model.attention import for_masks
+from kveraser.model.view import decoder, evaluating
 from kveraser.spans import Span, union_spans
 
 Window = tuple[int, int]

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.attention import blockwise_attention, for_telling, grouped_attention
 from kveraser.cache.passes import PassLayer, Rewrite, additive, range_bytes, run_pass, shown_slots, visible_slots
 from kveraser.cache.tokens import Tokens
 from kveraser.errors import UnsupportedCacheError
-from kveraser.model_view import causal_lm
-from kveraser.rope import Rotation, frequencies, has_rotary, rotary_layout
+from kveraser.model.attention import blockwise_attention, for_telling, grouped_attention
+from kveraser.model.rope import Rotation, frequencies, has_rotary, rotary_layout
+from kveraser.model.view import causal_lm
 from kveraser.spans import Span
 
 

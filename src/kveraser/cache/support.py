@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from kveraser.cache.growable import GrowableLayer
 from kveraser.errors import CacheMismatchError, UnsupportedCacheError
-from kveraser.model_view import causal_lm, model_device, text_config
+from kveraser.model.view import causal_lm, model_device, text_config
 
 _RECOMPUTE = "process the shortened context from the start instead"
 _RESCALED_ROPE = {"dynamic": "dynamic-NTK", "longrope": "LongRoPE"}

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.backbone import DEFAULT_BACKBONE, load_backbone
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import KVEraserError, UnsupportedCacheError
+from kveraser.model.backbone import DEFAULT_BACKBONE, load_backbone
 
 # A pipe or a file has no width; tables need some.
 stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)

@@ -27,10 +27,10 @@ from kveraser.cli.common import (
     stdout,
 )
 from kveraser.cli.tables import heat_line, results_table, top_readers
+from kveraser.context import ErasableContext
 from kveraser.demo.latency import SUFFIXES, TIMED, measure_latency
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import Told, tell_both
-from kveraser.erasable import ErasableContext
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, leaks

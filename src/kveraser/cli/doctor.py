@@ -14,18 +14,18 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kveraser import __version__
-from kveraser.backbone import check_converted, converted_folder, default_dtype, load_backbone
-from kveraser.backbone_files import local_gguf, remedies
-from kveraser.backbones import BACKBONES, NamedBackbone
 from kveraser.cache import check_model
 from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
 from kveraser.eraser import default_eraser, shipped_erasers
 from kveraser.errors import BackboneError, UnsupportedCacheError
+from kveraser.files import cache_folder
 from kveraser.methods import methods
-from kveraser.model_view import causal_lm, model_dtype
-from kveraser.paths import cache_folder
+from kveraser.model.backbone import check_converted, converted_folder, default_dtype, load_backbone
+from kveraser.model.backbone_files import local_gguf, remedies
+from kveraser.model.names import BACKBONES, NamedBackbone
+from kveraser.model.rope import rotary_layout
+from kveraser.model.view import causal_lm, model_dtype
 from kveraser.readers import known_calibration
-from kveraser.rope import rotary_layout
 
 _READ_WHOLE = 200_000_000  # bytes of a GGUF file; weights from larger ones take too long to read for a look
 _KINDS = {"trained": "the trained eraser that ships for it", "neutral": "the neutral eraser, which needs no training"}

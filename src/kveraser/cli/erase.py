@@ -27,8 +27,8 @@ from kveraser.cli.common import (
     stdout,
 )
 from kveraser.cli.tables import heat_line, results_table, top_readers
+from kveraser.context import ErasableContext
 from kveraser.demo.tell import who_read
-from kveraser.erasable import ErasableContext
 from kveraser.errors import OptionError
 from kveraser.evaluation import compare_methods
 from kveraser.evaluation.runner import DEFAULT_BUDGET

@@ -8,7 +8,6 @@ from typing import Annotated, Any, cast
 import typer
 from transformers import PreTrainedModel
 
-from kveraser.backbone import digest
 from kveraser.cli.common import (
     DEFAULT_MODEL,
     DeviceOption,
@@ -35,6 +34,7 @@ from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
 from kveraser.methods import as_method
+from kveraser.model.backbone import digest
 from kveraser.tasks import Filler, read_passages
 from kveraser.tasks import tasks as all_tasks
 from kveraser.tasks.document_qa import DocumentQA

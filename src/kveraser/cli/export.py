@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from kveraser.backbone import DEFAULT_BACKBONE, embedded_gguf
 from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
 from kveraser.eraser import shipped_erasers
 from kveraser.errors import BackboneError
 from kveraser.export import write_gguf_backbone, write_gguf_eraser, write_peft_folder
+from kveraser.model.backbone import DEFAULT_BACKBONE, embedded_gguf
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -1,31 +1,26 @@
-"""A live context of token ids: a cache, the ledger of what was appended, and what was erased from it.
+"""Live contexts: what a model has read, from which spans can be taken out again, and everything that happens to it later.
 
-Knows: models, caches, ledger spans, erasing methods. Does not know about text, chat or files (`erasable` adds those).
+Knows: models, caches, the ledger, erasing methods; and, in files of their own, text, chat messages and session files. Does not
+know about tasks, servers or engines.
 
-Every token that is appended keeps its ledger position for ever. Where its states are in the cache is looked up when
-needed, so a method that moves the suffix does not make older spans stale.
+    token_context   state, erasing, restoring, repairing, running: a context of ids, one file for each thing it can do
+    erasable        what people have instead of ids, on top of it: text.py, chat.py, session_file.py
 """
 
 from __future__ import annotations
 
-from kveraser.context.erasing import Erasing
-from kveraser.context.repairing import Repairing, RepairProgress
-from kveraser.context.restoring import RestoreReport, Restoring
-from kveraser.context.running import Running
+from kveraser.context.erasable import ErasableContext
+from kveraser.context.repairing import RepairProgress
+from kveraser.context.restoring import RestoreReport
 from kveraser.context.state import PURGED, ContextState, EditRecord
+from kveraser.context.token_context import TokenContext
 
-
-class TokenContext(Erasing, Restoring, Repairing, Running):
-    """A context of token ids whose spans can be erased, restored, repaired and purged. One row; thread-safe.
-
-    Args:
-        model: a causal language model, used and left as it is.
-        eraser: for `kveraser` and `auto`; None takes the one that ships for the model, if any.
-
-    Raises:
-        UnsupportedCacheError: a model whose cache cannot be edited.
-        EraserMismatchError: an eraser of another model.
-    """
-
-
-__all__ = ["PURGED", "ContextState", "EditRecord", "RepairProgress", "RestoreReport", "TokenContext"]
+__all__ = [
+    "PURGED",
+    "ContextState",
+    "EditRecord",
+    "ErasableContext",
+    "RepairProgress",
+    "RestoreReport",
+    "TokenContext",
+]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kveraser.cache import Tokens, cache_length
+from kveraser.context.ids import IdBuffer
 from kveraser.context.state import ContextState, EditRecord
 from kveraser.edit import run_edit, run_readers
 from kveraser.eraser import KVEraser
-from kveraser.ids import IdBuffer
 from kveraser.methods import EraseMethod, EraseReceipt, as_method
 from kveraser.spans import Span, merge_spans
 

@@ -25,7 +25,7 @@ from kveraser.context.state import PURGED, ContextState, Repair
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt
-from kveraser.model_view import model_device
+from kveraser.model.view import model_device
 from kveraser.spans import Span
 
 

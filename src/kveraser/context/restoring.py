@@ -31,7 +31,6 @@ from kveraser.context.state import ContextState, EditRecord
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo, put_back
-from kveraser.methods.base import Plan
 from kveraser.methods.putting_back import stale_from
 from kveraser.spans import Span, SpanLedger, gaps, union_spans
 
@@ -84,7 +83,7 @@ class Restoring(ContextState):
                 recomputed = self._restore_in_place(record, undo, stale_from(later))
                 return RestoreReport(not recomputed, self.exact, recomputed, time.perf_counter() - started)
             tail = self._slots.view[mark.length_after :].clone()
-            saved = Undo.take(self.cache, Plan(undo.layout_from, undo.kept), marks)
+            saved = Undo.take(self.cache, marks, undo.layout_from, undo.kept)
             try:
                 put_back(self.cache, replace(receipt, undo=undo))
             except RestoreError:
@@ -125,7 +124,7 @@ class Restoring(ContextState):
             for run in _outside(hidden, Span(max(span.start, first), span.end))
         ]
         touched = union_spans((*undo.kept, *again))
-        saved = Undo.take(self.cache, Plan(cache_length(self.cache), touched), marks)
+        saved = Undo.take(self.cache, marks, cache_length(self.cache), touched)
         ledger = self._ledger_without(record)
         try:
             for _, before, _ in kept:
@@ -188,7 +187,7 @@ class Restoring(ContextState):
         start = min(slot, cache_length(self.cache) if marks.exact else marks.approximate_from or 0)
         ledger.set_in_cache([entry.span for entry in ledger.erased], False)
         ids = self._slot_ids(ledger)
-        saved = Undo.take(self.cache, Plan(start), marks)
+        saved = Undo.take(self.cache, marks, start)
         try:
             truncate(self.cache, start)
             self._extend_cache(ids)

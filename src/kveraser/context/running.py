@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from kveraser.attention import for_decoding
 from kveraser.cache import (
     PREFILL_CHUNK,
     append,
@@ -25,7 +24,8 @@ from kveraser.cache import (
 from kveraser.context.state import ContextState
 from kveraser.errors import ContextError
 from kveraser.interrupts import uninterrupted
-from kveraser.model_view import model_device
+from kveraser.model.attention import for_decoding
+from kveraser.model.view import model_device
 from kveraser.spans import Span
 
 

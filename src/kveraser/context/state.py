@@ -26,13 +26,12 @@ from kveraser.cache import (
     growable_cache,
     set_marks,
 )
+from kveraser.context.ids import IdBuffer
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError, RestoreError
-from kveraser.ids import IdBuffer
 from kveraser.interrupts import uninterrupted
-from kveraser.methods import EraseReceipt
-from kveraser.methods.base import Undo
-from kveraser.model_view import causal_lm, model_device
+from kveraser.methods import EraseReceipt, Undo
+from kveraser.model.view import causal_lm, model_device
 from kveraser.readers import Text
 from kveraser.spans import Span, SpanLedger
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kveraser.context import ErasableContext
 from kveraser.demo.stories import Story
-from kveraser.erasable import ErasableContext
 from kveraser.errors import CalibrationError
 from kveraser.evaluation import MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.compare import Context

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kveraser.backbone import DEFAULT_BACKBONE
 from kveraser.demo.stories import Story, stories
 from kveraser.engines.vllm_server import running_server, server_arguments, shipped_folder
 from kveraser.engines.vllm_session import VLLMSession
 from kveraser.errors import KVEraserError
+from kveraser.model.backbone import DEFAULT_BACKBONE
 from kveraser.tasks import ask
 
 _TOKENS = 12

@@ -18,7 +18,7 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.models.utils import extract_layer_index
 
 from kveraser.errors import UnsupportedCacheError
-from kveraser.rope import rotate
+from kveraser.model.rope import rotate
 
 _BITS = 7  # numbers up to 128 are exact in every floating-point type
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kveraser.cache import Window, window_spans
-from kveraser.methods.base import neighbors
+from kveraser.methods.slots import neighbors
 from kveraser.spans import Span
 
 

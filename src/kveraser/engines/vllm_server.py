@@ -18,11 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kveraser.backbone import DEFAULT_BACKBONE, converted, embedded_gguf
 from kveraser.engines.vllm_http import VLLMClient
 from kveraser.eraser.shipped import shipped_erasers
 from kveraser.errors import EngineError, OptionError
-from kveraser.paths import cache_folder
+from kveraser.files import cache_folder
+from kveraser.model.backbone import DEFAULT_BACKBONE, converted, embedded_gguf
 
 _START_SECONDS = 1800.0
 

@@ -14,13 +14,13 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kveraser.cache import Window
-from kveraser.chat import Message, added_by, reply_prompt
+from kveraser.context.chat import Message, added_by, reply_prompt
+from kveraser.context.text import decode, find_text, located
 from kveraser.engines.vllm_erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm_http import Completion, VLLMClient
 from kveraser.engines.vllm_protocol import Demand
 from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
 from kveraser.spans import Span, SpanLedger, merge_spans
-from kveraser.text import decode, find_text, located
 
 What = Span | str | Iterable[Span | str]
 

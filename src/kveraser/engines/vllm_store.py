@@ -36,7 +36,7 @@ from torch import Tensor
 
 from kveraser.engines.vllm_protocol import Piece, checked_id, is_id
 from kveraser.errors import StoreError
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
 
 CHUNK = 256
 """Tokens per file."""

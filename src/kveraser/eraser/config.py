@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from kveraser.cache import Window
 from kveraser.errors import EraserMismatchError
-from kveraser.fingerprint import Fingerprint
+from kveraser.model.fingerprint import Fingerprint
 
 FILE_NAME = "kveraser.json"
 FORMAT = 2

@@ -28,8 +28,8 @@ from kveraser.eraser.adapter_files import CONFIG, KEY_PREFIX, WEIGHTS, find_fold
 from kveraser.eraser.config import FILE_NAME, Choose, EraserConfig
 from kveraser.eraser.lora import LoraLinear
 from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
-from kveraser.fingerprint import Fingerprint
-from kveraser.model_view import causal_lm, frozen, model_device, model_dtype, view
+from kveraser.model.fingerprint import Fingerprint
+from kveraser.model.view import causal_lm, frozen, model_device, model_dtype, view
 from kveraser.readers import FILE_NAME as READERS
 from kveraser.readers import Calibration, calibrate, read_calibration, write_calibration
 

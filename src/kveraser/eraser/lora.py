@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kveraser.model_view import shallow
+from kveraser.model.view import shallow
 
 
 class LoraLinear(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.eraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError
-from kveraser.model_view import causal_lm
+from kveraser.model.view import causal_lm
 
 FOLDER = Path(__file__).parent / "shipped"
 

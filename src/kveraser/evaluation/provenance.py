@@ -17,7 +17,7 @@ from torch import nn
 
 from kveraser import __version__
 from kveraser.eraser import KVEraser
-from kveraser.model_view import model_device, model_dtype
+from kveraser.model.view import model_device, model_dtype
 
 _PACKAGES = ("torch", "transformers", "peft")
 

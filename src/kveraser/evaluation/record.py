@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kveraser.errors import OptionError
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
 
 RECORDS, RESULTS = "examples.jsonl", "results.json"
 

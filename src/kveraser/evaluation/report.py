@@ -12,7 +12,7 @@ from typing import Any
 from kveraser.evaluation.record import RESULTS, Record, write_json
 from kveraser.evaluation.statistics import Interval
 from kveraser.evaluation.summary import ASKED, METRICS, OVERALL, Row, summarise, task_names
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
 
 MARKDOWN = "results.md"
 

@@ -14,14 +14,14 @@ from typing import Any, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.erasable import ErasableContext
+from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.metrics import exact_match, f1, leaks
 from kveraser.evaluation.record import Key, Record
 from kveraser.methods import EraseMethod, Steering, method_label, methods
-from kveraser.model_view import text_config
+from kveraser.model.view import text_config
 from kveraser.tasks import EraseExample, Filler, Sizes, as_task
 
 DEFAULT_BUDGET = 64

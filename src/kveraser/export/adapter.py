@@ -22,8 +22,8 @@ from kveraser.eraser import EraserConfig
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
 from kveraser.export.source import EraserFiles
-from kveraser.fingerprint import Fingerprint
-from kveraser.paths import appearing_whole
+from kveraser.files import appearing_whole
+from kveraser.model.fingerprint import Fingerprint
 
 FORMAT = 1
 FloatType = Literal["f32", "f16"]

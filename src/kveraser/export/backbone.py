@@ -17,7 +17,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantiz
 
 from kveraser.errors import BackboneError
 from kveraser.export.adapter import FloatType
-from kveraser.paths import appearing_whole
+from kveraser.files import appearing_whole
 
 _FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16}
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")

@@ -12,10 +12,10 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
-from kveraser.backbone import digest
 from kveraser.errors import EraserMismatchError
 from kveraser.export.source import LORA_CONFIG, WEIGHTS, EraserFiles
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
+from kveraser.model.backbone import digest
 
 # What every version of PEFT, and whoever reads its files, understands; newer fields only where they say something.
 _PLAIN = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout",

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kveraser.backbone import digest
 from kveraser.eraser import EraserConfig
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
+from kveraser.model.backbone import digest
 
 WEIGHTS = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"

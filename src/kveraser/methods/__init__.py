@@ -12,15 +12,18 @@ from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.methods.attention_guided_repair import AttentionGuidedRepair
 from kveraser.methods.auto import Auto
-from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan, Undo
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.delete_and_shift import DeleteAndShift
 from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.local_suffix_repair import LocalSuffixRepair
 from kveraser.methods.no_erase import NoErase
 from kveraser.methods.putting_back import put_back
+from kveraser.methods.receipt import EraseReceipt
 from kveraser.methods.selective_recompute import SelectiveRecompute
 from kveraser.methods.spec import method_from_text, method_label, text_options, write_value
 from kveraser.methods.steering import Steering
+from kveraser.methods.transaction import transact
+from kveraser.methods.undo import Undo
 
 _METHODS: tuple[type[EraseMethod], ...] = (
     NoErase,
@@ -77,5 +80,6 @@ __all__ = [
     "methods",
     "put_back",
     "text_options",
+    "transact",
     "write_value",
 ]

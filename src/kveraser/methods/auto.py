@@ -6,15 +6,15 @@ measured once per machine tells which is which; the receipt names the method tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from kveraser.eraser import KVEraser
-from kveraser.methods.base import Edit, EraseMethod, EraseReceipt, Outcome, Plan, split_tail
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choosing import calibration_of, most_shown
 from kveraser.methods.cost_model import CostModel, cost_model
 from kveraser.methods.full_recompute import FullRecompute
+from kveraser.methods.slots import split_tail
 from kveraser.methods.steering import Steering
 
 
@@ -37,8 +37,7 @@ class Auto(EraseMethod):
     needs_eraser: ClassVar[bool] = True
     compared: ClassVar[bool] = False
 
-    def choose(self, edit: Edit) -> EraseMethod:
-        """The method that this edit will use."""
+    def chosen(self, edit: Edit) -> EraseMethod:
         steering = Steering(self.eraser)
         rest, _ = split_tail(edit.spans, edit.length, edit.marks)
         if not rest:  # only to be cropped, which is free; mending what earlier edits left is not
@@ -72,13 +71,7 @@ class Auto(EraseMethod):
         return telling + costs.steer(0, count, columns) - (costs.steering.base if steering.passes(edit) else 0.0)
 
     def plan(self, edit: Edit) -> Plan:
-        return self.choose(edit).plan(edit)
+        return self.chosen(edit).plan(edit)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        return self.choose(edit).apply(edit, plan)
-
-    def erase(
-        self, edit: Edit, *, undo: bool = True, commit: Callable[[EraseReceipt], None] | None = None
-    ) -> EraseReceipt:
-        """Erase with the chosen method; its name is the receipt's."""
-        return self.choose(edit).erase(edit, undo=undo, commit=commit)
+        return self.chosen(edit).apply(edit, plan)

@@ -27,8 +27,8 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
-from kveraser.model_view import causal_lm, model_device, model_dtype, text_config
-from kveraser.paths import cache_folder, write_atomically
+from kveraser.files import cache_folder, write_atomically
+from kveraser.model.view import causal_lm, model_device, model_dtype, text_config
 from kveraser.readers import Calibration, Scene
 from kveraser.spans import Span
 

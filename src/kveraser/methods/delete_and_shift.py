@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from kveraser.cache import PREFILL_CHUNK, Tokens, cut, look, read, state_bytes
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.model_view import causal_lm
-from kveraser.rope import frequencies, rotary_layout, rotate
+from kveraser.model.rope import frequencies, rotary_layout, rotate
+from kveraser.model.view import causal_lm
 from kveraser.spans import Span, gaps
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from kveraser.cache import EditMark, cache_length, get_marks, set_marks, write
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
-from kveraser.methods.base import EraseReceipt
+from kveraser.methods.receipt import EraseReceipt
 
 
 def put_back(cache: Cache, receipt: EraseReceipt) -> int:

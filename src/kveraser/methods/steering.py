@@ -29,8 +29,9 @@ from kveraser.cache import (
 )
 from kveraser.eraser import CHOICES, Choose, KVEraser, default_eraser, write_neutral
 from kveraser.errors import OptionError
-from kveraser.methods.base import Choice, Edit, EraseMethod, Outcome, Plan, runs_of
+from kveraser.methods.base import Choice, Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choosing import Wish, calibration_of, choose_readers
+from kveraser.methods.slots import runs_of
 from kveraser.spans import Span, union_spans
 
 _WORTH_JOINING = 2.0

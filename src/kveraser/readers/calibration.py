@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kveraser.errors import CalibrationError
-from kveraser.fingerprint import Fingerprint
-from kveraser.model_view import as_batch, causal_lm, model_device, model_dtype
+from kveraser.model.fingerprint import Fingerprint
+from kveraser.model.view import as_batch, causal_lm, model_device, model_dtype
 from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.neutral_keys import neutral_keys
 from kveraser.readers.observing import Observed, observe

@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kveraser.errors import CalibrationError
-from kveraser.fingerprint import Fingerprint
-from kveraser.paths import cache_folder, write_atomically
+from kveraser.files import cache_folder, write_atomically
+from kveraser.model.fingerprint import Fingerprint
 from kveraser.readers.calibration import Calibration
 from kveraser.readers.probes import Probe
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kveraser.errors import CalibrationError
-from kveraser.model_view import causal_lm
+from kveraser.model.view import causal_lm
 from kveraser.readers.calibration import LEAST_TOKENS, Calibration, calibrate, calibrate_hiding
 from kveraser.readers.files import cached_file, read_calibration, write_calibration
 

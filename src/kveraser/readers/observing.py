@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kveraser.errors import CalibrationError
-from kveraser.model_view import causal_lm, decoder, model_device, view
+from kveraser.model.view import causal_lm, decoder, model_device, view
 
 _OBSERVING = "kveraser_observing"
 

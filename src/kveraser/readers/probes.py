@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kveraser.model_view import text_config
+from kveraser.model.rope import Rotation, frequencies, has_rotary, rotary_layout
+from kveraser.model.view import text_config
 from kveraser.readers.observing import Observed, query_norms
-from kveraser.rope import Rotation, frequencies, has_rotary, rotary_layout
 
 _RIDGE = 1e-3
 _HELD_OUT = 5

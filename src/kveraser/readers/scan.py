@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kveraser.cache import Tokens
-from kveraser.model_view import model_dtype
+from kveraser.model.view import model_dtype
 from kveraser.readers.calibration import Calibration
 from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.probes import Probe, Turning, features, norm_of

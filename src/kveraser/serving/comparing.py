@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kveraser.cache import PREFILL_CHUNK, get_marks
-from kveraser.chat import Message, added_by, reply_prompt
-from kveraser.erasable import ErasableContext
+from kveraser.context import ErasableContext
+from kveraser.context.chat import Message, added_by, reply_prompt
 from kveraser.errors import ContextError
 from kveraser.evaluation.metrics import kl_divergence
 from kveraser.serving.decoding import end_ids

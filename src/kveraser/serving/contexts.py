@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from kveraser.cache import GrowableLayer, get_marks
-from kveraser.erasable import ErasableContext
+from kveraser.context import ErasableContext
 from kveraser.methods import EraseReceipt, Steering
 from kveraser.serving.matching import Ids, Match
 from kveraser.spans import Span

@@ -19,10 +19,10 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.cache import PREFILL_CHUNK, cache_length
-from kveraser.chat import Message, added_by
+from kveraser.context.chat import Message, added_by
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import ContextError, OptionError
-from kveraser.model_view import causal_lm, model_dtype, text_config
+from kveraser.model.view import causal_lm, model_dtype, text_config
 from kveraser.serving.contexts import Held, Reused, reuse_by_steering, reuse_exactly, whole_placeholders
 from kveraser.serving.decoding import Piece, Sampling, TokenLogprob, decode, end_ids
 from kveraser.serving.jobs import Job, Worker

@@ -16,8 +16,8 @@ import torch
 from transformers import StoppingCriteriaList
 
 from kveraser.cache import PREFILL_CHUNK, cache_length
-from kveraser.context import RepairProgress
-from kveraser.erasable import ErasableContext
+from kveraser.context import ErasableContext, RepairProgress
+from kveraser.context.text import find_text
 from kveraser.errors import ContextError, KVEraserError, RestoreError, SpanError
 from kveraser.methods import EraseReceipt
 from kveraser.serving.comparing import Comparison, Event, Question, compare
@@ -28,7 +28,6 @@ from kveraser.serving.jobs import Job
 from kveraser.serving.selection import characters_of, runs_of, spans_of_characters
 from kveraser.serving.watching import Emitter, Watch
 from kveraser.spans import Span
-from kveraser.text import find_text
 
 MOST_READERS = 128
 """Tokens that are shown as readers of something."""

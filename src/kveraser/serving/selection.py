@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kveraser.erasable import ErasableContext
+from kveraser.context import ErasableContext
+from kveraser.context.text import TokenBorders
 from kveraser.errors import SpanError
 from kveraser.spans import Span
-from kveraser.text import TokenBorders
 
 
 @dataclass(frozen=True, order=True)

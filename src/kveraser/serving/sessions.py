@@ -22,7 +22,7 @@ from tempfile import mkdtemp
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.erasable import ErasableContext
+from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import SessionFileError
 from kveraser.serving.contexts import Held

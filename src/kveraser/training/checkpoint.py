@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kveraser.errors import TrainingError
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
 
 FILE_NAME = "checkpoint.pt"
 

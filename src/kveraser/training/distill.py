@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from kveraser.cache import Window, window_spans
-from kveraser.model_view import causal_lm
-from kveraser.rope import frequencies, rotary_layout, rotate
+from kveraser.model.rope import frequencies, rotary_layout, rotate
+from kveraser.model.view import causal_lm
 from kveraser.spans import Span, gaps
 from kveraser.training.lessons import Erase, Lesson, Probe, Weights
 from kveraser.training.rows import Segment, States, places_of, run_row, spans_of

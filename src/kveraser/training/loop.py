@@ -22,9 +22,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.attention import for_packing
 from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
+from kveraser.model.attention import for_packing
 from kveraser.tasks import Filler, Split, as_task
 from kveraser.training.card import write_card
 from kveraser.training.checkpoint import State, load_state

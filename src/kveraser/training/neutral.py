@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from kveraser.eraser import KVEraser
-from kveraser.model_view import causal_lm, decoder, model_device, text_config, view
-from kveraser.rope import frequencies, rotary_layout
+from kveraser.model.rope import frequencies, rotary_layout
+from kveraser.model.view import causal_lm, decoder, model_device, text_config, view
 
 _REACH = 2048
 """Positions over which a dimension must turn by less than `_SLOW` radians to count as slow."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.model_view import decoder, evaluating, model_device
+from kveraser.model.view import decoder, evaluating, model_device
 from kveraser.spans import Span
 
 States = list[tuple[Tensor, Tensor]]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kveraser.context.text import find_text, located
 from kveraser.engines.llama_cpp.erasing import Erasing
 from kveraser.engines.llama_cpp.model import LlamaCppModel
 from kveraser.engines.llama_cpp.restoring import Restoring
@@ -21,7 +22,6 @@ from kveraser.engines.llama_cpp.state import LlamaCppReceipt
 from kveraser.export import GgufEraser
 from kveraser.methods import EraseMethod
 from kveraser.spans import Span
-from kveraser.text import find_text, located
 
 __all__ = ["LlamaCppContext", "LlamaCppReceipt"]
 

@@ -28,7 +28,7 @@ from kveraser.methods import (
     Steering,
     as_method,
 )
-from kveraser.methods.base import neighbors, split_tail
+from kveraser.methods.slots import neighbors, split_tail
 from kveraser.spans import Span, gaps, merge_spans
 
 METHODS = (NoErase, FullRecompute, DeleteAndShift, Steering)

@@ -14,7 +14,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from kveraser.backbone import embedded_gguf
 from kveraser.engines.llama_cpp.library import captured, lib, said
 from kveraser.engines.llama_cpp.tokenizer import LlamaCppTokenizer
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
@@ -23,7 +22,8 @@ from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import BackboneError, EraserMismatchError, UnsupportedCacheError
 from kveraser.export import EraserFiles, GgufEraser, read_gguf_eraser, write_gguf_eraser
 from kveraser.export.source import LORA_CONFIG
-from kveraser.paths import cache_folder
+from kveraser.files import cache_folder
+from kveraser.model.backbone import embedded_gguf
 
 _ROPES = (0, 2)  # neighboring and half-split dimensions; multi-dimensional positions and none are not moved here
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from kveraser.cache import Marks, Steered
+from kveraser.context.ids import IdBuffer
 from kveraser.engines.llama_cpp.cells import States
 from kveraser.engines.llama_cpp.library import VERSION
 from kveraser.engines.llama_cpp.model import LlamaCppModel
 from kveraser.engines.llama_cpp.state import EditRecord, LlamaCppReceipt, LlamaCppState
 from kveraser.errors import RestoreError, SessionFileError
-from kveraser.ids import IdBuffer
-from kveraser.paths import write_atomically
+from kveraser.files import write_atomically
 from kveraser.spans import Erased, Span, SpanLedger
 
 FORMAT = 1

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from kveraser.cache import Marks
+from kveraser.context.ids import IdBuffer
 from kveraser.engines.llama_cpp.cells import LIVE, Cells
 from kveraser.engines.llama_cpp.kept import KeptCells
 from kveraser.engines.llama_cpp.model import LlamaCppModel
 from kveraser.engines.llama_cpp.passes import Bench
 from kveraser.errors import ContextError, OptionError, RestoreError
 from kveraser.export import GgufEraser
-from kveraser.ids import IdBuffer
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt
 from kveraser.spans import Span, SpanLedger

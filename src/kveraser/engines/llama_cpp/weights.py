@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kveraser.errors import BackboneError
 from kveraser.export.names import architecture
-from kveraser.fingerprint import Fingerprint, sampled_places
+from kveraser.model.fingerprint import Fingerprint, sampled_places
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9

@@ -1,7 +1,7 @@
 """Loading the backbone: one that is known by name, a hub id, a local folder, or a GGUF file.
 
 Knows: transformers' loaders, GGUF conversion, a folder of converted weights with checksums. Does not know which names there
-are and where their files come from (backbones.py, backbone_files.py), or about erasing.
+are and where their files come from (names.py, backbone_files.py), or about erasing.
 
 A GGUF file is de-quantised once (seconds to minutes) and kept as safetensors in the cache folder, with a manifest that
 is written last. A folder without a matching manifest, partial or altered, is thrown away and built again. The digest of a
@@ -25,10 +25,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kveraser.backbone_files import find_gguf, remedies
-from kveraser.backbones import BACKBONES, EMBEDDED, NamedBackbone
 from kveraser.errors import BackboneError
-from kveraser.paths import cache_folder, write_atomically
+from kveraser.files import cache_folder, write_atomically
+from kveraser.model.backbone_files import find_gguf, remedies
+from kveraser.model.names import BACKBONES, EMBEDDED, NamedBackbone
 
 DEFAULT_BACKBONE = EMBEDDED.name
 _MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ def load_backbone(
     """Load a causal language model in eval mode, with its tokenizer.
 
     Args:
-        name: "smollm2-135m-instruct" (the embedded default) or another name in `kveraser.backbones`, a hub id, a
+        name: "smollm2-135m-instruct" (the embedded default) or another name in `kveraser.model.names`, a hub id, a
             folder, or a `.gguf` file.
         device: default CUDA where there is one, else the CPU.
         dtype: default bfloat16 where the device computes in it, else float32.

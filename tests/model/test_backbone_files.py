@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
-from kveraser import backbone, backbone_files
-from kveraser.backbones import BACKBONES, EMBEDDED, NamedBackbone
 from kveraser.cli import app
+from kveraser.model import backbone, backbone_files
+from kveraser.model.names import BACKBONES, EMBEDDED, NamedBackbone
 
 CONTENT = b"GGUF pretended"
 KNOWN = NamedBackbone(

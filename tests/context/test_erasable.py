@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kveraser as kv
 from conftest import CHAT_TEMPLATE, build, make_config, make_tokenizer, random_eraser, same, states, text_model
-from kveraser.text import decode, occurrences
+from kveraser.context.text import decode, occurrences
 
 
 def context(**options):
@@ -330,12 +330,12 @@ def test_a_save_that_fails_leaves_the_old_session_readable(tmp_path, monkeypatch
     ctx = session(tmp_path)
     text = ctx.text
     ctx.append_message("user", "more")
-    import kveraser.paths
+    import kveraser.files
 
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(kveraser.paths.os, "fsync", full)
+    monkeypatch.setattr(kveraser.files.os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         ctx.save(tmp_path / "s")
     monkeypatch.undo()

@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.cache import GrowableLayer, append, cache_length, get_marks, snapshot, truncate
-from kveraser.chat import Message, added_by, reply_prompt
-from kveraser.context import TokenContext
+from kveraser.context.chat import Message, added_by, reply_prompt
+from kveraser.context.session_file import SessionState, read_session, write_session
+from kveraser.context.text import any_text, decode, find_text, located
+from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
 from kveraser.methods import EraseMethod, EraseReceipt
 from kveraser.readers import Text
-from kveraser.session_file import SessionState, read_session, write_session
 from kveraser.spans import Span
-from kveraser.text import any_text, decode, find_text, located
 
 What = Span | str | Iterable[Span | str]
 

@@ -21,18 +21,18 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kveraser.cache import GrowableLayer, Marks, Steered, append, cache_length, get_marks, read, set_marks
-from kveraser.chat import Message
-from kveraser.context import EditRecord
+from kveraser.context.chat import Message
+from kveraser.context.ids import IdBuffer
+from kveraser.context.state import EditRecord
 from kveraser.errors import SessionFileError
-from kveraser.fingerprint import Fingerprint
-from kveraser.ids import IdBuffer
+from kveraser.files import write_atomically
 from kveraser.methods import EraseReceipt
-from kveraser.model_view import model_device, model_dtype
-from kveraser.paths import write_atomically
+from kveraser.model.fingerprint import Fingerprint
+from kveraser.model.view import model_device, model_dtype
 from kveraser.spans import Erased, Span, SpanLedger
 
 if TYPE_CHECKING:
-    from kveraser.context import TokenContext
+    from kveraser.context.token_context import TokenContext
 
 FORMAT = 1
 INDEX = "session.json"

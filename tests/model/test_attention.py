@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import kveraser as kv
 from conftest import FAMILIES, tiny, token_ids
-from kveraser import attention
+from kveraser.model import attention
 
 
 @pytest.mark.parametrize(("tokens", "heads", "groups"), [(1, 8, 2), (1, 4, 4), (1, 6, 1), (5, 8, 2)])

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
 from conftest import FAMILIES, build, make_config, relative, tiny, token_ids
-from kveraser.rope import frequencies, rotary_layout, rotate
+from kveraser.model.rope import frequencies, rotary_layout, rotate
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
              "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

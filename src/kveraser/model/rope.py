@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import DynamicCache
 
 from kveraser.errors import UnsupportedCacheError
-from kveraser.model_view import causal_lm, decoder, evaluating, model_device
+from kveraser.model.view import causal_lm, decoder, evaluating, model_device
 
 _PROBE_POSITION = 37
 _HALVES, _NEIGHBORS = "halves", "neighbors"

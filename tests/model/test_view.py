@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, build, make_config, tiny, token_ids
-from kveraser.model_view import frozen, view
+from kveraser.model.view import frozen, view
 
 
 class Doubled(nn.Module):

@@ -1,0 +1,86 @@
+"""What an erase did, told to its caller.
+
+Knows: slots, token ids. Does not know how an erase is done; `undo` is only carried.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from kveraser.methods.undo import Undo
+from kveraser.spans import Span, gaps
+
+Ids = TypeVar("Ids", Tensor, list[int], list[list[int]])
+
+
+@dataclass(frozen=True)
+class EraseReceipt:
+    """What an erase did, and what is needed to undo it.
+
+    Attributes:
+        method: name of the method.
+        spans: what was erased, sorted: cache positions before the edit from `kv.erase`, ledger positions from a context.
+        exact: whether the *whole* cache now equals a fresh prefill of the tokens that remain.
+        tokens_removed: number of erased tokens.
+        tokens_recomputed: tokens that were run through the model.
+        bytes_written: bytes of keys and values that were computed or moved into the cache.
+        seconds: wall-clock time.
+        positions_kept: whether every remaining token is still at its old position.
+        residual: an estimate of what was left behind: the share of the attention that later tokens paid to the spans and
+            whose states were not recomputed. 0.0 when the result is exact, None where nothing was scored.
+        recomputed: whose own tokens were run again; cache positions before the edit or ledger positions, like `spans`.
+        eraser: "trained" or "neutral", for methods that use an eraser.
+        notes: what did not go as asked, and why.
+        removed, steered: slots (before the edit) that are gone, or hold steering states now.
+        stand_ins: steered slots, and the slot whose id is shown in their place.
+        id: identifies the edit.
+    """
+
+    method: str
+    spans: tuple[Span, ...]
+    exact: bool
+    tokens_removed: int
+    tokens_recomputed: int
+    bytes_written: int
+    seconds: float
+    positions_kept: bool
+    residual: float | None = None
+    recomputed: tuple[Span, ...] = field(default=(), repr=False)
+    eraser: str | None = None
+    notes: tuple[str, ...] = ()
+    removed: tuple[Span, ...] = field(default=(), repr=False)
+    steered: tuple[Span, ...] = field(default=(), repr=False)
+    stand_ins: tuple[tuple[Span, int], ...] = field(default=(), repr=False)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
+    undo: Undo | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def span(self) -> Span:
+        """The erased span; with several, the range from the first to the last."""
+        return Span(self.spans[0].start, self.spans[-1].end)
+
+    def token_ids(self, token_ids: Ids) -> Ids:
+        """The ids that go with the cache now, from the ids that went with it before the edit.
+
+        Removed tokens are dropped. Steered slots keep a place, filled with the id of the nearest token that is not
+        erased, so that no logits processor or prompt look-up ever sees an erased id.
+
+        Args:
+            token_ids: `(tokens,)` or `(batch, tokens)`, a tensor or lists; the same kind is returned.
+        """
+        if isinstance(token_ids, Tensor):
+            ids = token_ids.clone()
+            for span, source in self.stand_ins:
+                ids[..., span.slice] = token_ids[..., source, None]
+            keep = [index for run in gaps(self.removed, ids.shape[-1]) for index in run]
+            return ids[..., keep] if self.removed else ids
+        return self.token_ids(torch.as_tensor(token_ids)).tolist()
+
+    def attention_mask(self, attention_mask: Ids) -> Ids:
+        """The attention mask that goes with the cache now, from the one that went with it before the edit."""
+        return replace(self, stand_ins=()).token_ids(attention_mask)

@@ -76,7 +76,7 @@ test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_connector.py tests/engines/test_vllm_server.py
 
 demo-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m kveraser.engines.vllm_demo
+	$(VLLM_VENV)/bin/python -m kveraser.engines.vllm.demo
 
 # llama.cpp is compiled once; its wheel is kept outside of the clone. Without the vision library, which is not needed here.
 LLAMA_CPP = 0.3.36

@@ -14,9 +14,9 @@ if importlib.util.find_spec("vllm") is None:
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from kveraser.engines.vllm_connector import EraserConnector
-from kveraser.engines.vllm_protocol import KEY, Demand, Piece, Save
-from kveraser.engines.vllm_server import shipped_folder
+from kveraser.engines.vllm.protocol import KEY, Demand, Piece, Save
+from kveraser.engines.vllm.server.connector import EraserConnector
+from kveraser.engines.vllm.server.launch import shipped_folder
 from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
 
 LAYERS, HEADS, WIDTH = 2, 3, 8

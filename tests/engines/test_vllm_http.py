@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from kveraser.engines import vllm_demo
-from kveraser.engines.vllm_http import VLLMClient
-from kveraser.engines.vllm_protocol import KEY, Demand
-from kveraser.engines.vllm_server import running_server, server_arguments, shipped_folder
+from kveraser.engines.vllm import demo as vllm_demo
+from kveraser.engines.vllm.client.http import VLLMClient
+from kveraser.engines.vllm.protocol import KEY, Demand
+from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
 from kveraser.errors import EngineError, OptionError
 
 
@@ -118,8 +118,8 @@ def test_the_demo_says_when_there_is_no_server(capsys):
     assert "EngineError" in capsys.readouterr().out
 
 
-def test_only_the_connector_needs_vllm():
-    modules = ("vllm_session", "vllm_server", "vllm_demo", "vllm_store")
+def test_only_the_connector_and_the_layout_need_vllm():
+    modules = ("client", "server.launch", "demo", "server.store")
     code = "import sys; sys.modules['vllm'] = None; import kveraser; "
-    code += "; ".join(f"import kveraser.engines.{name}" for name in modules)
+    code += "; ".join(f"import kveraser.engines.vllm.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", code], check=True)

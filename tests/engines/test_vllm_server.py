@@ -19,10 +19,10 @@ import torch
 
 import kveraser as kv
 from kveraser.demo.stories import Story, pages, stories
-from kveraser.engines.vllm_http import VLLMClient
-from kveraser.engines.vllm_protocol import Demand, Piece
-from kveraser.engines.vllm_server import running_server, server_arguments, shipped_folder
-from kveraser.engines.vllm_session import VLLMSession
+from kveraser.engines.vllm.client.http import VLLMClient
+from kveraser.engines.vllm.client.session import VLLMSession
+from kveraser.engines.vllm.protocol import Demand, Piece
+from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
 from kveraser.eraser import shipped_eraser
 from kveraser.errors import EngineError
 from kveraser.files import cache_folder

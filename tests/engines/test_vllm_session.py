@@ -10,9 +10,9 @@ from vllm_stand_in import StandIn
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
-from kveraser.engines import vllm_session
-from kveraser.engines.vllm_passes import crop_point
-from kveraser.engines.vllm_session import VLLMSession
+from kveraser.engines.vllm.client import session as vllm_session
+from kveraser.engines.vllm.client.passes import crop_point
+from kveraser.engines.vllm.client.session import VLLMSession
 from kveraser.spans import Span
 
 WORDS = "the code of the door is 1234, the color of the car is blue and it is fast; "

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kveraser.engines.vllm_protocol import KEY, Demand, Piece, Save, put, read_demand, take
-from kveraser.engines.vllm_store import CHUNK, EditStore, Geometry, digest_ids
+from kveraser.engines.vllm.protocol import KEY, Demand, Piece, Save, put, read_demand, take
+from kveraser.engines.vllm.server.store import CHUNK, EditStore, Geometry, digest_ids
 from kveraser.errors import EngineError, StoreError
 
 GEOMETRY = Geometry("tiny", "float32", layers=4, kv_heads=6, head_dim=8)

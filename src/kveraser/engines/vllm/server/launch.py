@@ -1,4 +1,4 @@
-"""`python -m kveraser.engines.vllm_server`: vLLM's own OpenAI-compatible server, with the eraser and the connector.
+"""`python -m kveraser.engines.vllm.server`: vLLM's own OpenAI-compatible server, with the eraser and the connector.
 
 Knows: vLLM's command line. Does not import vLLM: it starts `vllm.entrypoints.openai.api_server` as it is.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kveraser.engines.vllm_http import VLLMClient
+from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.eraser.shipped import shipped_erasers
 from kveraser.errors import EngineError, OptionError
 from kveraser.files import cache_folder
@@ -38,7 +38,7 @@ def transfer_config(
         extra["eraser"] = str(eraser)
     return {
         "kv_connector": "EraserConnector",
-        "kv_connector_module_path": "kveraser.engines.vllm_connector",
+        "kv_connector_module_path": "kveraser.engines.vllm.server.connector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "fail",
         "kv_connector_extra_config": extra,
@@ -152,7 +152,7 @@ def _allowed_rank(rank: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Become vLLM's server."""
     parser = argparse.ArgumentParser(
-        prog="python -m kveraser.engines.vllm_server",
+        prog="python -m kveraser.engines.vllm.server",
         description="vLLM's OpenAI-compatible server with the eraser. Arguments not named here go to vLLM.",
     )
     parser.add_argument("--model", default=DEFAULT_BACKBONE, help="embedded default, hub id or folder")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kveraser.cache import Window
-from kveraser.engines.vllm_http import VLLMClient
-from kveraser.engines.vllm_passes import Pass, crop_point, erasing_passes
-from kveraser.engines.vllm_protocol import Demand, Piece, Save, put, take
+from kveraser.engines.vllm.client.http import VLLMClient
+from kveraser.engines.vllm.client.passes import Pass, crop_point, erasing_passes
+from kveraser.engines.vllm.protocol import Demand, Piece, Save, put, take
 from kveraser.errors import EngineError
 from kveraser.spans import Span, SpanLedger
 

@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kveraser.engines.vllm_protocol import Piece, checked_id, is_id
+from kveraser.engines.vllm.protocol import Piece, checked_id, is_id
 from kveraser.errors import StoreError
 from kveraser.files import write_atomically
 

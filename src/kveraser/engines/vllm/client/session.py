@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kveraser.cache import Window
 from kveraser.context.chat import Message, added_by, reply_prompt
 from kveraser.context.text import decode, find_text, located
-from kveraser.engines.vllm_erasing import Edit, Erasing, Served, State
-from kveraser.engines.vllm_http import Completion, VLLMClient
-from kveraser.engines.vllm_protocol import Demand
+from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
+from kveraser.engines.vllm.client.http import Completion, VLLMClient
+from kveraser.engines.vllm.protocol import Demand
 from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
 from kveraser.spans import Span, SpanLedger, merge_spans
 
@@ -54,7 +54,7 @@ class VLLMReceipt:
 
 
 class VLLMSession:
-    """A context on a vLLM server that runs with our connector (see `kveraser.engines.vllm_server`).
+    """A context on a vLLM server that runs with our connector (see `kveraser.engines.vllm.server.launch`).
 
     Args:
         base_url: "http://host:port".
@@ -94,7 +94,7 @@ class VLLMSession:
         if about is None:
             raise EngineError(
                 "the server runs without kveraser's connector, so nothing can be erased; start it with "
-                "`python -m kveraser.engines.vllm_server`"
+                "`python -m kveraser.engines.vllm.server`"
             )
         trained = None if about["window"] is None else (about["window"][0], about["window"][1])
         self.window = trained if window is None else _checked_window(window)

@@ -2,8 +2,8 @@
 
 Knows: vLLM's connector interface (v1). Does not know about text, or why states are kept or exchanged.
 
-Loaded by vLLM itself, without a patch: `--kv-transfer-config` with `kv_connector_module_path="kveraser.engines.vllm_connector"`
-and `kv_connector="EraserConnector"` (`vllm_server.py` writes it). Half of it lives in the scheduler, which admits requests,
+Loaded by vLLM itself, without a patch: `--kv-transfer-config` with `kv_connector_module_path="kveraser.engines.vllm.server.connector"`
+and `kv_connector="EraserConnector"` (`launch.py` writes it). Half of it lives in the scheduler, which admits requests,
 gives out ids and seals entries; the other half in every worker, which moves states between the store and its blocks.
 
 Erased text must not come back by way of the prefix cache. Three things see to it:
@@ -34,9 +34,9 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kveraser.engines.vllm_layout import WorkerCache
-from kveraser.engines.vllm_protocol import KEY, Demand, Piece, Save, read_demand
-from kveraser.engines.vllm_store import EditStore, Entry, Geometry, digest_ids
+from kveraser.engines.vllm.protocol import KEY, Demand, Piece, Save, read_demand
+from kveraser.engines.vllm.server.layout import WorkerCache
+from kveraser.engines.vllm.server.store import EditStore, Entry, Geometry, digest_ids
 from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.errors import EngineError, EraserMismatchError, KVEraserError, OptionError, UnsupportedCacheError
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kveraser.engines.vllm_protocol import KEY, Demand
+from kveraser.engines.vllm.protocol import KEY, Demand
 from kveraser.errors import EngineError
 
 

@@ -1,4 +1,4 @@
-"""`python -m kveraser.engines.vllm_demo`: start a server, erase over HTTP, print the answers before and after.
+"""`python -m kveraser.engines.vllm.demo`: start a server, erase over HTTP, print the answers before and after.
 
 Knows: the demo's stories, sessions. Does not know how the server does it.
 """
@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kveraser.demo.stories import Story, stories
-from kveraser.engines.vllm_server import running_server, server_arguments, shipped_folder
-from kveraser.engines.vllm_session import VLLMSession
+from kveraser.engines.vllm.client import VLLMSession
+from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
 from kveraser.errors import KVEraserError
 from kveraser.model.backbone import DEFAULT_BACKBONE
 from kveraser.tasks import ask
@@ -43,9 +43,9 @@ def tell(address: str, story: Story) -> tuple[str, str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 when an answer still says what was erased."""
-    parser = argparse.ArgumentParser(prog="python -m kveraser.engines.vllm_demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m kveraser.engines.vllm.demo", description=__doc__)
     parser.add_argument(
-        "--url", help="a server that runs already (see kveraser.engines.vllm_server); default: start one"
+        "--url", help="a server that runs already (see kveraser.engines.vllm.server.launch); default: start one"
     )
     known, rest = parser.parse_known_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)

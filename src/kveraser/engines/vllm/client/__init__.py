@@ -1,0 +1,11 @@
+"""What runs in the user's process: `VLLMSession`, and below it the erase as requests, the passes it takes, HTTP.
+
+Knows: token ids, text, chat, HTTP. Does not import vLLM, hold states, or know how the engine keeps them.
+"""
+
+from __future__ import annotations
+
+from kveraser.engines.vllm.client.http import Completion, VLLMClient
+from kveraser.engines.vllm.client.session import VLLMReceipt, VLLMSession
+
+__all__ = ["Completion", "VLLMClient", "VLLMReceipt", "VLLMSession"]

@@ -22,7 +22,7 @@ from kveraser.cache import Tokens
 from kveraser.eraser import default_eraser
 from kveraser.readers import Scene
 
-SPAN, READERS, CANDIDATES, KEYS = 64, 64, 512, 3072
+SPAN, READERS, CANDIDATES, KEYS = 64, 64, 512, 1536
 PARTS = ("scan", "close look", "keys", "whole erase")
 
 

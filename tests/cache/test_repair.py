@@ -113,3 +113,21 @@ def test_a_model_whose_attention_cannot_be_told_is_refused_and_nothing_is_lost(m
     with pytest.raises(kv.UnsupportedCacheError, match="attention interface"):
         kv.erase(model, cache, ids, kv.Span(5, 9), method=kv.Steering(kv.KVEraser.neutral(model), repair=64))
     assert all(torch.equal(a, b) for a, b in zip(before, states(cache), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slot_that_stands_for_others_weighs_as_much_as_all_of_them_would(family):
+    """Slots 4 to 11 hold the same states, so one of them that stands for eight tells as much as all eight."""
+    model, ids, behind = tiny(family), token_ids(24), torch.arange(16, 24)
+    caches = []
+    for sees, stand_for in (  # in one place, so that no rotation tells them apart
+        (torch.arange(24), None),
+        (slots_of([kv.Span(0, 5), kv.Span(12, 24)]), torch.tensor([1.0] * 4 + [8.0] + [1.0] * 12)),
+    ):
+        cache = prefill(model, ids)
+        for layer in cache.layers:
+            for held in (layer.keys, layer.values):
+                held[:, :, 4:12] = held[:, :, 4:5].clone()
+        repair_slots(model, cache, Tokens(ids), [Repair(behind, sees, (), stand_for)])
+        caches.append([tensor[:, :, 16:] for tensor in states(cache)])
+    assert relative(*caches) < 1e-5

@@ -39,11 +39,13 @@ class Repair:
         slots: `(n,)` int64, where they are, in order.
         sees: `(m,)` int64, slots that they attend to as far as these are not behind them, in order; their own among them.
         absent: spans (in order, none of these slots in them) that they are computed without.
+        stand_for: `(m,)` float32, how many slots like it each of `sees` stands for; None: for itself alone.
     """
 
     slots: Tensor
     sees: Tensor
     absent: tuple[Span, ...] = ()
+    stand_for: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -70,6 +72,8 @@ class _Sight:
         if tokens.mask is not None:
             visible = visible & tokens.mask[:, None, None, sees].bool()
         self.mask = additive(visible, cache, torch.float32)
+        if repair.stand_for is not None:  # as many slots with the same key and value have so many times the weight
+            self.mask = self.mask + repair.stand_for.log()
         self.sees, self.whole = sees, len(sees) == int(sees[-1]) + 1
         self.blocks = self._blocks(model, tokens, repair)
 

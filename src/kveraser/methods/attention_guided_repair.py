@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from kveraser.cache import Repair, cache_length, recompute, repair_slots
+from kveraser.cache import cache_length, recompute, repair_slots
 from kveraser.eraser import default_eraser
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
@@ -70,9 +70,7 @@ class AttentionGuidedRepair(EraseMethod):
             for span in edit.spans:
                 keep[span.slice] = 0
             place = keep.cumsum(0) - 1
-            slots = place[choice.slots]
-            repair = Repair(slots, torch.cat([slots, place[choice.sees]]).unique(), left.steered_spans)
-            written += repair_slots(edit.model, edit.cache, tokens, [repair])
+            written += repair_slots(edit.model, edit.cache, tokens, [choice.repair(left.steered_spans, place)])
         return Outcome(
             marks,
             removed=edit.spans,

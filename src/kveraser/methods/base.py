@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from kveraser.cache import Marks, Tokens
+from kveraser.cache import Marks, Repair, Tokens
 from kveraser.methods.slots import neighbors, runs_of
 from kveraser.readers import Text
 from kveraser.spans import Span
@@ -92,6 +92,7 @@ class Choice:
     Attributes:
         slots: `(n,)` int64, in order.
         sees: `(m,)` int64, the slots that they see besides each other, in order.
+        samples: `(k,)` int64, others of which each stands for `stand_for` slots that they do not see.
         residual: share of the attention to the spans that is left unrepaired; None where nothing was scored.
         notes: what the user should know of how they were chosen.
     """
@@ -100,6 +101,21 @@ class Choice:
     sees: Tensor = field(repr=False)
     residual: float | None = None
     notes: tuple[str, ...] = ()
+    samples: Tensor | None = field(default=None, repr=False)
+    stand_for: float = 1.0
+
+    def repair(self, absent: tuple[Span, ...], place: Tensor | None = None) -> Repair:
+        """The pass over them, in which they see each other in their new states.
+
+        Args:
+            absent: as of `Repair`.
+            place: `(slots before the edit,)`, where each slot is now; None: where it was.
+        """
+        shown = [self.slots, self.sees] if self.samples is None else [self.slots, self.sees, self.samples]
+        sees = torch.cat(shown).unique()
+        weights = None if self.samples is None else torch.where(torch.isin(sees, self.samples), self.stand_for, 1.0)
+        slots = self.slots if place is None else place[self.slots]
+        return Repair(slots, sees if place is None else place[sees], absent, weights)
 
     @property
     def runs(self) -> tuple[Span, ...]:

@@ -21,8 +21,11 @@ CLOSER = 8
 NEAREST = 32
 """Slots right before a chosen token that it sees in any case."""
 SINK = 4
-SHARED = 6
-"""Every key that a chosen token needs is shown to all of them: six times as many as were asked for each."""
+ALL = 6
+"""Where it is at most six times as many slots as were asked for each, every chosen token sees everything."""
+SHARED, SAMPLED = 3, 1
+"""Else all of them see three times as many as were asked for each, which any of them needs, and once as many drawn evenly from
+the others, each for as many as it was drawn from: the many small weights of a softmax are together not small."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
         suffix = suffix[edit.tokens.mask[:, suffix].bool().any(0)]
     if not len(suffix):
         return None
-    if budget >= len(suffix) and wish.coverage is None and (wish.keys is None or len(kept) <= SHARED * wish.keys):
+    if budget >= len(suffix) and wish.coverage is None and (wish.keys is None or len(kept) <= ALL * wish.keys):
         return Choice(suffix, kept, 0.0)  # all of them: nobody need be asked who has read what
     try:
         calibration = calibration_of(edit, given)
@@ -107,14 +110,19 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     scores[candidates] = close
     chosen = choose(slots, scores, always, budget, weights=weights, coverage=wish.coverage, block=wish.block)
     left = residual(slots, scores, chosen)
-    return Choice(chosen, _sight(scene, kept, chosen, wish.keys), left)
+    sees, samples, stand_for = _sight(scene, kept, chosen, wish.keys)
+    return Choice(chosen, sees, left, samples=samples, stand_for=stand_for)
 
 
-def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> Tensor:
-    """What the chosen tokens see: everything that stays, or the sink, the slots right before each, and what they need."""
+def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> tuple[Tensor, Tensor | None, float]:
+    """What the chosen tokens see: everything that stays, or the sink, the slots right before each, and what they need.
+
+    Returns:
+        The slots, samples of the others (None where there are none), and for how many slots each sample stands.
+    """
     seen = kept[kept <= int(chosen[-1])]
-    if keys is None or len(seen) <= SHARED * keys:
-        return seen
+    if keys is None or len(seen) <= ALL * keys:
+        return seen, None, 1.0
     shown = torch.zeros(scene.tokens.length, dtype=torch.bool, device=kept.device)
     near = chosen[:, None] - torch.arange(NEAREST, device=kept.device)
     shown[near.clamp(min=0)] = True
@@ -123,12 +131,22 @@ def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> Tens
         shown[land.sink] = True
     stays = torch.zeros_like(shown)
     stays[kept] = True
-    return (shown & stays).nonzero()[:, 0]
+    shown &= stays
+    sees = shown.nonzero()[:, 0]
+    shown[chosen] = True
+    others = seen[~shown[seen]]
+    count = min(SAMPLED * keys, len(others))
+    if not count:
+        return sees, None, 1.0
+    places = (torch.arange(count, device=kept.device) + 0.5) * (len(others) / count)
+    return sees, others[places.long()], len(others) / count
 
 
 def most_shown(count: int, kept: int, keys: int | None) -> int:
     """How many of the `kept` slots `count` chosen tokens see at most."""
-    return kept if keys is None else min(SHARED * keys + NEAREST * count + SINK, kept)
+    if keys is None or kept <= ALL * keys:
+        return kept
+    return min((SHARED + SAMPLED) * keys + NEAREST * count + SINK, kept)
 
 
 def next_tokens(edit: Edit, budget: int, note: str) -> Choice:

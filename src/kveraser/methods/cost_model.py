@@ -35,8 +35,8 @@ from kveraser.spans import Span
 _SHAPES = ((8, 0), (128, 0), (256, 0), (64, 448), (256, 256))
 _REPEATS = 2
 _SCANNED = (512, 4096)
-_CLOSE, _CHOSEN, _SHOWN = 256, 64, 3072
-_FORMAT = 2
+_CLOSE, _CHOSEN, _SHOWN = 512, 64, 1536
+_FORMAT = 3
 
 
 @dataclass(frozen=True)

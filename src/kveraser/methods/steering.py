@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-import torch
-
 from kveraser.cache import (
     PREFILL_CHUNK,
     Repair,
@@ -172,7 +170,8 @@ class Steering(EraseMethod):
                 else:
                     passes.append(turn)
         if choice is not None:
-            readers = SteeringPass(repaired=(_readers(edit, choice),))
+            absent = tuple(sorted((*edit.spans, *edit.marks.steered_spans)))  # never seen, and every gap is closed
+            readers = SteeringPass(repaired=(choice.repair(absent),))
             if passes and passes[-1].tokens + readers.tokens <= PREFILL_CHUNK:
                 passes[-1] = passes[-1].joined(readers)
             else:
@@ -225,9 +224,3 @@ def _turns(
     for start, end in pairwise([*range(span.start, span.end, PREFILL_CHUNK), span.end]):
         earlier = (Span(span.start, start),) if start > span.start else ()
         yield SteeringPass((Rewrite(Span(start, end), (*before, *earlier)),), repaired if end == span.end else ())
-
-
-def _readers(edit: Edit, choice: Choice) -> Repair:
-    """The chosen tokens: they see each other and never an erased or steered slot, and every gap is closed."""
-    absent = tuple(sorted((*edit.spans, *edit.marks.steered_spans)))
-    return Repair(choice.slots, torch.cat([choice.slots, choice.sees]).unique(), absent)

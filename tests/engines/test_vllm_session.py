@@ -11,8 +11,8 @@ from vllm_stand_in import StandIn
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.engines.vllm.client import session as vllm_session
-from kveraser.engines.vllm.client.passes import crop_point
 from kveraser.engines.vllm.client.session import VLLMSession
+from kveraser.methods.slots import split_tail
 from kveraser.spans import Span
 
 WORDS = "the code of the door is 1234, the color of the car is blue and it is fast; "
@@ -256,7 +256,7 @@ def test_a_server_without_the_eraser_is_named(connect):
 
 
 def test_the_end_of_a_context_is_cropped_with_the_steered_slots_before_it():
-    assert crop_point((Span(4, 6), Span(8, 10)), (), 10) == ((Span(4, 6),), 8)
-    assert crop_point((Span(8, 10),), (Span(5, 8),), 10) == ((), 5)
-    assert crop_point((Span(3, 5), Span(8, 10)), (Span(5, 8),), 10) == ((), 3)
-    assert crop_point((Span(0, 4),), (Span(6, 7),), 9) == ((Span(0, 4),), 9)
+    assert split_tail((Span(4, 6), Span(8, 10)), (), 10) == ((Span(4, 6),), 8)
+    assert split_tail((Span(8, 10),), (Span(5, 8),), 10) == ((), 5)
+    assert split_tail((Span(3, 5), Span(8, 10)), (Span(5, 8),), 10) == ((), 3)
+    assert split_tail((Span(0, 4),), (Span(6, 7),), 9) == ((Span(0, 4),), 9)

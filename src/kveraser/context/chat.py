@@ -28,6 +28,19 @@ class Message:
     id: str | None = None
 
 
+def new_message(messages: Sequence[Message], role: str, content: str, id: str | None) -> Message:
+    """A message to follow others.
+
+    Raises:
+        ContextError: no content, or an id that is taken.
+    """
+    if not content.strip():
+        raise ContextError(f"the {role!r} message has no content, so it would have no span")
+    if id is not None and any(message.id == id for message in messages):
+        raise ContextError(f"there is a message with id {id!r} already; give another one")
+    return Message(role, content, id)
+
+
 @dataclass(frozen=True)
 class Rendered:
     """What a message adds: its text, and the character range of its content in it."""

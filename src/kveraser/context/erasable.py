@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.cache import GrowableLayer, append, cache_length, get_marks, snapshot, truncate
-from kveraser.context.chat import Message, added_by, reply_prompt
+from kveraser.context.chat import Message, added_by, new_message, reply_prompt
 from kveraser.context.session_file import SessionState, read_session, write_session
 from kveraser.context.text import any_text, decode, find_text, located
 from kveraser.context.token_context import TokenContext
@@ -78,11 +78,7 @@ class ErasableContext(TokenContext):
             ContextError: an id that is taken, no chat template, or one that is not prefix-stable.
         """
         with self._lock:
-            if not content.strip():
-                raise ContextError(f"the {role!r} message has no content, so it would have no span")
-            if id is not None and any(message.id == id for message in self._messages):
-                raise ContextError(f"there is a message with id {id!r} already; give another one")
-            message = Message(role, content, id)
+            message = new_message(self._messages, role, content, id)
             rendered = added_by(self._require_tokenizer(), self._messages, message)
             ids, offsets = self._encode_with_offsets(rendered.text)
             inside = [

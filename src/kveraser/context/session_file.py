@@ -176,13 +176,17 @@ def _record_to_json(record: EditRecord) -> dict[str, Any]:
     return {"receipt": receipt, "dropped": [asdict(span) for span in record.dropped], "purged": record.purged}
 
 
-def _record_from_json(entry: dict[str, Any]) -> EditRecord:
-    fields = dict(entry["receipt"])
-    for name in ("spans", "removed", "steered", "recomputed"):
-        fields[name] = tuple(
-            Span(**span) for span in fields.get(name, ())
-        )  # older sessions do not say what was recomputed
+def receipt_fields(written: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a receipt as `asdict` and JSON left them, spans as spans again; `stand_ins` stay as they are."""
+    fields = dict(written)
+    for name in ("spans", "removed", "steered", "recomputed"):  # older sessions do not say what was recomputed
+        fields[name] = tuple(Span(**span) for span in fields.get(name, ()))
     fields["notes"] = tuple(fields.get("notes", ()))
+    return fields
+
+
+def _record_from_json(entry: dict[str, Any]) -> EditRecord:
+    fields = receipt_fields(entry["receipt"])
     fields["stand_ins"] = tuple((Span(**span), source) for span, source in fields["stand_ins"])
     dropped = tuple(Span(**span) for span in entry["dropped"])
     return EditRecord(EraseReceipt(**fields), dropped, entry["purged"])

@@ -39,7 +39,7 @@ class Auto(EraseMethod):
 
     def chosen(self, edit: Edit) -> EraseMethod:
         steering = Steering(self.eraser)
-        rest, _ = split_tail(edit.spans, edit.length, edit.marks)
+        rest, _ = split_tail(edit.spans, edit.marks.steered_spans, edit.length)
         if not rest:  # only to be cropped, which is free; mending what earlier edits left is not
             return FullRecompute() if edit.marks.exact else steering
         eraser = steering.using(edit)

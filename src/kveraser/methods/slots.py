@@ -1,15 +1,15 @@
 """Which slots lie where, before and after an edit: runs behind spans, runs of chosen slots, the end of the context, stand-ins.
 
-Knows: spans and marks. Does not know about states, methods or text.
+Knows: spans. Does not know about states, methods or text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 from torch import Tensor
 
-from kveraser.cache import Marks
 from kveraser.spans import Span, merge_spans
 
 
@@ -47,14 +47,14 @@ def runs_of(slots: Tensor) -> tuple[Span, ...]:
     return tuple(Span(listed[a], listed[b - 1] + 1) for a, b in pairwise(edges))
 
 
-def split_tail(spans: tuple[Span, ...], length: int, marks: Marks) -> tuple[tuple[Span, ...], int]:
-    """Take the spans that end the cache off the others; returns these and where the cache is to be cropped.
+def split_tail(spans: tuple[Span, ...], steered: Iterable[Span], length: int) -> tuple[tuple[Span, ...], int]:
+    """Take the (sorted) spans that end the context off the others; returns these and where the context is to be cropped.
 
     Steered slots that would then be last are cropped with them: a context ends with a live token.
     """
     end = length
     rest = list(spans)
-    steered = list(marks.steered_spans)
+    steered = sorted(steered)
     while end > 0:
         if rest and rest[-1].end == end:
             end = rest.pop().start

@@ -37,7 +37,9 @@ def transact(
     _check(edit)
     method = method.chosen(edit)
     started = time.perf_counter()
-    rest, end = split_tail(edit.spans, edit.length, edit.marks) if method.removes else (edit.spans, edit.length)
+    rest, end = (
+        split_tail(edit.spans, edit.marks.steered_spans, edit.length) if method.removes else (edit.spans, edit.length)
+    )
     inner = replace(edit, spans=rest, tokens=edit.tokens.head(end), marks=edit.marks.truncate(end))
     busy = bool(rest) or (method.mends and not inner.marks.exact)
     plan = method.plan(inner) if busy else Plan(end)

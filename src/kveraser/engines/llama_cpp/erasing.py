@@ -50,7 +50,7 @@ class Erasing(LlamaCppState):
                 self._ledger.check_live(span)
             length, marks = self._slots, self._marks
             slots = merge_spans((self._ledger.span_to_cache(span) for span in wanted), length)
-            rest, end = split_tail(slots, length, marks) if chosen.removes else (slots, length)
+            rest, end = split_tail(slots, marks.steered_spans, length) if chosen.removes else (slots, length)
             inner = marks.truncate(end)
             busy = bool(rest) or (chosen.mends and not inner.exact)
             plan = self._plan(chosen, rest, end, inner) if busy and chosen.removes else Plan(end)

@@ -19,6 +19,7 @@ import torch
 
 from kveraser.cache import Marks, Steered
 from kveraser.context.ids import IdBuffer
+from kveraser.context.session_file import receipt_fields
 from kveraser.engines.llama_cpp.cells import States
 from kveraser.engines.llama_cpp.library import VERSION
 from kveraser.engines.llama_cpp.model import LlamaCppModel
@@ -133,11 +134,6 @@ def _record_to_json(record: EditRecord) -> dict[str, Any]:
 
 
 def _record_from_json(entry: dict[str, Any]) -> EditRecord:
-    fields = dict(entry["receipt"])
-    for name in ("spans", "removed", "steered", "recomputed"):
-        fields[name] = tuple(
-            Span(**span) for span in fields.get(name, ())
-        )  # older sessions do not say what was recomputed
-    fields["notes"] = tuple(fields.get("notes", ()))
+    fields = receipt_fields(entry["receipt"])
     fields["stand_ins"] = ()
     return EditRecord(LlamaCppReceipt(**fields), tuple(Span(**span) for span in entry["dropped"]))

@@ -16,9 +16,10 @@ from typing import Any
 
 from kveraser.cache import Window
 from kveraser.engines.vllm.client.http import VLLMClient
-from kveraser.engines.vllm.client.passes import Pass, crop_point, erasing_passes
+from kveraser.engines.vllm.client.passes import Pass, erasing_passes
 from kveraser.engines.vllm.protocol import Demand, Piece, Save, put, take
 from kveraser.errors import EngineError
+from kveraser.methods.slots import split_tail
 from kveraser.spans import Span, SpanLedger
 
 
@@ -78,7 +79,7 @@ class Erasing:
         ledger, length = state.ledger.copy(), len(state.ids)
         slots = tuple(ledger.span_to_cache(span) for span in spans)
         steered = tuple(ledger.span_to_cache(entry.span) for entry in ledger.erased if entry.in_cache)
-        rest, end = crop_point(slots, steered, length)
+        rest, end = split_tail(slots, steered, length)
         if end < length:
             ledger.drop_slots([Span(end, length)])
         for span, slot in zip(spans, slots, strict=True):

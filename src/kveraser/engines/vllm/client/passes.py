@@ -68,21 +68,3 @@ def _pass(eraser: bool, shown: tuple[tuple[Span, int], ...], run: Span, gap: int
     seen = sum(len(span) for span, _ in shown)
     shift = run.start - gap - seen
     return Pass(eraser, tuple((span, move - shift) for span, move in shown), run, shift + gap)
-
-
-def crop_point(spans: tuple[Span, ...], steered: tuple[Span, ...], length: int) -> tuple[tuple[Span, ...], int]:
-    """Take the spans that end the context off the others; returns these, and the slot from which on all is dropped.
-
-    Steered slots that would then be last are dropped with them: a context ends with a live token.
-    """
-    rest, end = list(spans), length
-    while end:
-        at_end = [span for span in rest if span.end == end]
-        if at_end:
-            rest.remove(at_end[0])
-            end = at_end[0].start
-        elif end < length and any(span.start < end <= span.end for span in steered):
-            end = next(span.start for span in steered if span.start < end <= span.end)
-        else:
-            break
-    return tuple(rest), end

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kveraser.cache import Window
-from kveraser.context.chat import Message, added_by, reply_prompt
+from kveraser.context.chat import Message, added_by, new_message, reply_prompt
 from kveraser.context.text import decode, find_text, located
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
@@ -139,11 +139,7 @@ class VLLMSession:
             ContextError: no content, an id that is taken, or a chat template that is not prefix-stable.
         """
         with self._lock:
-            if not content.strip():
-                raise ContextError(f"the {role!r} message has no content, so it would have no span")
-            if id is not None and any(message.id == id for message in self._messages):
-                raise ContextError(f"there is a message with id {id!r} already; give another one")
-            message = Message(role, content, id)
+            message = new_message(self._messages, role, content, id)
             ids, inside = self._rendered(message)
             span = self.append(ids)
             self._messages.append(message)

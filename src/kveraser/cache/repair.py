@@ -72,7 +72,9 @@ class _Sight:
         if tokens.mask is not None:
             visible = visible & tokens.mask[:, None, None, sees].bool()
         self.mask = additive(visible, cache, torch.float32)
-        if repair.stand_for is not None:  # as many slots with the same key and value have so many times the weight
+        if (
+            repair.stand_for is not None
+        ):  # n slots of the same key and value weigh n times as much as one: exp(score + log n)
             self.mask = self.mask + repair.stand_for.log()
         self.sees, self.whole = sees, len(sees) == int(sees[-1]) + 1
         self.blocks = self._blocks(model, tokens, repair)

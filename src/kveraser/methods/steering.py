@@ -98,7 +98,7 @@ class Steering(EraseMethod):
         coverage: readers only: stop when so much of the attention that went to the spans is covered, such as 0.95.
         block: readers only: choose whole runs on multiples of so many slots (engines compute runs).
         keys: readers only: how many slots a recomputed token is shown at least of those that it attends to most, besides the
-            sink, the nearest ones and its fellows; None shows it everything.
+            sink, the nearest ones and its fellows (samples stand for all others); None shows it everything.
     """
 
     eraser: KVEraser | None = None

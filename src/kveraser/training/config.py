@@ -178,8 +178,8 @@ def _tiny() -> TrainConfig:
     }
     return TrainConfig(
         EraserOptions(rank=8, alpha=16, window=(4, 512), repair=0),
-        Stage(_PRETRAINING, steps=3, contexts=2, validate_every=3, validation_contexts=4, **small),
-        Stage(("needle", "preference"), steps=6, contexts=2, validate_every=6, validation_contexts=4, **small),
+        Stage(_PRETRAINING, steps=2, contexts=2, validate_every=2, validation_contexts=2, **small),
+        Stage(("needle", "preference"), steps=4, contexts=2, validate_every=4, validation_contexts=2, **small),
     )
 
 
@@ -192,7 +192,7 @@ def _gpu() -> TrainConfig:
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {"cpu": TrainConfig, "tiny": _tiny, "gpu": _gpu}
-"""Configurations to start from: an hour or two on a CPU, two minutes on any CPU, a GPU or several."""
+"""Configurations to start from: an hour or two on a CPU, a minute or two on any CPU, a GPU or several."""
 
 
 def read_config(

@@ -269,6 +269,37 @@ def test_eval_goes_on_where_it_was_interrupted(evaluate, tmp_path, monkeypatch):
     assert evaluate(*options, "--seed", "5", "--fresh").exit_code == 0
 
 
+def test_parts_of_a_run_come_together_in_the_tables_of_the_whole(evaluate, tmp_path):
+    options = ["-t", "needle", "-M", "no-erase", "-M", "delete-and-shift"]
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    for part in ("2/2", "1/2"):
+        done = evaluate(*options, "-o", str(shared), "--part", part)
+        assert done.exit_code == 0, done.output
+        assert not json.loads((shared / "results.json").read_text())["complete"]
+    assert sorted(file.name for file in shared.glob("*.jsonl")) == ["examples.1-of-2.jsonl", "examples.2-of-2.jsonl"]
+    assert {len(file.read_text().splitlines()) for file in shared.glob("*.jsonl")} == {4}
+    rows = []
+    for folder in (shared, alone):
+        assert evaluate(*options, "-o", str(folder)).exit_code == 0
+        found = json.loads((folder / "results.json").read_text())
+        assert found["complete"]
+        rows.append(
+            [{name: value for name, value in row.items() if "milliseconds" not in name} for row in found["rows"]]
+        )
+    assert rows[0] == rows[1]
+    assert not (shared / "examples.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [("3/2", "1/2 to 2/2"), ("0/2", "part 0 of 2"), ("half", "such as 2/4"), ("1/2", "needs --output")],
+)
+def test_a_part_that_cannot_be_is_refused(evaluate, part, message):
+    result = evaluate("-t", "needle", "-M", "no-erase", "--part", part)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
 def test_eval_adds_the_questions_of_a_file(evaluate, questions_file):
     result = evaluate("-t", "needle", "--data", str(questions_file), "-M", "no-erase", "--json")
     assert result.exit_code == 0, result.output

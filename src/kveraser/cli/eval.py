@@ -29,7 +29,7 @@ from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, Protocol
 from kveraser.evaluation.provenance import environment, eraser_facts, placement, text_digest
-from kveraser.evaluation.record import Record, RunLog
+from kveraser.evaluation.record import Part, Record, RunLog
 from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
@@ -66,6 +66,10 @@ def eval_command(
         Path | None, typer.Option("--output", "-o", help="Folder for results, examples, tables and plots.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew, whatever is in the folder.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(help="Make only this part of the examples, such as 2/4, beside other processes; needs --output."),
+    ] = None,
     per_task: Annotated[bool, typer.Option("--per-task", help="Also print a table for every task.")] = False,
     model: ModelOption = DEFAULT_MODEL,
     eraser: EraserOption = None,
@@ -77,7 +81,8 @@ def eval_command(
 
     Without --methods every registered method is compared, all at the same number of recomputed tokens (several of them give curves).
 
-    With --output, a run that was interrupted goes on where it stopped when the same command is given again.
+    With --output, a run that was interrupted goes on where it stopped when the same command is given again. --part 1/4 to
+    --part 4/4 share one run among four processes; the command without it then makes what is missing, and the tables.
 
     KL: distance to full recomputation in nats per token of its answer, with its 95 % interval; KL ratio: over that of
     delete-and-shift; kveraser minus it: below zero where kveraser is nearer; top-1: share of tokens predicted alike; EM, F1,
@@ -94,6 +99,9 @@ def eval_command(
         wanted = [*(tasks or all_tasks()), *([f"{DocumentQA.name}={data}"] if data else ())]
         asked = cast("tuple[Protocol, ...]", tuple(protocols or PROTOCOLS))
 
+        share = Part.read(part) if part else None
+        if share and output is None:
+            raise OptionError(f"--part {part} needs --output, where the parts come together")
         options = EvalOptions(
             tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens
         )  # what is wrong with the options is said before anything is loaded
@@ -101,13 +109,20 @@ def eval_command(
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
         header = _header(options, model, backbone, tool, passages)
-        log = RunLog(header, output, fresh)
+        log = RunLog(header, output, fresh, share)
         filler = Filler(passages, lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
         examples = draw(options, filler)
+        if share:
+            examples = share.of(examples)
+        places = {(drawn.task, drawn.length, drawn.index) for drawn in examples}
+
+        def made() -> int:
+            return sum(record.key[:3] in places for record in log.records)
+
         total = len(examples) * len(options.protocols) * len(options.methods)
         try:
             with progress_bar() as bar:
-                work = bar.add_task("evaluating", total=total, completed=len(log.records))
+                work = bar.add_task("evaluating", total=total, completed=made())
 
                 def keep(record: Record) -> None:
                     log.add(record)
@@ -116,9 +131,13 @@ def eval_command(
                 evaluate(backbone, tokenizer, tool, options, examples, keep, list(log.records))
         except KeyboardInterrupt:
             if output is not None:
-                write_report(output, header, log.records, complete=False)
-                stderr.print(f"{len(log.records)} of {total} are in {output}; the same command goes on from there")
+                if not share:
+                    write_report(output, header, log.records, complete=False)
+                stderr.print(f"{made()} of {total} are in {output}; the same command goes on from there")
             raise
+        if share and output is not None:
+            stderr.print(f"part {part} is in {output / log.name}; the command without --part makes the tables")
+            return
         if output is not None:
             write_report(output, header, log.records, complete=True)
         document, rows = results(header, log.records, complete=True)

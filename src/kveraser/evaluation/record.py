@@ -3,20 +3,58 @@
 Knows: files. Does not know how the numbers come about, or what is made of them.
 
 A run may be killed at any moment: a line is written in one piece, so that at most the last one is broken. It is dropped
-when the run goes on.
+when the run goes on. Several processes may make one run, each a part of its examples and with a file of its own; all of them
+are read.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kveraser.errors import OptionError
 from kveraser.files import write_atomically
 
 RECORDS, RESULTS = "examples.jsonl", "results.json"
+_ALL_RECORDS = "examples*.jsonl"
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts of a run, counted from 1.
+
+    Raises:
+        OptionError: there is no such part.
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise OptionError(f"part {self.number} of {self.count}: give 1/{self.count} to {self.count}/{self.count}")
+
+    @classmethod
+    def read(cls, text: str) -> Part:
+        """`2/4` is the second of four."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if found is None:
+            raise OptionError(f"{text!r} is not a part of a run, such as 2/4 for the second of four")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def file(self) -> str:
+        """The name of its records."""
+        return f"examples.{self.number}-of-{self.count}.jsonl"
+
+    def of(self, items: list[Item]) -> list[Item]:
+        """Its share of the items: all parts together have each once."""
+        return items[self.number - 1 :: self.count]
 
 
 Key = tuple[str, int, int, str, str]
@@ -69,15 +107,19 @@ class RunLog:
     Args:
         header: what identifies the run (`options`) and where it is made, for `results.json`.
         folder: an unfinished run with the same options in it goes on; None keeps nothing.
-        fresh: start anew, whatever is there.
+        fresh: start anew, whatever is there (of the part, if one is given).
+        part: of the run that this process makes; None for all that is missing.
 
     Raises:
         OptionError: the folder holds a run with other options, or a damaged one.
     """
 
-    def __init__(self, header: dict[str, Any], folder: Path | None = None, fresh: bool = False) -> None:
+    def __init__(
+        self, header: dict[str, Any], folder: Path | None = None, fresh: bool = False, part: Part | None = None
+    ) -> None:
         self.header = header
         self.folder = folder
+        self.name = part.file if part else RECORDS
         self.records: list[Record] = []
         if folder is None:
             return
@@ -85,10 +127,12 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OptionError(f"cannot write results into {folder}: {error}") from error
-        file = folder / RECORDS
         if fresh:
-            file.unlink(missing_ok=True)
-        self.records = _read(file)
+            for file in [folder / self.name] if part else list(folder.glob(_ALL_RECORDS)):
+                file.unlink(missing_ok=True)
+        own, others = folder / self.name, sorted(folder.glob(_ALL_RECORDS))
+        found = [record for file in others for record in _read(file, mend=file == own)]
+        self.records = list({record.key: record for record in found}.values())
         if self.records:
             _check_options(folder, header["options"])
         else:
@@ -99,7 +143,7 @@ class RunLog:
         self.records.append(record)
         if self.folder is not None:
             line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
-            with (self.folder / RECORDS).open("ab", buffering=0) as file:
+            with (self.folder / self.name).open("ab", buffering=0) as file:
                 file.write(line.encode())
 
 
@@ -108,13 +152,12 @@ def write_json(file: Path, value: Any) -> None:
     write_atomically(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _read(file: Path) -> list[Record]:
-    """The records in a file; a broken last line is cut off it."""
-    if not file.exists():
-        return []
+def _read(file: Path, *, mend: bool) -> list[Record]:
+    """The records in a file; a broken last line is passed over, and cut off the file where it is ours to mend (another
+    process may be just writing it)."""
     data = file.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    if mend and len(whole) < len(data):
         write_atomically(file, whole)
     names = {entry.name for entry in fields(Record)}
     records = []

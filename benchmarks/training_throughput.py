@@ -25,12 +25,15 @@ from rich.table import Table
 
 import kveraser as kv
 from kveraser.model.attention import for_packing
+from kveraser.readers import calibrate
 from kveraser.tasks import Filler, as_task, read_passages, tasks
-from kveraser.training.distill import judge, pack, prefill, teach
+from kveraser.training.cases import prefill
+from kveraser.training.distill import judge, pack, pack_tokens, teach
 from kveraser.training.lessons import Erase, Lesson, LessonPlan
 from kveraser.training.losses import distillation_loss
+from kveraser.training.rereading import Repairing
 
-WINDOW, REPAIR = (4, 512), 32
+WINDOW, REPAIR = (4, 512), 64
 
 
 def one_by_one(lesson: Lesson) -> list[Lesson]:
@@ -64,12 +67,14 @@ def main(
     eraser = kv.KVEraser.new(model, window=WINDOW, repair=REPAIR).train()
     base = for_packing(model)
     steering = eraser.attached(base)
+    text = encode(filler.text(random.Random(0), 2000, "train"))[:2000]
+    repairing = Repairing(REPAIR, calibrate(model, text))
 
     def learn(lessons: list[Lesson]) -> float:
         started = time.perf_counter()
-        for group in pack(lessons):
+        for group in pack(lessons, pack_tokens(model.device)):
             prefilled = prefill(base, group)
-            judged = judge(base, steering, prefilled, teach(base, prefilled), window=WINDOW, repair=REPAIR)
+            judged = judge(base, steering, prefilled, teach(base, prefilled), window=WINDOW, repairing=repairing)
             distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
         return time.perf_counter() - started
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 import kveraser as kv
-from conftest import FAMILIES, build, make_config, prefill, random_eraser, text_model, tiny
+from conftest import FAMILIES, build, make_config, prefill, random_eraser, text_model, tiny, token_ids
 from kveraser.evaluation import kl_divergence
 from kveraser.model.attention import for_packing, grouped_attention
+from kveraser.readers import calibrate
+from kveraser.training.cases import prefill as prefill_lessons
 from kveraser.training.distill import judge, pack, teach
-from kveraser.training.distill import prefill as prefill_lessons
 from kveraser.training.lessons import Erase, Lesson, Probe
 from kveraser.training.losses import distillation_loss
+from kveraser.training.rereading import Repairing
 
 QUESTIONS = ((80, 81, 82), (83, 84, 85, 86))
 FIRST, SECOND = kv.Span(10, 18), kv.Span(40, 46)
@@ -51,27 +55,30 @@ def really(model, one, erase, probe, method):
     return logits[-len(probe.targets) :]
 
 
-@pytest.mark.parametrize("repair", [0, 4])
+@pytest.mark.parametrize("repair", [0, 6, 24])
+@pytest.mark.parametrize("steers_readers", [False, True])
 @pytest.mark.parametrize("window", [None, (2, 5), (3, 30)])
-def test_the_loss_is_the_distance_that_real_erasing_has(window, repair):
+def test_the_loss_is_the_distance_that_real_erasing_has(window, repair, steers_readers):
     """What training minimises must be what `kv.erase` does: several lessons, spans and protocols against real caches."""
     model = text_model()
     eraser = random_eraser(model, window=window)
+    eraser.config = replace(eraser.config, steers_readers=steers_readers)
+    eraser.calibration = calibrate(model, token_ids(600)[0])
     lessons = [lesson(), lesson(shift=7)]
+    repairing = Repairing(repair, eraser.calibration, steers_readers) if repair else None
     with torch.no_grad():
         prefilled = prefill_lessons(model, lessons)
         teacher = teach(model, prefilled)
-        judged = judge(model, eraser.attached(model), prefilled, teacher, window=window, repair=repair)
+        judged = judge(model, eraser.attached(model), prefilled, teacher, window=window, repairing=repairing)
     at = 0
-    for one in lessons:
-        for erase in one.erases:
-            for probe in erase.probes:
-                own = slice(at, at + len(probe.targets))
-                at = own.stop
-                exact = really(model, one, erase, probe, "full-recompute")
-                erased = really(model, one, erase, probe, kv.Steering(eraser, repair=repair, choose="next"))
-                torch.testing.assert_close(judged.teacher[own], exact, atol=1e-4, rtol=1e-4)
-                torch.testing.assert_close(judged.student[own], erased, atol=1e-4, rtol=1e-4)
+    for case in prefilled.cases:
+        for probe in case.probes:
+            own = slice(at, at + len(probe.targets))
+            at = own.stop
+            exact = really(model, case.lesson, case.erase, probe, "full-recompute")
+            erased = really(model, case.lesson, case.erase, probe, kv.Steering(eraser, repair=repair))
+            torch.testing.assert_close(judged.teacher[own], exact, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(judged.student[own], erased, atol=1e-4, rtol=1e-4)
     assert at == len(judged.targets)
 
 
@@ -90,7 +97,7 @@ def test_gradients_reach_the_eraser_and_nothing_else():
     eraser = kv.KVEraser.new(model, rank=2).train()
     base = for_packing(model)
     prefilled = prefill_lessons(base, [lesson()])
-    judged = judge(base, eraser.attached(base), prefilled, teach(base, prefilled), window=None, repair=3)
+    judged = judge(base, eraser.attached(base), prefilled, teach(base, prefilled), window=None)
     distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -122,6 +129,6 @@ def test_grouped_attention_is_attention():
 
 def test_lessons_are_packed_in_order_and_a_long_one_stands_alone():
     lessons = [Lesson((1,) * length, (), ()) for length in (100, 200, 900, 50, 300)]
-    groups = list(pack(lessons))
+    groups = list(pack(lessons, 640))
     assert [len(one.ids) for group in groups for one in group] == [100, 200, 900, 50, 300]
     assert [len(group) for group in groups] == [2, 1, 2]

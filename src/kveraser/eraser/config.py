@@ -15,7 +15,7 @@ from kveraser.errors import EraserMismatchError
 from kveraser.model.fingerprint import Fingerprint
 
 FILE_NAME = "kveraser.json"
-FORMAT = 2
+FORMAT = 3
 Choose = Literal["readers", "next"]
 """Which tokens behind a span are recomputed: those that have read it, or those that come next."""
 CHOICES: tuple[Choose, ...] = get_args(Choose)
@@ -31,6 +31,8 @@ class EraserConfig:
         window: `(sink, local)` slots the eraser attends to besides the span; None for the whole prefix.
         repair: live tokens behind the span to recompute with the backbone after steering.
         choose: which ones. Format 1 had no choice: the next ones.
+        steers_readers: whether the LoRA is also active where readers are recomputed, so that it can make up for what the others
+            have read. Only then the file has format 3.
         preferred: whether `kveraser` takes this eraser by itself rather than the neutral one: only where it was better
             on held-out examples.
         notes: anything else worth keeping (how it was trained).
@@ -40,6 +42,7 @@ class EraserConfig:
     window: Window | None = None
     repair: int = 0
     choose: Choose = "readers"
+    steers_readers: bool = False
     preferred: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -50,7 +53,10 @@ class EraserConfig:
 
     def write(self, folder: Path) -> None:
         """Write `kveraser.json` into `folder`."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True)
+        data = asdict(self)
+        if not self.steers_readers:
+            del data["steers_readers"]
+        text = json.dumps({"format": FORMAT if self.steers_readers else 2, **data}, indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -72,6 +78,7 @@ class EraserConfig:
                 window=None if window is None else (int(window[0]), int(window[1])),
                 repair=int(data.get("repair", 0)),
                 choose=_as_choice(data["choose"]) if data["format"] > 1 else "next",
+                steers_readers=bool(data.get("steers_readers", False)),
                 preferred=bool(data.get("preferred", True)),
                 notes=dict(data.get("notes", {})),
             )

@@ -91,6 +91,7 @@ class KVEraser:
         window: Window | None = None,
         repair: int = 0,
         choose: Choose = "readers",
+        steers_readers: bool = False,
         seed: int = 42,
         target_modules: list[str] | None = None,
     ) -> KVEraser:
@@ -102,6 +103,7 @@ class KVEraser:
             window: `(sink, local)` slots it attends to besides the span; None for the whole prefix.
             repair: tokens behind the span to recompute after steering.
             choose: which ones: "readers" of the span, or the "next" ones.
+            steers_readers: whether the LoRA is also active where readers are recomputed.
             seed: of LoRA A's random start; the global random state is left alone.
             target_modules: names of the linears to adapt; None for all of attention and MLP.
 
@@ -122,7 +124,7 @@ class KVEraser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = _lora_layers(model, lora_config)
-        return cls(EraserConfig(Fingerprint.of(model), window, repair, choose), lora_config, layers)
+        return cls(EraserConfig(Fingerprint.of(model), window, repair, choose, steers_readers), lora_config, layers)
 
     @classmethod
     def neutral(

@@ -185,9 +185,10 @@ class Steering(EraseMethod):
             keys = calibration_of(edit, eraser.calibration).neutral
             written += write_neutral(edit.model, edit.cache, edit.tokens, edit.spans, keys)
         for turn in self.passes(edit, choice):
-            model = edit.model
-            if turn.steered:
-                model = eraser.attached(edit.model, first=turn.tokens_steered if turn.repaired else None)
+            model, readers_too = edit.model, choice is not None and eraser.config.steers_readers
+            if turn.steered or (turn.repaired and readers_too):
+                first = turn.tokens_steered if turn.repaired and not readers_too else None
+                model = eraser.attached(edit.model, first=first)
             if turn.repaired:
                 written += repair_slots(model, edit.cache, edit.tokens, turn.repaired, turn.steered)
             else:

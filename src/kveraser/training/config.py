@@ -34,7 +34,9 @@ class EraserOptions:
     Attributes:
         rank, alpha: of the LoRA.
         window: `(sink, local)` slots that a pass attends to before its tokens; None for the whole prefix.
-        repair: tokens behind a span to recompute after steering.
+        repair: readers of a span that erasing recomputes by default, and validation with it.
+        steers_readers: whether the eraser also computes these readers, and learns to make up there for what the other tokens
+            have read.
         hidden: nats by which attention to the steering states is lower at the start (see `neutral`); 0 starts from the
             span's own states, as a fresh LoRA does.
     """
@@ -44,7 +46,8 @@ class EraserOptions:
     rank: int = 16
     alpha: int = 32
     window: Window | None = (4, 512)
-    repair: int = 32
+    repair: int = 64
+    steers_readers: bool = False
     hidden: float = 4.0
 
     def __post_init__(self) -> None:
@@ -67,7 +70,7 @@ class Stage:
         spacing: tokens of context per span, roughly.
         spans: spans of a context at most.
         together: chance that the spans of a context are erased all at once (one teacher serves them all).
-        repair: tokens behind the spans to recompute in training, one of them after the other; empty takes the
+        repair: readers of each span that are recomputed in training, one of the numbers after the other; empty takes the
             eraser's own.
         weights: of the tokens that are judged: the span's question asked after the erase or before it, another
             span's question, the continuation of the text, the span-neighbor cue. Zero turns a term off.

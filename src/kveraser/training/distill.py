@@ -1,40 +1,44 @@
 """From lessons to a loss: what the eraser's pass is judged by.
 
-Knows: models, caches as constants, the eraser. Does not know about optimisers or where lessons come from.
+Knows: models, states as constants, the eraser. Does not know about optimisers or where lessons come from.
 
 Notation of METHOD: the context is `P ++ S ++ X`. The frozen model prefills it once for all erases of a lesson. Then, for
-all erases at once, the eraser re-encodes `S` (with gradients, from the window of `P` that it will see later), and its
-keys and values stand in `S`'s slots; with `repair`, the frozen model runs the first tokens of `X` again, as if they stood
-right behind `P`, and their keys are moved to their places. All probes are judged in one forward, each attending to its
-context alone. The teacher does the same on `P ++ X`. Several lessons are packed into the same forwards, since a short one
-alone cannot keep a processor busy.
+all erases at once, the readers of `S` are computed again, as if `S` had never been there, and the eraser re-encodes `S` (with
+gradients, from the window of `P` that it will see later), so that its keys and values stand in `S`'s slots. All probes are
+judged in one forward, each attending to its context alone. The teacher does the same on `P ++ X`. Several lessons are packed
+into the same forwards, since a short one alone cannot keep a processor busy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
-from kveraser.cache import Window, window_spans
-from kveraser.model.rope import frequencies, rotary_layout, rotate
-from kveraser.model.view import causal_lm
-from kveraser.spans import Span, gaps
-from kveraser.training.lessons import Erase, Lesson, Probe, Weights
-from kveraser.training.rows import Segment, States, places_of, run_row, spans_of
+from kveraser.cache import Window, slots_of, window_spans
+from kveraser.model.view import causal_lm, model_device
+from kveraser.spans import gaps
+from kveraser.training.cases import Case, Prefilled
+from kveraser.training.lessons import Lesson, Probe, Weights
+from kveraser.training.rereading import Repairing, reread
+from kveraser.training.rows import Segment, places_of, run_row, slot_range
 
-PACK_TOKENS = 640
-"""Tokens per forward that packing aims at: more of them make attention between strangers dearer than it saves."""
+_PACK_TOKENS = {"cpu": 640}
+_PACK_TOKENS_ELSEWHERE = 8192
 
 
-def pack(lessons: Sequence[Lesson]) -> Iterator[list[Lesson]]:
-    """Lessons in groups that fit one forward, in order."""
+def pack_tokens(device: torch.device) -> int:
+    """Tokens per forward that packing aims at: more of them make attention between strangers dearer than it saves."""
+    return _PACK_TOKENS.get(device.type, _PACK_TOKENS_ELSEWHERE)
+
+
+def pack(lessons: Sequence[Lesson], most: int) -> Iterator[list[Lesson]]:
+    """Lessons in groups that fit one forward of `most` tokens, in order."""
     group: list[Lesson] = []
     for lesson in lessons:
-        if group and sum(len(other.ids) for other in (*group, lesson)) > PACK_TOKENS:
+        if group and sum(len(other.ids) for other in (*group, lesson)) > most:
             yield group
             group = []
         group.append(lesson)
@@ -66,47 +70,6 @@ class Judgement:
         )
 
 
-@dataclass(frozen=True)
-class Prefilled:
-    """Lessons with the states of their contexts and of their questions (all but each one's last token).
-
-    Attributes:
-        states: per layer, keys and values of everything.
-        context: for each lesson, the slots of its context.
-        asked: for each lesson and question, its slots.
-    """
-
-    lessons: tuple[Lesson, ...]
-    states: States
-    context: tuple[Span, ...]
-    asked: tuple[tuple[tuple[int, int], ...], ...]
-
-    @property
-    def erases(self) -> list[tuple[int, Erase]]:
-        """All erases, each with the index of its lesson."""
-        return [(index, erase) for index, lesson in enumerate(self.lessons) for erase in lesson.erases]
-
-
-@torch.no_grad()
-def prefill(model: nn.Module, lessons: Sequence[Lesson]) -> Prefilled:
-    """Run the contexts, and behind them every question, through the frozen model."""
-    row: list[Segment] = []
-    at, context = 0, list[Span]()
-    asked: list[list[tuple[int, int]]] = []
-    for lesson in lessons:
-        context.append(Span(at, at + len(lesson.ids)))
-        row.append(Segment(lesson.ids, 0, ()))
-        at = context[-1].end
-        asked.append([])
-        for question in lesson.questions:
-            if len(question) > 1:
-                row.append(Segment(question[:-1], len(lesson.ids), (context[-1],)))
-            asked[-1].append((at, at + len(question) - 1))
-            at = asked[-1][-1][1]
-    _, states = run_row(model, row, [])
-    return Prefilled(tuple(lessons), states, tuple(context), tuple(tuple(slots) for slots in asked))
-
-
 def _target_logits(model: nn.Module, hidden: Tensor, ends: Sequence[int], probes: Sequence[Probe]) -> Tensor:
     """Logits of the target tokens of probes that end at these places of a row."""
     wanted = [hidden[end - len(probe.targets) : end] for end, probe in zip(ends, probes, strict=True)]
@@ -115,7 +78,7 @@ def _target_logits(model: nn.Module, hidden: Tensor, ends: Sequence[int], probes
 
 
 def _whole(lesson: Lesson, probe: Probe) -> Probe:
-    """The probe as the teacher has to answer it: with its question, whether or not that was cached."""
+    """The probe with its question, as one that is asked when nothing stands behind the context."""
     if probe.cached is None:
         return Probe(probe.ids, probe.targets)
     return Probe((*lesson.questions[probe.cached][:-1], *probe.ids), probe.targets)
@@ -123,8 +86,8 @@ def _whole(lesson: Lesson, probe: Probe) -> Probe:
 
 @torch.no_grad()
 def teach(model: nn.Module, prefilled: Prefilled) -> Tensor:
-    """Logits of full recomputation over all target tokens of the lessons, `(tokens, vocab)`."""
-    slots = prefilled.states[0][0].shape[-2]
+    """Logits of full recomputation over all target tokens of the lessons, `(tokens, vocab)`, case by case."""
+    most, slots = pack_tokens(model_device(model)), prefilled.slots
     row: list[Segment] = []
     waiting: list[tuple[int, Probe, int]] = []  # erase, probe, where in the row its segment is
     answers: dict[tuple[int, Probe], Tensor] = {}
@@ -143,43 +106,21 @@ def teach(model: nn.Module, prefilled: Prefilled) -> Tensor:
         lesson, context = prefilled.lessons[index], prefilled.context[index]
         start = erase.spans[0].start
         rest = [token for kept in gaps(erase.spans, len(lesson.ids), start) for token in lesson.ids[kept.slice]]
-        tokens = sum(len(segment.ids) for segment in row)
-        if row and tokens + len(rest) > PACK_TOKENS:
+        tokens = sum(map(len, row))
+        if row and tokens + len(rest) > most:
             run()
             tokens = 0
-        seen = spans_of((context.start, context.start + start))
+        seen = slot_range(context.start, context.start + start)
         if rest:
-            row.append(Segment(rest, start, seen))
-            seen = (*seen, Span(slots + tokens, slots + tokens + len(rest)))
+            row.append(Segment.run(rest, start, seen))
+            seen = torch.cat([seen, slot_range(slots + tokens, slots + tokens + len(rest))])
         for probe in dict.fromkeys(_whole(lesson, probe) for probe in erase.probes):  # one answer in both protocols
             waiting.append((number, probe, len(row)))
-            row.append(Segment(probe.ids, start + len(rest), seen))
+            row.append(Segment.run(probe.ids, start + len(rest), seen))
     run()
     return torch.cat(
-        [
-            answers[number, _whole(prefilled.lessons[index], probe)]
-            for number, (index, erase) in enumerate(prefilled.erases)
-            for probe in erase.probes
-        ]
+        [answers[case.number, _whole(case.lesson, probe)] for case in prefilled.cases for probe in case.probes]
     )
-
-
-class _Edited:
-    """An erased context: which slot holds the state of each of its positions."""
-
-    def __init__(self, context: Span) -> None:
-        self.slots = list(context)
-
-    def move(self, span: Span, to: int) -> None:
-        """The states of the positions `span` are now in slots from `to` on."""
-        self.slots[span.slice] = range(to, to + len(span))
-
-    def seen(self, *runs: Span) -> tuple[Span, ...]:
-        """The slots that hold the positions in `runs`, as spans."""
-        slots = sorted(slot for run in runs for slot in self.slots[run.slice])
-        starts = [slot for index, slot in enumerate(slots) if not index or slots[index - 1] != slot - 1]
-        ends = [slot + 1 for index, slot in enumerate(slots) if index + 1 == len(slots) or slots[index + 1] != slot + 1]
-        return spans_of(*zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True)
@@ -203,7 +144,7 @@ def judge(
     teacher: Tensor,
     *,
     window: Window | None,
-    repair: int = 0,
+    repairing: Repairing | None = None,
     variant: Variant = Variant(),
 ) -> Judgement:
     """Erase what the lessons say and compare what the model then says with the teacher.
@@ -212,51 +153,46 @@ def judge(
         model: the frozen backbone.
         steering_model: a view of it with the eraser attached.
         teacher: from `teach`.
-        window: what of the context before them the spans attend to, and so do the tokens that are repaired.
-        repair: tokens behind each span to run again with the frozen model, as if the span were not there.
+        window: what of the context before them the spans attend to.
+        repairing: which readers are computed again, and by which of the models; None for none.
         variant: another way to steer.
     """
-    erases = prefilled.erases
-    edited = [_Edited(prefilled.context[index]) for index, _ in erases]
-    past, slots = [prefilled.states], int(prefilled.states[0][0].shape[-2])
-
-    def rewrite(runs: Sequence[tuple[int, Segment, Span]], with_model: nn.Module) -> States:
-        """Run segments, and let their erases see the places `Span` in their new states from now on."""
-        nonlocal slots
-        for number, segment, place in runs:
-            edited[number].move(place, slots)
-            slots += len(segment.ids)
-        return run_row(with_model, [segment for _, segment, _ in runs], past)[1]
-
-    targets = [_targets(erase.spans, repair, len(prefilled.lessons[index].ids)) for index, erase in erases]
-    for turn in zip_longest(*targets):  # from left to right: a span sees what is before it as it is by then
-        steered, repaired, steps = [], [], list[int]()
-        for number, target in enumerate(turn):
-            if target is None:
+    cases = prefilled.cases
+    now = [case.slots.clone() for case in cases]
+    """For each case, the slots that hold its states as they are by now."""
+    past, slots = [prefilled.states], prefilled.slots
+    if repairing is not None:
+        states, readers = reread(model, steering_model, prefilled, cases, repairing)
+        past.append(states)
+        for own, places in zip(now, readers, strict=True):
+            own[places] = slot_range(slots, slots + len(places))
+            slots += len(places)
+    groups = _alike(cases, repairing is not None)
+    for index in range(max(len(case.erase.spans) for case in cases)):
+        row = []  # from left to right: a span sees what is before it as it is by then
+        for members in groups:
+            case = cases[members[0]]
+            if index >= len(case.erase.spans):
                 continue
-            (span, near), ids = target, prefilled.lessons[erases[number][0]].ids
+            span = case.erase.spans[index]
             before = window_spans(window, span.start)
-            visible = (*before, *spans_of((span.end, len(ids)))) if variant.suffix_aware else before
-            run = ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
-            steered.append((number, Segment(run, span.start, edited[number].seen(*visible)), span))
-            if near is not None:
-                repaired.append((number, Segment(ids[near.slice], span.start, edited[number].seen(*before)), near))
-                steps += [len(span)] * len(near)
-        past.append(rewrite(steered, steering_model))
-        if repaired:
-            with torch.no_grad():
-                past.append(_moved(model, rewrite(repaired, model), steps))
+            after = [slot_range(span.end, len(case.lesson.ids))] if variant.suffix_aware else []
+            seen = torch.cat([slots_of(before, torch.device("cpu")), *after])
+            ids = case.lesson.ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
+            row.append(Segment.run(ids, span.start, now[members[0]][seen]))
+            for member in members:
+                now[member][span.slice] = slot_range(slots, slots + len(span))
+            slots += len(span)
+        past.append(run_row(steering_model, row, past)[1])
 
-    row = []
-    for (index, erase), context in zip(erases, edited, strict=True):
-        length = len(prefilled.lessons[index].ids)
-        seen = context.seen(Span(0, length))
-        for probe in erase.probes:
-            a, b = (0, 0) if probe.cached is None else prefilled.asked[index][probe.cached]
-            row.append(Segment(probe.ids, length + b - a, (*seen, *spans_of((a, b)))))
-    hidden, _ = run_row(model, row, past)
-    probes = tuple(probe for _, erase in erases for probe in erase.probes)
-    student = _target_logits(model, hidden, [place.end for place in places_of(row)], probes)
+    asked = [
+        Segment.run(probe.ids, len(case.slots), own)
+        for case, own in zip(cases, now, strict=True)
+        for probe in case.probes
+    ]
+    hidden, _ = run_row(model, asked, past)
+    probes = tuple(probe for case in cases for probe in case.probes)
+    student = _target_logits(model, hidden, [place.end for place in places_of(asked)], probes)
     return Judgement(
         teacher,
         student,
@@ -266,19 +202,11 @@ def judge(
     )
 
 
-def _targets(spans: Sequence[Span], count: int, length: int) -> list[tuple[Span, Span | None]]:
-    """Each span with the first `count` tokens behind it, up to the next one; None where there are none."""
-    ends = [*(span.start for span in spans[1:]), length]
-    return [
-        (span, next(iter(spans_of((span.end, min(span.end + count, end)))), None))
-        for span, end in zip(spans, ends, strict=True)
-    ]
-
-
-def _moved(model: nn.Module, states: States, steps: Sequence[int]) -> States:
-    """States with their keys moved by so many positions each, as erasing does for what it repairs behind a span."""
-    layout, inv_freq, delta = rotary_layout(model), frequencies(model), torch.tensor([steps])
-    return [
-        (rotate(keys, delta, inv_freq, layout.pairing) if rotary else keys, values)
-        for rotary, (keys, values) in zip(layout.rotary, states, strict=True)
-    ]
+def _alike(cases: Sequence[Case], reread: bool) -> list[list[int]]:
+    """The cases in groups with the same steering states: those of the same erase, unless what was read again stands between
+    its spans."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for place, case in enumerate(cases):
+        apart = place if reread and len(case.erase.spans) > 1 else 0
+        found.setdefault((case.number, apart), []).append(place)
+    return list(found.values())

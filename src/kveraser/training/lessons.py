@@ -70,6 +70,14 @@ class Erase:
     spans: tuple[Span, ...]
     probes: tuple[Probe, ...]
 
+    @property
+    def moments(self) -> list[tuple[int | None, tuple[Probe, ...]]]:
+        """The probes by the question that stands behind the context when something is erased (None: no question)."""
+        found: dict[int | None, list[Probe]] = {}
+        for probe in self.probes:
+            found.setdefault(probe.cached, []).append(probe)
+        return [(question, tuple(probes)) for question, probes in found.items()]
+
 
 @dataclass(frozen=True)
 class Lesson:

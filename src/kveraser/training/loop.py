@@ -27,12 +27,14 @@ from kveraser.errors import TrainingError
 from kveraser.model.attention import for_packing
 from kveraser.tasks import Filler, Split, as_task
 from kveraser.training.card import write_card
+from kveraser.training.cases import prefill
 from kveraser.training.checkpoint import State, load_state
 from kveraser.training.config import Stage, StageName, TrainConfig
-from kveraser.training.distill import Judgement, Variant, judge, pack, prefill, teach
+from kveraser.training.distill import Judgement, Variant, judge, pack, pack_tokens, teach
 from kveraser.training.lessons import Lesson, LessonPlan, encoder, read_filler
 from kveraser.training.losses import distillation_loss
 from kveraser.training.progress import Progress, Report, Sums, Validation
+from kveraser.training.rereading import Repairing
 from kveraser.training.run_log import RunLog
 
 
@@ -73,6 +75,7 @@ class StageRun:
         self.filler = filler or read_filler(tokenizer, config.text)
         self.plan = _lesson_plan(self.stage)
         self.backbone = for_packing(model)
+        self.most = pack_tokens(self.accelerator.device)
         self.eraser = eraser.train()
         self.eraser.to(self.accelerator.device, torch.float32)
         self.parameters = eraser.parameters()
@@ -129,10 +132,13 @@ class StageRun:
     def _judge(self, lessons: Sequence[Lesson], repair: int) -> Judgement:
         prefilled = prefill(self.backbone, lessons)
         teacher = teach(self.backbone, prefilled)
-        window = self.eraser.window
+        repairing = None
+        if repair:
+            repairing = Repairing(repair, self.eraser.calibration, self.eraser.config.steers_readers)
         return judge(
-            self.backbone, self.steering, prefilled, teacher, window=window, repair=repair, variant=self.variant
-        )
+            self.backbone, self.steering, prefilled, teacher,
+            window=self.eraser.window, repairing=repairing, variant=self.variant,
+        )  # fmt: skip
 
     def _train_step(self) -> Sums:
         for options in self.optimizer.param_groups:
@@ -144,7 +150,7 @@ class StageRun:
         total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.accelerator.device), "sum")
         repairs = self.stage.repair or (self.eraser.repair,)
         sums = Sums()
-        for group in pack(lessons):
+        for group in pack(lessons, self.most):
             judged = self._judge(group, repairs[self.step % len(repairs)])
             terms = distillation_loss(
                 judged.teacher, judged.student, judged.targets, judged.gold, self.stage.cross_entropy
@@ -194,7 +200,7 @@ class StageRun:
     @torch.no_grad()
     def _validate(self) -> Validation:
         sums = Sums()
-        for group in pack(self.held_out):
+        for group in pack(self.held_out, self.most):
             judged = self._judge(group, self.eraser.repair)
             sums.add(group, judged)
         return sums.over_all(self.accelerator).validation

@@ -2,7 +2,7 @@
 
 Knows: models, masks, positions. Does not know what the segments are for.
 
-A *segment* is a run of tokens at consecutive positions. It attends causally to itself and to chosen slots (4-D mask).
+A *segment* is some tokens, mostly at consecutive positions. They attend causally to each other and to chosen slots (4-D mask).
 Packing needs no padding: every token that is computed is one that was asked for. The past is a list of pieces of keys and
 values, constant or differentiable, joined layer by layer; behind its slots come those of the row itself, so that a
 segment can attend to what an earlier one of the row is just computing.
@@ -26,24 +26,34 @@ States = list[tuple[Tensor, Tensor]]
 """Per layer, keys and values `(1, kv_heads, tokens, head_dim)`."""
 
 
-def spans_of(*bounds: tuple[int, int]) -> tuple[Span, ...]:
-    """Spans of those bounds that are not empty."""
-    return tuple(Span(a, b) for a, b in bounds if b > a)
-
-
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens.
+    """Some tokens that are computed together, and attend causally to each other.
 
     Attributes:
         ids: the tokens.
-        start: position of the first.
-        sees: slots that it attends to, of the past and of earlier segments.
+        positions: of each, rising.
+        sees: `(n,)` int64, slots that they attend to, of the past and of earlier segments.
+        shown: `(tokens, n)` bool, which of these slots each token attends to; None: all of them.
     """
 
     ids: Sequence[int]
-    start: int
-    sees: tuple[Span, ...]
+    positions: Sequence[int]
+    sees: Tensor
+    shown: Tensor | None = None
+
+    @classmethod
+    def run(cls, ids: Sequence[int], start: int, sees: Tensor) -> Segment:
+        """Tokens at consecutive positions."""
+        return cls(ids, range(start, start + len(ids)), sees)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def slot_range(start: int, end: int) -> Tensor:
+    """The slots from `start` to `end`, `(n,)` int64."""
+    return torch.arange(start, max(end, start))
 
 
 class _Joined(DynamicLayer):
@@ -72,16 +82,15 @@ def _visible(row: Sequence[Segment], places: Sequence[Span], past: int) -> Tenso
     seen = torch.zeros(width, past + width, dtype=torch.bool)
     for segment, place in zip(row, places, strict=True):
         own = seen[place.slice]
-        for span in segment.sees:
-            own[:, span.slice] = True
+        own[:, segment.sees] = True if segment.shown is None else segment.shown
         own[:, past + place.start : past + place.end] = torch.ones(len(place), len(place), dtype=torch.bool).tril()
     return seen
 
 
 def places_of(row: Sequence[Segment]) -> list[Span]:
     """Where each segment stands in the row."""
-    ends = list(accumulate(len(segment.ids) for segment in row))
-    return [Span(end - len(segment.ids), end) for segment, end in zip(row, ends, strict=True)]
+    ends = list(accumulate(map(len, row)))
+    return [Span(end - len(segment), end) for segment, end in zip(row, ends, strict=True)]
 
 
 def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) -> tuple[Tensor, States]:
@@ -96,7 +105,7 @@ def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) ->
     device, body = model_device(model), decoder(model)
     slots = sum(int(piece[0][0].shape[-2]) for piece in past)
     ids = [token for segment in row for token in segment.ids]
-    positions = [at for segment in row for at in range(segment.start, segment.start + len(segment.ids))]
+    positions = [at for segment in row for at in segment.positions]
     layers = [_Joined([piece[index] for piece in past]) for index in range(body.config.num_hidden_layers)]
     dtype = past[0][0][0].dtype if past else body.get_input_embeddings().weight.dtype
     visible = _visible(row, places_of(row), slots).to(device)

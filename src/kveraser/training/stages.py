@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
+from kveraser.readers import calibrate
 from kveraser.tasks import Filler
 from kveraser.training.config import STAGES, StageName, TrainConfig
 from kveraser.training.lessons import encoder, read_filler
@@ -28,6 +29,7 @@ from kveraser.training.neutral import hide
 from kveraser.training.progress import Report
 
 _TEXTS, _TEXT_TOKENS = 4, 256
+_CALIBRATION_TOKENS = 2000
 
 
 def train_eraser(
@@ -93,12 +95,17 @@ def _first_eraser(
 ) -> KVEraser:
     options = config.eraser
     eraser = KVEraser.new(
-        model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair, seed=config.seed
-    )
+        model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair,
+        steers_readers=options.steers_readers, seed=config.seed,
+    )  # fmt: skip
+    rng, encode = random.Random(config.seed), encoder(tokenizer)
+    texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
     if start is None and options.hidden:
-        rng, encode = random.Random(config.seed), encoder(tokenizer)
-        texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
         hide(eraser, model, texts, options.hidden)
+    if options.repair or any(repair for name in STAGES for repair in config.stage(name).repair):
+        eraser.calibration = calibrate(
+            model, encode(filler.text(rng, _CALIBRATION_TOKENS, "train"))[:_CALIBRATION_TOKENS]
+        )
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
         rank = found.lora_config.r if found.lora_config else 0

@@ -1,0 +1,121 @@
+"""What erasing recomputes in a lesson: the readers of a span, chosen and computed as an erase does it.
+
+Knows: choosing, packed rows, rotary positions. Does not know about losses.
+
+A reader is computed as if no gap were before it. An erase turns its queries for that and rounds no key; here, in float32, the
+keys behind the first span are moved up in a copy, the readers run at the positions they would have, and their own keys are
+moved back. In contexts beyond 3,072 tokens an erase shows readers samples of the rest, and here all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kveraser.cache import Marks, Tokens, can_close_gaps
+from kveraser.methods.base import Edit
+from kveraser.methods.choosing import Wish, choose_readers
+from kveraser.model.rope import Rotation, frequencies, rotary_layout
+from kveraser.model.view import model_device
+from kveraser.readers import Calibration
+from kveraser.training.cases import Case, Prefilled
+from kveraser.training.rows import Segment, States, run_row, slot_range
+
+
+@dataclass(frozen=True)
+class Repairing:
+    """How erasing recomputes readers.
+
+    Attributes:
+        tokens: readers per span.
+        calibration: what tells them; None makes one from the lesson's own tokens.
+        steered: whether the eraser's model computes them, too, with gradients; else the frozen one.
+    """
+
+    tokens: int
+    calibration: Calibration | None = None
+    steered: bool = False
+
+
+def reread(
+    model: nn.Module, steering_model: nn.Module, prefilled: Prefilled, cases: Sequence[Case], repairing: Repairing
+) -> tuple[States, list[Tensor]]:
+    """Choose the readers of every case and compute them, all in one forward.
+
+    Returns:
+        Their states, case by case, and for each case where its readers are in `case.slots`, `(n,)` int64 in order.
+    """
+    with torch.no_grad():
+        readers = [readers_of(model, prefilled, case, repairing) for case in cases]
+        closes = can_close_gaps(model)
+        gone = [_gone_before(case) * closes for case in cases]
+        shared = [case.erase.spans[0].start for case in cases]  # what is before a gap stands as it is
+        behind = [torch.nonzero(_stays(case))[:, 0] for case in cases]
+        behind = [places[places >= first] for places, first in zip(behind, shared, strict=True)]
+        closed = _moved(
+            model,
+            _picked(prefilled.states, torch.cat([case.slots[at] for case, at in zip(cases, behind, strict=True)])),
+            torch.cat([-each[at] for each, at in zip(gone, behind, strict=True)]),
+        )
+        row, start = [], prefilled.slots
+        for case, chosen, first, rest, ahead in zip(cases, readers, shared, behind, gone, strict=True):
+            old = ~torch.isin(rest, chosen)
+            sees = torch.cat([case.slots[:first], slot_range(start, start + len(rest))[old]])
+            places = torch.cat([torch.arange(first), rest[old]])
+            start += len(rest)
+            if len(chosen):
+                shown = places[None] < chosen[:, None]
+                row.append(Segment(case.ids[chosen].tolist(), (chosen - ahead[chosen]).tolist(), sees, shown))
+    with torch.set_grad_enabled(repairing.steered and torch.is_grad_enabled()):
+        states = run_row(steering_model if repairing.steered else model, row, [prefilled.states, closed])[1]
+        back = torch.cat([each[chosen] for each, chosen in zip(gone, readers, strict=True)])
+        return _moved(model, states, back), readers
+
+
+def readers_of(model: nn.Module, prefilled: Prefilled, case: Case, repairing: Repairing) -> Tensor:
+    """Where in `case.slots` the tokens are that an erase would recompute, `(n,)` int64 in order."""
+    device = model_device(model)
+    layers = []
+    for keys, values in _picked(prefilled.states, case.slots):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        layers.append(layer)
+    tokens = Tokens(case.ids[None].to(device))
+    edit = Edit(model, Cache(layers=layers), tokens, case.erase.spans, Marks())
+    choice = choose_readers(edit, Wish(repairing.tokens, keys=None), repairing.calibration)
+    return choice.slots.cpu() if choice is not None else slot_range(0, 0)
+
+
+def _stays(case: Case) -> Tensor:
+    """`(n,)` bool: which of the tokens are not erased."""
+    stays = torch.ones(len(case.slots), dtype=torch.bool)
+    for span in case.erase.spans:
+        stays[span.slice] = False
+    return stays
+
+
+def _gone_before(case: Case) -> Tensor:
+    """`(n,)` int64: how many erased tokens are before each."""
+    return (~_stays(case)).long().cumsum(0)
+
+
+def _picked(states: States, slots: Tensor) -> States:
+    """The states of some slots."""
+    index = slots.to(states[0][0].device)
+    return [(keys.index_select(2, index), values.index_select(2, index)) for keys, values in states]
+
+
+def _moved(model: nn.Module, states: States, steps: Tensor) -> States:
+    """States with their keys moved by so many positions each."""
+    if not bool(steps.any()):
+        return states
+    layout = rotary_layout(model)
+    turn = Rotation(steps[None], frequencies(model), layout.pairing)
+    return [
+        (turn(keys) if rotary else keys, values) for rotary, (keys, values) in zip(layout.rotary, states, strict=True)
+    ]

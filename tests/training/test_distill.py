@@ -51,21 +51,23 @@ def really(model, one, erase, probe, method):
     receipt = kv.erase(model, cache, context, list(erase.spans), method=method)
     start = cache.get_seq_length() if not receipt.positions_kept else context.shape[1]
     where = torch.arange(start, start + len(probe.ids))[None]
-    logits = model(torch.tensor([probe.ids]), position_ids=where, past_key_values=cache).logits[0]
+    with kv.reading(model, cache) as reading:
+        logits = reading(torch.tensor([probe.ids]), position_ids=where, past_key_values=cache).logits[0]
     return logits[-len(probe.targets) :]
 
 
-@pytest.mark.parametrize("repair", [0, 6, 24])
-@pytest.mark.parametrize("steers_readers", [False, True])
+@pytest.mark.parametrize(
+    ("acts_on", "repair"), [("spans", 0), ("spans", 6), ("spans", 24), ("readers", 6), ("readers", 24)]
+)
 @pytest.mark.parametrize("window", [None, (2, 5), (3, 30)])
-def test_the_loss_is_the_distance_that_real_erasing_has(window, repair, steers_readers):
+def test_the_loss_is_the_distance_that_real_erasing_has(window, acts_on, repair):
     """What training minimises must be what `kv.erase` does: several lessons, spans and protocols against real caches."""
     model = text_model()
     eraser = random_eraser(model, window=window)
-    eraser.config = replace(eraser.config, steers_readers=steers_readers)
+    eraser.config = replace(eraser.config, acts_on=acts_on)
     eraser.calibration = calibrate(model, token_ids(600)[0])
     lessons = [lesson(), lesson(shift=7)]
-    repairing = Repairing(repair, eraser.calibration, steers_readers) if repair else None
+    repairing = Repairing(repair, eraser.calibration, eraser.steers_readers) if repair else None
     with torch.no_grad():
         prefilled = prefill_lessons(model, lessons)
         teacher = teach(model, prefilled)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from kveraser.cache import Window
 from kveraser.errors import EraserMismatchError
@@ -19,6 +19,10 @@ FORMAT = 3
 Choose = Literal["readers", "next"]
 """Which tokens behind a span are recomputed: those that have read it, or those that come next."""
 CHOICES: tuple[Choose, ...] = get_args(Choose)
+ActsOn = Literal["spans", "readers"]
+"""Where the LoRA runs: on the erased tokens, whose slots it steers, or on the readers that are recomputed."""
+ACTS_ON: tuple[ActsOn, ...] = get_args(ActsOn)
+Known = TypeVar("Known")
 _ENGINES_MOST = 32
 
 
@@ -31,8 +35,8 @@ class EraserConfig:
         window: `(sink, local)` slots the eraser attends to besides the span; None for the whole prefix.
         repair: live tokens behind the span to recompute with the backbone after steering.
         choose: which ones. Format 1 had no choice: the next ones.
-        steers_readers: whether the LoRA is also active where readers are recomputed, so that it can make up for what the others
-            have read. Only then the file has format 3.
+        acts_on: where the LoRA runs. On "readers" it can make up there for what the other tokens have read, and the span's
+            slots get neutral states; only then the file has format 3.
         preferred: whether `kveraser` takes this eraser by itself rather than the neutral one: only where it was better
             on held-out examples.
         notes: anything else worth keeping (how it was trained).
@@ -42,7 +46,7 @@ class EraserConfig:
     window: Window | None = None
     repair: int = 0
     choose: Choose = "readers"
-    steers_readers: bool = False
+    acts_on: ActsOn = "spans"
     preferred: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -54,9 +58,10 @@ class EraserConfig:
     def write(self, folder: Path) -> None:
         """Write `kveraser.json` into `folder`."""
         data = asdict(self)
-        if not self.steers_readers:
-            del data["steers_readers"]
-        text = json.dumps({"format": FORMAT if self.steers_readers else 2, **data}, indent=2, sort_keys=True)
+        older = self.acts_on == "spans"
+        if older:
+            del data["acts_on"]
+        text = json.dumps({"format": 2 if older else FORMAT, **data}, indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -77,8 +82,8 @@ class EraserConfig:
                 fingerprint=Fingerprint(**data["fingerprint"]),
                 window=None if window is None else (int(window[0]), int(window[1])),
                 repair=int(data.get("repair", 0)),
-                choose=_as_choice(data["choose"]) if data["format"] > 1 else "next",
-                steers_readers=bool(data.get("steers_readers", False)),
+                choose=one_of(data["choose"], CHOICES, "choose") if data["format"] > 1 else "next",
+                acts_on=one_of(data.get("acts_on", "spans"), ACTS_ON, "acts_on"),
                 preferred=bool(data.get("preferred", True)),
                 notes=dict(data.get("notes", {})),
             )
@@ -88,8 +93,9 @@ class EraserConfig:
             raise EraserMismatchError(f"{file} cannot be read as an eraser's configuration: {error!r}") from error
 
 
-def _as_choice(value: object) -> Choose:
-    for choice in CHOICES:
-        if value == choice:
-            return choice
-    raise ValueError(f"choose={value!r} is neither of {', '.join(CHOICES)}")
+def one_of(value: object, known: tuple[Known, ...], what: str) -> Known:
+    """The value, if it is a known one; else a ValueError."""
+    for each in known:
+        if value == each:
+            return each
+    raise ValueError(f"{what}={value!r} is none of {', '.join(map(str, known))}")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kveraser.cache import Window, check_model
 from kveraser.eraser.adapter_files import CONFIG, KEY_PREFIX, WEIGHTS, find_folder, read_lora_config, read_weights, tidy
-from kveraser.eraser.config import FILE_NAME, Choose, EraserConfig
+from kveraser.eraser.config import FILE_NAME, ActsOn, Choose, EraserConfig
 from kveraser.eraser.lora import LoraLinear
 from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
 from kveraser.model.fingerprint import Fingerprint
@@ -91,7 +91,7 @@ class KVEraser:
         window: Window | None = None,
         repair: int = 0,
         choose: Choose = "readers",
-        steers_readers: bool = False,
+        acts_on: ActsOn = "spans",
         seed: int = 42,
         target_modules: list[str] | None = None,
     ) -> KVEraser:
@@ -103,7 +103,7 @@ class KVEraser:
             window: `(sink, local)` slots it attends to besides the span; None for the whole prefix.
             repair: tokens behind the span to recompute after steering.
             choose: which ones: "readers" of the span, or the "next" ones.
-            steers_readers: whether the LoRA is also active where readers are recomputed.
+            acts_on: where the LoRA runs: on the "spans", or on the "readers" that are recomputed.
             seed: of LoRA A's random start; the global random state is left alone.
             target_modules: names of the linears to adapt; None for all of attention and MLP.
 
@@ -124,7 +124,7 @@ class KVEraser:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = _lora_layers(model, lora_config)
-        return cls(EraserConfig(Fingerprint.of(model), window, repair, choose, steers_readers), lora_config, layers)
+        return cls(EraserConfig(Fingerprint.of(model), window, repair, choose, acts_on), lora_config, layers)
 
     @classmethod
     def neutral(
@@ -186,8 +186,18 @@ class KVEraser:
 
     @property
     def is_neutral(self) -> bool:
-        """Whether it writes states in closed form instead of running a LoRA."""
+        """Whether it has no LoRA at all."""
         return self.lora_config is None
+
+    @property
+    def steers_spans(self) -> bool:
+        """Whether its LoRA makes the states of erased tokens; else these are neutral."""
+        return not self.is_neutral and self.config.acts_on == "spans"
+
+    @property
+    def steers_readers(self) -> bool:
+        """Whether its LoRA computes the tokens that are recomputed."""
+        return not self.is_neutral and self.config.acts_on == "readers"
 
     @property
     def kind(self) -> str:

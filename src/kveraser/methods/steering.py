@@ -164,7 +164,7 @@ class Steering(EraseMethod):
         count = self._repair(edit) if self.chooses(edit) == "next" else 0
         passes: list[SteeringPass] = []
         for span, runs in edit.neighbors(count):
-            for turn in _turns(edit, span, runs, window, steers=not eraser.is_neutral):
+            for turn in _turns(edit, span, runs, window, steers=eraser.steers_spans):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both
                 else:
@@ -181,14 +181,15 @@ class Steering(EraseMethod):
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         eraser, choice = self.using(edit), plan.choice
         written = recomputed = 0
-        if eraser.is_neutral:
+        if not eraser.steers_spans:
             keys = calibration_of(edit, eraser.calibration).neutral
             written += write_neutral(edit.model, edit.cache, edit.tokens, edit.spans, keys)
         for turn in self.passes(edit, choice):
-            model, readers_too = edit.model, choice is not None and eraser.config.steers_readers
-            if turn.steered or (turn.repaired and readers_too):
-                first = turn.tokens_steered if turn.repaired and not readers_too else None
-                model = eraser.attached(edit.model, first=first)
+            model = edit.model
+            if turn.steered:
+                model = eraser.attached(edit.model, first=turn.tokens_steered if turn.repaired else None)
+            elif eraser.steers_readers:
+                model = eraser.attached(edit.model)
             if turn.repaired:
                 written += repair_slots(model, edit.cache, edit.tokens, turn.repaired, turn.steered)
             else:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kveraser.cache import Window
+from kveraser.eraser.config import ActsOn
 from kveraser.errors import OptionError
 from kveraser.tasks import as_task, tasks
 from kveraser.training.lessons import Kind
@@ -35,8 +36,8 @@ class EraserOptions:
         rank, alpha: of the LoRA.
         window: `(sink, local)` slots that a pass attends to before its tokens; None for the whole prefix.
         repair: readers of a span that erasing recomputes by default, and validation with it.
-        steers_readers: whether the eraser also computes these readers, and learns to make up there for what the other tokens
-            have read.
+        acts_on: where the eraser runs: on "spans", whose slots it steers, or on their "readers", where it makes up for what
+            the other tokens have read (the spans' slots are then neutral).
         hidden: nats by which attention to the steering states is lower at the start (see `neutral`); 0 starts from the
             span's own states, as a fresh LoRA does.
     """
@@ -47,13 +48,14 @@ class EraserOptions:
     alpha: int = 32
     window: Window | None = (4, 512)
     repair: int = 64
-    steers_readers: bool = False
+    acts_on: ActsOn = "spans"
     hidden: float = 4.0
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1 and self.alpha >= 1, f"rank={self.rank} and alpha={self.alpha} must be at least 1")
         _require(self.repair >= 0, f"repair={self.repair} must not be negative")
         _require(self.hidden >= 0, f"hidden={self.hidden} must not be negative")
+        _require(self.acts_on == "spans" or self.repair > 0, "acts_on=readers needs readers: repair=0 recomputes none")
         window = self.window is None or (len(self.window) == 2 and min(self.window) >= 0)
         _require(window, f"window={self.window} must be null or two counts [sink, local]")
 

@@ -22,8 +22,8 @@ from kveraser.model.view import causal_lm, model_device
 from kveraser.spans import gaps
 from kveraser.training.cases import Case, Prefilled
 from kveraser.training.lessons import Lesson, Probe, Weights
-from kveraser.training.rereading import Repairing, reread
-from kveraser.training.rows import Segment, places_of, run_row, slot_range
+from kveraser.training.rereading import Repairing, Reread, reread
+from kveraser.training.rows import Segment, States, places_of, run_row, slot_range
 
 _PACK_TOKENS = {"cpu": 640}
 _PACK_TOKENS_ELSEWHERE = 8192
@@ -154,43 +154,22 @@ def judge(
         steering_model: a view of it with the eraser attached.
         teacher: from `teach`.
         window: what of the context before them the spans attend to.
-        repairing: which readers are computed again, and by which of the models; None for none.
+        repairing: which readers are computed again, and by which of the models; None for none. Where the eraser computes them,
+            the spans are hidden and not steered.
         variant: another way to steer.
     """
     cases = prefilled.cases
-    now = [case.slots.clone() for case in cases]
-    """For each case, the slots that hold its states as they are by now."""
-    past, slots = [prefilled.states], prefilled.slots
-    if repairing is not None:
-        states, readers = reread(model, steering_model, prefilled, cases, repairing)
-        past.append(states)
-        for own, places in zip(now, readers, strict=True):
-            own[places] = slot_range(slots, slots + len(places))
-            slots += len(places)
-    groups = _alike(cases, repairing is not None)
-    for index in range(max(len(case.erase.spans) for case in cases)):
-        row = []  # from left to right: a span sees what is before it as it is by then
-        for members in groups:
-            case = cases[members[0]]
-            if index >= len(case.erase.spans):
-                continue
-            span = case.erase.spans[index]
-            before = window_spans(window, span.start)
-            after = [slot_range(span.end, len(case.lesson.ids))] if variant.suffix_aware else []
-            seen = torch.cat([slots_of(before, torch.device("cpu")), *after])
-            ids = case.lesson.ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
-            row.append(Segment.run(ids, span.start, now[members[0]][seen]))
-            for member in members:
-                now[member][span.slice] = slot_range(slots, slots + len(span))
-            slots += len(span)
-        past.append(run_row(steering_model, row, past)[1])
-
+    again = None if repairing is None else reread(model, steering_model, prefilled, cases, repairing)
+    if again is not None and repairing is not None and repairing.learned:
+        erased = _hidden(prefilled, cases, again)
+    else:
+        erased = _steered(model, steering_model, prefilled, cases, again, window, variant)
     asked = [
-        Segment.run(probe.ids, len(case.slots), own)
-        for case, own in zip(cases, now, strict=True)
+        Segment.run(probe.ids, start, sees)
+        for case, start, sees in zip(cases, erased.ends, erased.sees, strict=True)
         for probe in case.probes
     ]
-    hidden, _ = run_row(model, asked, past)
+    hidden, _ = run_row(model, asked, erased.past)
     probes = tuple(probe for case in cases for probe in case.probes)
     student = _target_logits(model, hidden, [place.end for place in places_of(asked)], probes)
     return Judgement(
@@ -200,6 +179,66 @@ def judge(
         torch.tensor([probe.gold for probe in probes for _ in probe.targets], device=student.device),
         probes,
     )
+
+
+@dataclass(frozen=True)
+class _Erased:
+    """Cases after the erase.
+
+    Attributes:
+        past: pieces of states.
+        sees: for each case, the slots of what is there now, `(n,)` int64.
+        ends: for each case, the position of the next token.
+    """
+
+    past: list[States]
+    sees: list[Tensor]
+    ends: list[int]
+
+
+def _hidden(prefilled: Prefilled, cases: Sequence[Case], again: Reread) -> _Erased:
+    """Nothing is left of the spans, and no gap: neutral states are not seen."""
+    sees, ends = [], []
+    old, new = prefilled.slots, prefilled.slots + sum(map(len, again.behind))
+    for case, behind, readers, gone in zip(cases, again.behind, again.readers, again.gone, strict=True):
+        moved = slot_range(old, old + len(behind))
+        moved[torch.isin(behind, readers)] = slot_range(new, new + len(readers))
+        sees.append(torch.cat([case.slots[: case.erase.spans[0].start], moved]))
+        ends.append(len(case.slots) - int(gone[-1]))
+        old, new = old + len(behind), new + len(readers)
+    return _Erased([prefilled.states, again.closed, again.states], sees, ends)
+
+
+def _steered(
+    model: nn.Module, steering_model: nn.Module, prefilled: Prefilled, cases: Sequence[Case], again: Reread | None,
+    window: Window | None, variant: Variant,
+) -> _Erased:  # fmt: skip
+    """Steering states in the spans' slots; nothing moves."""
+    now = [case.slots.clone() for case in cases]  # the slots that hold the states of each case as they are by now
+    past, slots = [prefilled.states], prefilled.slots
+    if again is not None:
+        past.append(again.opened(model))
+        for own, places in zip(now, again.readers, strict=True):
+            own[places] = slot_range(slots, slots + len(places))
+            slots += len(places)
+    groups = _alike(cases, again is not None)
+    for index in range(max(len(case.erase.spans) for case in cases)):
+        row = []  # from left to right: a span sees what is before it as it is by then
+        for members in groups:
+            case = cases[members[0]]
+            if index >= len(case.erase.spans):
+                continue
+            span = case.erase.spans[index]
+            seen = slots_of(window_spans(window, span.start), torch.device("cpu"))
+            if variant.suffix_aware:
+                seen = torch.cat([seen, slot_range(span.end, len(case.lesson.ids))])
+            ids = case.lesson.ids[span.slice] if variant.placeholder is None else (variant.placeholder,) * len(span)
+            row.append(Segment.run(ids, span.start, now[members[0]][seen]))
+            for member in members:
+                now[member][span.slice] = slot_range(slots, slots + len(span))
+            slots += len(span)
+        past.append(run_row(steering_model, row, past)[1])
+    return _Erased(past, now, [len(case.slots) for case in cases])
 
 
 def _alike(cases: Sequence[Case], reread: bool) -> list[list[int]]:

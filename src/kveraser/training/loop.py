@@ -134,7 +134,7 @@ class StageRun:
         teacher = teach(self.backbone, prefilled)
         repairing = None
         if repair:
-            repairing = Repairing(repair, self.eraser.calibration, self.eraser.config.steers_readers)
+            repairing = Repairing(repair, self.eraser.calibration, self.eraser.steers_readers)
         return judge(
             self.backbone, self.steering, prefilled, teacher,
             window=self.eraser.window, repairing=repairing, variant=self.variant,

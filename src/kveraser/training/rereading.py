@@ -33,47 +33,65 @@ class Repairing:
     Attributes:
         tokens: readers per span.
         calibration: what tells them; None makes one from the lesson's own tokens.
-        steered: whether the eraser's model computes them, too, with gradients; else the frozen one.
+        learned: whether the eraser computes them, with gradients; else the frozen model.
     """
 
     tokens: int
     calibration: Calibration | None = None
-    steered: bool = False
+    learned: bool = False
+
+
+@dataclass(frozen=True)
+class Reread:
+    """Cases with their readers computed again, all keys as if there were no gap.
+
+    Attributes:
+        closed: states of the other tokens behind the first span of each case, one case behind the other.
+        states: states of the readers.
+        behind: for each case, where these other tokens (and the readers, in their old state) are among its own, `(n,)` int64.
+        readers: for each case, where its readers are.
+        gone: for each case, how many erased tokens are before each of its own, `(tokens,)` int64; zeros where gaps cannot be
+            closed.
+    """
+
+    closed: States
+    states: States
+    behind: list[Tensor]
+    readers: list[Tensor]
+    gone: list[Tensor]
+
+    def opened(self, model: nn.Module) -> States:
+        """The readers' states with their keys where the tokens are."""
+        steps = [gone[chosen] for gone, chosen in zip(self.gone, self.readers, strict=True)]
+        return _moved(model, self.states, torch.cat(steps))
 
 
 def reread(
     model: nn.Module, steering_model: nn.Module, prefilled: Prefilled, cases: Sequence[Case], repairing: Repairing
-) -> tuple[States, list[Tensor]]:
-    """Choose the readers of every case and compute them, all in one forward.
-
-    Returns:
-        Their states, case by case, and for each case where its readers are in `case.slots`, `(n,)` int64 in order.
-    """
+) -> Reread:
+    """Choose the readers of every case and compute them, all in one forward."""
     with torch.no_grad():
         readers = [readers_of(model, prefilled, case, repairing) for case in cases]
         closes = can_close_gaps(model)
         gone = [_gone_before(case) * closes for case in cases]
-        shared = [case.erase.spans[0].start for case in cases]  # what is before a gap stands as it is
-        behind = [torch.nonzero(_stays(case))[:, 0] for case in cases]
-        behind = [places[places >= first] for places, first in zip(behind, shared, strict=True)]
+        behind = [_kept_behind(case) for case in cases]
         closed = _moved(
             model,
             _picked(prefilled.states, torch.cat([case.slots[at] for case, at in zip(cases, behind, strict=True)])),
             torch.cat([-each[at] for each, at in zip(gone, behind, strict=True)]),
         )
         row, start = [], prefilled.slots
-        for case, chosen, first, rest, ahead in zip(cases, readers, shared, behind, gone, strict=True):
-            old = ~torch.isin(rest, chosen)
+        for case, chosen, rest, ahead in zip(cases, readers, behind, gone, strict=True):
+            first, old = case.erase.spans[0].start, ~torch.isin(rest, chosen)
             sees = torch.cat([case.slots[:first], slot_range(start, start + len(rest))[old]])
             places = torch.cat([torch.arange(first), rest[old]])
             start += len(rest)
             if len(chosen):
                 shown = places[None] < chosen[:, None]
                 row.append(Segment(case.ids[chosen].tolist(), (chosen - ahead[chosen]).tolist(), sees, shown))
-    with torch.set_grad_enabled(repairing.steered and torch.is_grad_enabled()):
-        states = run_row(steering_model if repairing.steered else model, row, [prefilled.states, closed])[1]
-        back = torch.cat([each[chosen] for each, chosen in zip(gone, readers, strict=True)])
-        return _moved(model, states, back), readers
+    with torch.set_grad_enabled(repairing.learned and torch.is_grad_enabled()):
+        states = run_row(steering_model if repairing.learned else model, row, [prefilled.states, closed])[1]
+    return Reread(closed, states, behind, readers, gone)
 
 
 def readers_of(model: nn.Module, prefilled: Prefilled, case: Case, repairing: Repairing) -> Tensor:
@@ -97,6 +115,12 @@ def _stays(case: Case) -> Tensor:
     for span in case.erase.spans:
         stays[span.slice] = False
     return stays
+
+
+def _kept_behind(case: Case) -> Tensor:
+    """Where the tokens behind the first span are that are not erased, `(n,)` int64."""
+    places = _stays(case).nonzero()[:, 0]
+    return places[places >= case.erase.spans[0].start]
 
 
 def _gone_before(case: Case) -> Tensor:

@@ -96,11 +96,11 @@ def _first_eraser(
     options = config.eraser
     eraser = KVEraser.new(
         model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair,
-        steers_readers=options.steers_readers, seed=config.seed,
+        acts_on=options.acts_on, seed=config.seed,
     )  # fmt: skip
     rng, encode = random.Random(config.seed), encoder(tokenizer)
     texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
-    if start is None and options.hidden:
+    if start is None and options.hidden and eraser.steers_spans:
         hide(eraser, model, texts, options.hidden)
     if options.repair or any(repair for name in STAGES for repair in config.stage(name).repair):
         eraser.calibration = calibrate(

@@ -26,15 +26,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from kveraser.cache import growable_cache
 from kveraser.evaluation.provenance import environment, placement
 from kveraser.evaluation.report import markdown_table
-from kveraser.model.view import decoder, model_device, model_dtype, text_config
+from kveraser.model.view import decoder, finish, model_device, model_dtype, text_config
 
 Result = TypeVar("Result")
 
 
 def wait(model: nn.Module) -> None:
     """Let the device finish."""
-    if model_device(model).type == "cuda":
-        torch.cuda.synchronize()
+    finish(model_device(model))
 
 
 def random_cache(model: nn.Module, tokens: int, *, growable: bool = True, seed: int = 0) -> Cache:

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
+from measuring import wait
 from rich.console import Console
 from rich.table import Table
 
@@ -71,11 +72,13 @@ def main(
     repairing = Repairing(REPAIR, calibrate(model, text))
 
     def learn(lessons: list[Lesson]) -> float:
+        wait(model)
         started = time.perf_counter()
         for group in pack(lessons, pack_tokens(model.device)):
             prefilled = prefill(base, group)
             judged = judge(base, steering, prefilled, teach(base, prefilled), window=WINDOW, repairing=repairing)
             distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
+        wait(model)
         return time.perf_counter() - started
 
     rows = []

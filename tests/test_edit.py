@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 import kveraser as kv
 from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
 from kveraser.cache import get_marks
+from kveraser.methods import transaction
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -276,3 +278,10 @@ def test_a_restore_that_fails_leaves_the_cache_as_it_was():
         hook.remove()
     assert same(states(cache), before)
     assert get_marks(cache) == marks
+
+
+def test_the_seconds_of_an_erase_end_when_the_device_has_done_it(monkeypatch):
+    model, ids = tiny(), token_ids(40)
+    cache = prefill(model, ids)
+    monkeypatch.setattr(transaction, "finish", lambda device: time.sleep(0.1))
+    assert kv.erase(model, cache, ids, kv.Span(8, 12), "delete-and-shift").seconds > 0.1

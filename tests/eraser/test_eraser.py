@@ -242,6 +242,13 @@ def test_making_an_eraser_leaves_the_random_state_alone():
     assert torch.equal(torch.rand(4), expected)
 
 
+def test_making_an_eraser_leaves_the_random_state_of_accelerators_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    kv.KVEraser.new(tiny(), seed=7)
+    assert seeded == []
+
+
 def test_impossible_settings_are_refused():
     with pytest.raises(kv.OptionError, match="rank=0"):
         kv.KVEraser.new(tiny(), rank=0)

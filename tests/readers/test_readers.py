@@ -231,3 +231,12 @@ def test_rotations_back_and_forth_leave_states_as_they_were():
     turns = Turning(model).at(torch.arange(50, 60))
     given = torch.randn(4, 10, 8)
     assert torch.allclose(turns.to_origin(turns.to_place(given, 1), 1), given, atol=1e-5)
+
+
+def test_probes_are_moved_to_where_they_compute_once():
+    made = calibrate(tiny(), token_ids(600)[0])
+    device = torch.device("cpu")
+    there = made.on(device, torch.bfloat16)
+    assert there is made.on(device, torch.bfloat16)
+    assert {probe.down.dtype for probe in (there.scan, *there.probes)} == {torch.bfloat16}
+    assert made.scan.down.dtype == made.on(device, torch.float32).scan.down.dtype == torch.float32

@@ -7,6 +7,7 @@ The marks travel with the cache object, so that a deep copy has them as well and
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class Steered:
         """Mark slots that were just written."""
         return cls(span, cache.layers[0].values[:, 0, span.start].clone())
 
-    @property
+    @cached_property
     def silent(self) -> bool:
         """Whether they say nothing to whoever attends to them: neutral states, whose values are zero."""
         return self.probe.numel() > 0 and not bool(self.probe.any())

@@ -32,6 +32,7 @@ from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo, put_back
 from kveraser.methods.putting_back import stale_from
+from kveraser.model.view import finish
 from kveraser.spans import Span, SpanLedger, gaps, union_spans
 
 
@@ -69,6 +70,7 @@ class Restoring(ContextState):
             RestoreError: a receipt of another context, restored before, or made final by `purge`. Nothing is changed.
         """
         with self._lock:
+            finish(self.device)
             started = time.perf_counter()
             record = self._record(receipt)
             marks = get_marks(self.cache)
@@ -76,19 +78,19 @@ class Restoring(ContextState):
             place = next((index for index, edit in enumerate(marks.edits) if edit.id == receipt.id), None)
             if undo is None or undo.cleared or place is None:
                 recomputed = self._restore_by_recomputing(record)
-                return RestoreReport(False, self.exact, recomputed, time.perf_counter() - started)
+                return RestoreReport(False, self.exact, recomputed, self._since(started))
             mark, later = marks.edits[place], marks.edits[place + 1 :]
             steady = mark.in_place and all(edit.in_place for edit in later)
             if later and steady and undo.kept and cache_length(self.cache) == mark.length_after:
                 recomputed = self._restore_in_place(record, undo, stale_from(later))
-                return RestoreReport(not recomputed, self.exact, recomputed, time.perf_counter() - started)
+                return RestoreReport(not recomputed, self.exact, recomputed, self._since(started))
             tail = self._slots.view[mark.length_after :].clone()
             saved = Undo.take(self.cache, marks, undo.layout_from, undo.kept)
             try:
                 put_back(self.cache, replace(receipt, undo=undo))
             except RestoreError:
                 recomputed = self._restore_by_recomputing(record)
-                return RestoreReport(False, self.exact, recomputed, time.perf_counter() - started)
+                return RestoreReport(False, self.exact, recomputed, self._since(started))
             try:
                 if len(tail):
                     truncate(self.cache, undo.length)
@@ -100,7 +102,12 @@ class Restoring(ContextState):
             with uninterrupted():
                 self._unmark(record)
                 self._rebuild_slots()
-            return RestoreReport(not len(tail), self.exact, len(tail), time.perf_counter() - started)
+            return RestoreReport(not len(tail), self.exact, len(tail), self._since(started))
+
+    def _since(self, started: float) -> float:
+        """Seconds since then, when all is done."""
+        finish(self.device)
+        return time.perf_counter() - started
 
     def _restore_in_place(self, record: EditRecord, undo: Undo, stale: float) -> int:
         """Restore an edit under later ones, none of which moved a slot; returns how many tokens were recomputed.

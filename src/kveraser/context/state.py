@@ -137,7 +137,7 @@ class ContextState:
             return self._register(new)
 
     def _checked_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
-        new = torch.as_tensor(ids, dtype=torch.long).reshape(-1)
+        new = torch.as_tensor(ids, dtype=torch.long, device="cpu").reshape(-1)
         vocabulary = causal_lm(self.model).get_input_embeddings().num_embeddings
         if len(new) and not (int(new.min()) >= 0 and int(new.max()) < vocabulary):
             bad = next(int(token) for token in new if not 0 <= int(token) < vocabulary)

@@ -122,7 +122,7 @@ class KVEraser:
             base_model_name_or_path=causal_lm(model).config._name_or_path or None,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also sets every accelerator's
             layers = _lora_layers(model, lora_config)
         return cls(EraserConfig(Fingerprint.of(model), window, repair, choose, acts_on), lora_config, layers)
 

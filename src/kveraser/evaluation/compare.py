@@ -19,6 +19,7 @@ from transformers import StoppingCriteria
 from kveraser.context import RestoreReport
 from kveraser.evaluation.metrics import agreement, kl_divergence, log_probability
 from kveraser.methods import EraseMethod, EraseReceipt, FullRecompute, method_label
+from kveraser.model.view import finish
 from kveraser.spans import Span
 
 Protocol = Literal["query_after", "query_cached"]
@@ -143,17 +144,11 @@ class _Comparison:
         return _Seen(receipt, statistics.median([*times, seconds]), said, logits, erased)
 
     def _erase(self, method: EraseMethod) -> tuple[EraseReceipt, float]:
-        device = self.context.device
-        self._wait(device)
+        finish(self.context.device)
         started = time.perf_counter()
         receipt = self.context.erase(self.spans, method)
-        self._wait(device)
+        finish(self.context.device)
         return receipt, time.perf_counter() - started
-
-    @staticmethod
-    def _wait(device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     def _logits(self, answer: list[int]) -> Tensor:
         """Logits `(len(answer), vocab)` that predict an answer behind the question or (none) the context's end."""

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
 from kveraser.files import cache_folder, write_atomically
-from kveraser.model.view import causal_lm, model_device, model_dtype, text_config
+from kveraser.model.view import causal_lm, finish, model_device, model_dtype, text_config
 from kveraser.readers import Calibration, Scene
 from kveraser.spans import Span
 
@@ -102,10 +102,10 @@ def _empty_cache(model: nn.Module, length: int) -> Cache:
 def _best_time(work: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(_REPEATS + 1):
-        _wait(device)
+        finish(device)
         started = time.perf_counter()
         work()
-        _wait(device)
+        finish(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
 
@@ -139,11 +139,6 @@ def _time_telling(model: nn.Module, calibration: Calibration) -> PassCost:
         seconds.append(_best_time(tell, device))
     token = max(seconds[1] - seconds[0], 0.0) / (_SCANNED[1] - _SCANNED[0])
     return PassCost(max(seconds[0] - token * _SCANNED[0], 0.0), token, 0.0)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.receipt import EraseReceipt
 from kveraser.methods.slots import find_stand_ins, split_tail
 from kveraser.methods.undo import Undo
+from kveraser.model.view import finish
 from kveraser.spans import Span
 
 
@@ -35,7 +36,8 @@ def transact(
         SpanError: a span holds slots that are erased already.
     """
     _check(edit)
-    method = method.chosen(edit)
+    method, device = method.chosen(edit), edit.tokens.ids.device
+    finish(device)
     started = time.perf_counter()
     rest, end = (
         split_tail(edit.spans, edit.marks.steered_spans, edit.length) if method.removes else (edit.spans, edit.length)
@@ -49,6 +51,7 @@ def transact(
         truncate(edit.cache, end)
         with writing(edit.cache):
             outcome = method.apply(inner, plan) if busy else Outcome(inner.marks)
+        finish(device)
         receipt = _receipt(method, edit, end, outcome, time.perf_counter() - started, saved if undo else None)
         in_place = plan.layout_from >= edit.length
         before, after = edit.marks.approximate_from, outcome.marks.approximate_from

@@ -6,6 +6,7 @@ Knows: transformers' configurations and parameters. Does not know what is kept f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ class Fingerprint:
         config = text_config(model)
         shape = {key: getattr(config, key, None) for key in _SHAPE_KEYS}
         embedding = causal_lm(model).get_input_embeddings().weight
-        last_norm = [p for name, p in causal_lm(model).named_parameters() if "norm" in name and p.ndim == 1]
+        norms = (p for name, p in causal_lm(model).named_parameters() if "norm" in name and p.ndim == 1)
         samples: list[float] = []
-        for weight in (embedding, *last_norm[:1]):
+        for weight in (embedding, *islice(norms, 1)):
             flat = weight.detach().reshape(-1)
             places = sampled_places(flat.numel())
             samples += [round(value, 8) for value in flat[places.to(flat.device)].float().tolist()]

@@ -83,8 +83,9 @@ class Rotation:
     """
 
     def __init__(self, delta: Tensor | int, inv_freq: Tensor, pairing: str = _HALVES) -> None:
-        steps = torch.as_tensor(delta, device="cpu", dtype=torch.float64)
-        angle = steps[..., None] * inv_freq.to("cpu", torch.float64)  # (frequencies,) or (batch, tokens, frequencies)
+        where = inv_freq.device if inv_freq.device.type == "cuda" else "cpu"  # not every accelerator has float64
+        steps = torch.as_tensor(delta, device=where, dtype=torch.float64)
+        angle = steps[..., None] * inv_freq.to(where, torch.float64)  # (frequencies,) or (batch, tokens, frequencies)
         if angle.ndim == 3:
             angle = angle[:, None]
         self.cos, self.sin = (part.to(inv_freq.device, torch.float32) for part in (angle.cos(), angle.sin()))

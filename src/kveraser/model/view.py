@@ -60,6 +60,12 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return weight.dtype
 
 
+def finish(device: torch.device) -> None:
+    """Wait until an accelerator has done all that it was given: its work goes on behind a call, and a clock must wait for it."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)
+
+
 def _rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
     """An attribute that refers to the module itself (Accelerate's hooks do), made to refer to its view."""
     if isinstance(value, MethodType) and value.__self__ is old:

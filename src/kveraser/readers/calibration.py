@@ -14,6 +14,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from kveraser.errors import CalibrationError
 from kveraser.model.fingerprint import Fingerprint
@@ -64,6 +65,17 @@ class Calibration:
         """Whether the probes say enough to choose by."""
         return self.explained >= LEAST_EXPLAINED
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> Calibration:
+        """The same with its probes there, ready for use; they are moved once."""
+        known = _moved.setdefault(self, {})
+        if (device, dtype) not in known:
+            scan = None if self.scan is None else self.scan.to(device, dtype)
+            known[device, dtype] = replace(
+                self, scan=scan, probes=tuple(probe.to(device, dtype) for probe in self.probes)
+            )
+        found: Calibration = known[device, dtype]
+        return found
+
     def check(self, model: nn.Module) -> None:
         """Raise `CalibrationError` unless it is of this model."""
         difference = self.fingerprint.difference(model)
@@ -72,6 +84,10 @@ class Calibration:
                 f"these probes are of another model than this {type(causal_lm(model)).__name__}: {difference}; "
                 "calibrate anew"
             )
+
+
+_moved = WeakIdKeyDictionary()
+"""Calibration -> device and type -> the calibration there."""
 
 
 @torch.no_grad()

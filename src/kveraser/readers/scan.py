@@ -58,7 +58,8 @@ class Scene:
         for row in live:
             own = torch.cat([torch.arange(span.start, span.end, device=device) for span in spans])
             lands.append(Landscape.of(row, own[row[own]]))
-        return cls(model, cache, tokens, tuple(spans), calibration, tuple(lands), Turning(model))
+        ready = calibration.on(device, model_dtype(model))
+        return cls(model, cache, tokens, tuple(spans), ready, tuple(lands), Turning(model))
 
     @property
     def suffix(self) -> Tensor:
@@ -84,7 +85,7 @@ class Scene:
     def thin(self) -> Tensor:
         """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, the largest of any head that it tells."""
         assert self.calibration.scan is not None
-        probe = self._ready(self.calibration.scan)
+        probe = self.calibration.scan
         first, last = self.spans[0].start, self.tokens.length
         found = torch.zeros(self.tokens.ids.shape, device=self.tokens.ids.device)
         for row, land in enumerate(land.thinned() for land in self.lands):
@@ -144,11 +145,7 @@ class Scene:
         best = most.topk(min(count, int(able.sum()))).indices
         return best[most[best] > -torch.inf].sort().values
 
-    def _ready(self, probe: Probe) -> Probe:
-        return probe.to(self.tokens.ids.device, model_dtype(self.model))
-
     def _probes(self) -> Iterator[tuple[int, Probe]]:
         for probe in self.calibration.probes:
-            ready = self._ready(probe)
             for row in range(len(self.lands)):
-                yield row, ready
+                yield row, probe

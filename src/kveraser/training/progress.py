@@ -73,10 +73,10 @@ class Sums:
 
     def add(self, lessons: Sequence[Lesson], judged: Judgement, loss: float = 0.0) -> None:
         """Add what was judged of some lessons, and the loss they gave."""
-        kl = kl_divergence(judged.teacher, judged.student.detach())
+        kl = kl_divergence(judged.teacher, judged.student.detach()).cpu()  # looked at probe by probe
         self.loss += loss
         self.spans += sum(len(erase.spans) for lesson in lessons for erase in lesson.erases)
-        right = judged.student.argmax(-1) == judged.targets
+        right = (judged.student.argmax(-1) == judged.targets).cpu()
         at = 0
         for probe in judged.probes:
             own = slice(at, at + len(probe.targets))

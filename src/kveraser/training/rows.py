@@ -76,14 +76,15 @@ class _Joined(DynamicLayer):
         return self.get_seq_length() + query_length, 0
 
 
-def _visible(row: Sequence[Segment], places: Sequence[Span], past: int) -> Tensor:
+def _visible(row: Sequence[Segment], places: Sequence[Span], past: int, device: torch.device) -> Tensor:
     """`(tokens, past + tokens)` bool: what each token attends to."""
     width = places[-1].end
-    seen = torch.zeros(width, past + width, dtype=torch.bool)
+    seen = torch.zeros(width, past + width, dtype=torch.bool, device=device)
     for segment, place in zip(row, places, strict=True):
         own = seen[place.slice]
-        own[:, segment.sees] = True if segment.shown is None else segment.shown
-        own[:, past + place.start : past + place.end] = torch.ones(len(place), len(place), dtype=torch.bool).tril()
+        own[:, segment.sees.to(device)] = True if segment.shown is None else segment.shown.to(device)
+        causal = torch.ones(len(place), len(place), dtype=torch.bool, device=device).tril()
+        own[:, past + place.start : past + place.end] = causal
     return seen
 
 
@@ -108,7 +109,7 @@ def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) ->
     positions = [at for segment in row for at in segment.positions]
     layers = [_Joined([piece[index] for piece in past]) for index in range(body.config.num_hidden_layers)]
     dtype = past[0][0][0].dtype if past else body.get_input_embeddings().weight.dtype
-    visible = _visible(row, places_of(row), slots).to(device)
+    visible = _visible(row, places_of(row), slots, device)
     mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
     output = evaluating(body)(
         input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),

@@ -26,7 +26,7 @@ from kveraser.training.rereading import Repairing, Reread, reread
 from kveraser.training.rows import Segment, States, places_of, run_row, slot_range
 
 _PACK_TOKENS = {"cpu": 640}
-_PACK_TOKENS_ELSEWHERE = 8192
+_PACK_TOKENS_ELSEWHERE = 4096
 
 
 def pack_tokens(device: torch.device) -> int:

@@ -28,9 +28,11 @@ from kveraser.cache.surgery import (
     cut,
     read,
     snapshot,
+    snapshots,
     state_bytes,
     truncate,
     write,
+    write_all,
 )
 from kveraser.cache.tokens import Tokens, count_positions, slots_of
 
@@ -66,9 +68,11 @@ __all__ = [
     "set_marks",
     "slots_of",
     "snapshot",
+    "snapshots",
     "state_bytes",
     "truncate",
     "window_spans",
     "write",
+    "write_all",
     "writing",
 ]

@@ -6,12 +6,15 @@ about what the states mean. Every function changes all layers or none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kveraser.cache.growable import GrowableLayer
 from kveraser.cache.support import writing
+from kveraser.cache.tokens import slots_of
 from kveraser.spans import Span, gaps
 
 States = list[tuple[Tensor, Tensor]]
@@ -34,6 +37,19 @@ def snapshot(cache: Cache, span: Span) -> States:
         return [(keys.clone(), values.clone()) for keys, values in read(cache, span)]
 
 
+def snapshots(cache: Cache, spans: Sequence[Span]) -> list[States]:
+    """Copies of the states in each of some spans; one copy per layer, since an accelerator takes as long for a small one."""
+    if len(spans) < 2:
+        return [snapshot(cache, span) for span in spans]
+    slots, sizes = slots_of(spans, cache.layers[0].keys.device), list(map(len, spans))
+    with writing(cache):
+        taken = [
+            [states.index_select(2, slots).split(sizes, 2) for states in (layer.keys, layer.values)]
+            for layer in cache.layers
+        ]
+        return [[(keys[index], values[index]) for keys, values in taken] for index in range(len(spans))]
+
+
 def write(cache: Cache, start: int, states: States) -> int:
     """Overwrite slots from `start` on with `states`, in place; returns the bytes written."""
     written = 0
@@ -44,6 +60,19 @@ def write(cache: Cache, start: int, states: States) -> int:
             layer.values[:, :, start:end] = values
             written += state_bytes([(keys, values)])
     return written
+
+
+def write_all(cache: Cache, regions: Sequence[tuple[Span, States]]) -> None:
+    """Overwrite disjoint spans with states, in place, as `snapshots` gives them."""
+    if len(regions) < 2:
+        for span, states in regions:
+            write(cache, span.start, states)
+        return
+    slots = slots_of((span for span, _ in regions), cache.layers[0].keys.device)
+    with writing(cache):
+        for index, layer in enumerate(cache.layers):
+            for part, states in enumerate((layer.keys, layer.values)):
+                states.index_copy_(2, slots, torch.cat([kept[index][part] for _, kept in regions], 2))
 
 
 def append(cache: Cache, states: States) -> None:

@@ -25,7 +25,7 @@ from kveraser.cache import (
     set_marks,
     slots_of,
     truncate,
-    write,
+    write_all,
 )
 from kveraser.context.state import ContextState, EditRecord
 from kveraser.errors import RestoreError
@@ -134,9 +134,7 @@ class Restoring(ContextState):
         saved = Undo.take(self.cache, marks, cache_length(self.cache), touched)
         ledger = self._ledger_without(record)
         try:
-            for _, before, _ in kept:
-                if before is not None:
-                    write(self.cache, before.start, undo.states_of(before))
+            write_all(self.cache, [(part, undo.states_of(part)) for _, part, _ in kept if part is not None])
             if again:
                 slots = slots_of(again, self.device)
                 sees = slots_of(gaps(hidden, cache_length(self.cache)), self.device)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from transformers.cache_utils import Cache
 
-from kveraser.cache import EditMark, cache_length, get_marks, set_marks, write
+from kveraser.cache import EditMark, cache_length, get_marks, set_marks, write_all
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods.receipt import EraseReceipt
@@ -63,8 +63,7 @@ def put_back(cache: Cache, receipt: EraseReceipt) -> int:
         raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
     with uninterrupted():
         steered = [entry for entry in marks.steered if entry.span not in receipt.steered]
-        for span, states in receipt.undo.regions:
-            write(cache, span.start, states)
+        write_all(cache, receipt.undo.regions)
         set_marks(cache, replace(marks, steered=tuple(steered)).without_edits({receipt.id}))
     return mark.length_after
 

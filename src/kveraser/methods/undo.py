@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache
 
-from kveraser.cache import Marks, States, append, cache_length, set_marks, snapshot, truncate, write
+from kveraser.cache import Marks, States, append, cache_length, set_marks, snapshots, truncate, write_all
 from kveraser.spans import Span, gaps
 
 
@@ -32,16 +32,15 @@ class Undo:
         spans = [span for span in in_place if span.end <= layout_from]
         if layout_from < length:
             spans.append(Span(layout_from, length))
-        return cls(length, layout_from, marks, [(span, snapshot(cache, span)) for span in spans])
+        return cls(length, layout_from, marks, list(zip(spans, snapshots(cache, spans), strict=True)))
 
     def put_back(self, cache: Cache) -> None:
         """Bring the cache back to what it was, bit for bit; slots that were added later are dropped."""
         truncate(cache, self.layout_from)
+        write_all(cache, [region for region in self.regions if region[0].start != self.layout_from])
         for span, states in self.regions:
             if span.start == self.layout_from:
                 append(cache, states)
-            else:
-                write(cache, span.start, states)
         set_marks(cache, self.marks)
 
     @property
@@ -73,9 +72,7 @@ class Undo:
 
     def clear(self) -> None:
         """Overwrite the kept states with zeros and let go of them."""
-        for _, states in self.regions:
-            for pair in states:
-                for tensor in pair:
-                    with torch.inference_mode(tensor.is_inference()):
-                        tensor.zero_()
+        copies = [tensor.untyped_storage() for _, states in self.regions for pair in states for tensor in pair]
+        for storage in {copy.data_ptr(): copy for copy in copies}.values():  # regions share them
+            storage.fill_(0)
         self.regions, self.cleared = [], True

@@ -89,14 +89,15 @@ def span_mass(
     grouped = (queries * scaling).to(keys.dtype).reshape(groups, heads // groups * count, size)
     before = slots[:, None]
     far = land.samples <= before - land.near
-    able = far.any(0)  # samples that are behind all tokens tell nothing
+    able = far.any(0).nonzero()[:, 0]  # samples that are behind all tokens tell nothing
     far, samples = far[:, able], land.samples[able]
     visible = torch.cat([land.span < before, land.sink <= before, far], -1)
     columns = torch.cat([land.span, land.sink, samples])
     scores = (grouped @ _some(keys.index_select(1, columns), which).transpose(-1, -2)).view(heads, count, -1).float()
     partly = (~visible.all(0)).nonzero()[:, 0]
     if len(partly):
-        scores[..., int(partly[0]) :].masked_fill_(~visible[:, int(partly[0]) :], _NEVER)
+        first = int(partly[0])
+        scores[..., first:].masked_fill_(~visible[:, first:], _NEVER)
     largest = _exponentials(scores)
     span, sink, drawn = (part.sum(-1) for part in scores.split([len(land.span), len(land.sink), len(samples)], -1))
     stand_for = land.between[(slots - land.near + 1).clamp(min=0)].float() / far.sum(-1).clamp(min=1)

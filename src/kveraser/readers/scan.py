@@ -9,6 +9,7 @@ states as well.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ class Scene:
 
         What counts is the largest attention that any head of the layers that are looked at pays from any of them.
         """
-        length = self.tokens.length
+        length, listed = self.tokens.length, chosen.tolist()
         most = torch.full((length,), -torch.inf, device=chosen.device)
         for row, probe in self._probes():
             land, layer = self.lands[row], self.cache.layers[probe.layer]
@@ -127,15 +128,15 @@ class Scene:
             groups = layer.keys.shape[1]
             for start in range(0, length, CHUNK):
                 end = min(start + CHUNK, length)
-                later = int((chosen < start).sum())  # those see nothing of this stretch
-                if later == len(chosen):
+                later = bisect_left(listed, start)  # those before it see nothing of this stretch
+                if later == len(listed):
                     break
                 seen = layer.keys[row][:, start:end]
                 told_rows = rows[:, later:].reshape(groups, -1, rows.shape[-1]).transpose(-1, -2)
                 less = -whole[:, later:].reshape(groups, 1, -1).to(seen.dtype)
                 scores = torch.baddbmm(less, seen, told_rows)  # (groups, slots, heads of a group * tokens)
-                behind = torch.arange(start, end, device=chosen.device)[:, None] > chosen[later:]
-                if bool(behind.any()):
+                if end - 1 > listed[later]:
+                    behind = torch.arange(start, end, device=chosen.device)[:, None] > chosen[later:]
                     scores.view(groups, end - start, -1, len(chosen) - later).masked_fill_(behind[:, None], -torch.inf)
                 most[start:end] = torch.maximum(most[start:end], scores.amax(-1).amax(0).float())
         able = torch.stack([land.live for land in self.lands]).any(0)

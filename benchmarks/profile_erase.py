@@ -9,7 +9,7 @@ import time
 from typing import Annotated
 
 import typer
-from measuring import plain_forward, random_cache, random_ids
+from measuring import plain_forward, random_cache, random_ids, wait
 from torch.profiler import ProfilerActivity, profile
 
 import kveraser as kv
@@ -40,10 +40,12 @@ def main(
             kv.restore(cache, kv.erase(model, cache, ids, where, as_method(method), eraser=eraser))
 
     once()
+    wait(model)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         started = time.perf_counter()
         for _ in range(TURNS):
             once()
+        wait(model)
         wall = 1000 * (time.perf_counter() - started) / TURNS
     averages = seen.key_averages()
     inside = sum(entry.self_cpu_time_total for entry in averages) / 1000 / TURNS

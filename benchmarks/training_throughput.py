@@ -20,12 +20,12 @@ from typing import Annotated
 
 import torch
 import typer
-from measuring import wait
 from rich.console import Console
 from rich.table import Table
 
 import kveraser as kv
 from kveraser.model.attention import for_packing
+from kveraser.model.view import finish
 from kveraser.readers import calibrate
 from kveraser.tasks import Filler, as_task, read_passages, tasks
 from kveraser.training.cases import prefill
@@ -72,13 +72,13 @@ def main(
     repairing = Repairing(REPAIR, calibrate(model, text))
 
     def learn(lessons: list[Lesson]) -> float:
-        wait(model)
+        finish(model.device)
         started = time.perf_counter()
         for group in pack(lessons, pack_tokens(model.device)):
             prefilled = prefill(base, group)
             judged = judge(base, steering, prefilled, teach(base, prefilled), window=WINDOW, repairing=repairing)
             distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
-        wait(model)
+        finish(model.device)
         return time.perf_counter() - started
 
     rows = []

@@ -159,9 +159,10 @@ def cost_model(
         calibration: what readers are told by.
     """
     base = causal_lm(model)
-    setting = [str(model_device(base)), str(model_dtype(base)), torch.get_num_threads(), torch.__version__]
-    if torch.cuda.is_available():
-        setting.append(torch.cuda.get_device_name())
+    device = model_device(base)
+    setting = [str(device), str(model_dtype(base)), torch.get_num_threads(), torch.__version__]
+    if device.type == "cuda":
+        setting.append(torch.cuda.get_device_name(device))
     config = text_config(base)
     shape = [config.model_type, config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", 0)]
     kinds = ["neutral" if steering_model is model else "trained", calibration.tells]

@@ -74,5 +74,5 @@ class Undo:
         """Overwrite the kept states with zeros and let go of them."""
         copies = [tensor.untyped_storage() for _, states in self.regions for pair in states for tensor in pair]
         for storage in {copy.data_ptr(): copy for copy in copies}.values():  # regions share them
-            storage.fill_(0)
+            storage.fill_(0)  # type: ignore[attr-defined]
         self.regions, self.cleared = [], True

@@ -102,27 +102,31 @@ test-llama-cpp: .venv-llama-cpp/.engine
 
 # What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted.
 # DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.
-LIMIT ?= 4
+LIMIT ?= 12
+SHORT_LIMIT ?= 4
 LONG_LIMIT ?= 1
 QUESTIONS ?= 100
-BACKBONE_LIMIT ?= 4
+BACKBONE_LIMIT ?= 12
 LARGER ?= qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct
+DOCUMENTS ?= qwen2.5-coder-0.5b-instruct
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 results: $(STAMP)
-	$(EVAL) --limit $(LIMIT) --lengths 256 --output $(RESULTS)/short
+	$(EVAL) --limit $(SHORT_LIMIT) --lengths 256 --output $(RESULTS)/short
 	$(EVAL) --limit $(LIMIT) --lengths 1024 --output $(RESULTS)/tasks
 	$(EVAL) --limit $(LONG_LIMIT) --lengths 4096 --output $(RESULTS)/long
 	$(EVAL) --limit $(LONG_LIMIT) --lengths 1024 --tokens 16 --tokens 64 --tokens 256 --output $(RESULTS)/curve
 	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
 	@set -e; for name in $(LARGER); do test -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$$name" || continue; \
 		$(EVAL) --model $$name --limit $(BACKBONE_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa --output $(RESULTS)/$$name; done
+	$(if $(DATA),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(DOCUMENTS)" || $(EVAL) --model $(DOCUMENTS) \
+		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
 	$(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER))
-	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents) $(RESULTS) $(PAGES))
+	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents) $(RESULTS) $(PAGES))
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench

@@ -47,7 +47,7 @@ def methods(rows: Sequence[Row], length: int) -> list[str]:
 
 def means(rows: Sequence[Row], length: int) -> str:
     """Every method in a row: the means over tasks, after / cached."""
-    shown = [metric for metric in METRICS if metric.name in MEANS]
+    shown = [m for m in METRICS if m.name in MEANS and any(row.values[m.name] for row in rows)]
     body = [
         [f"`{name}`", *(both(rows, OVERALL, length, name, m.name, m.digits) for m in shown)]
         for name in methods(rows, length)

@@ -283,11 +283,12 @@ def test_parts_of_a_run_come_together_in_the_tables_of_the_whole(evaluate, tmp_p
         assert evaluate(*options, "-o", str(folder)).exit_code == 0
         found = json.loads((folder / "results.json").read_text())
         assert found["complete"]
-        rows.append(
-            [{name: value for name, value in row.items() if "milliseconds" not in name} for row in found["rows"]]
-        )
+        assert all((row["milliseconds"] is None) == (folder == shared) for row in found["rows"])
+        rows.append([{**row, "milliseconds": None} for row in found["rows"]])
     assert rows[0] == rows[1]
     assert not (shared / "examples.jsonl").exists()
+    assert not (shared / "quality_cost.png").exists()
+    assert "ms" not in (shared / "results.md").read_text().split("| method |")[1].splitlines()[0]
 
 
 @pytest.mark.parametrize(

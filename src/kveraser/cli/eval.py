@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -83,6 +84,7 @@ def eval_command(
 
     With --output, a run that was interrupted goes on where it stopped when the same command is given again. --part 1/4 to
     --part 4/4 share one run among four processes; the command without it then makes what is missing, and the tables.
+    Parts keep no times: the other processes would be in them.
 
     KL: distance to full recomputation in nats per token of its answer, with its 95 % interval; KL ratio: over that of
     delete-and-shift; kveraser minus it: below zero where kveraser is nearer; top-1: share of tokens predicted alike; EM, F1,
@@ -125,7 +127,7 @@ def eval_command(
                 work = bar.add_task("evaluating", total=total, completed=made())
 
                 def keep(record: Record) -> None:
-                    log.add(record)
+                    log.add(replace(record, milliseconds=None) if share else record)
                     bar.advance(work)
 
                 evaluate(backbone, tokenizer, tool, options, examples, keep, list(log.records))

@@ -33,14 +33,15 @@ _KL = "KL(recompute || method), nats per token"
 
 
 def draw_plots(rows: Sequence[Row], records: Sequence[Record] = ()) -> dict[str, bytes]:
-    """File name -> PNG, for `kl_by_length.png`, `kl_by_tokens.png`, `quality_cost.png`, `kl_by_task.png` and (from records
-    whose residual is known) `residual.png`."""
+    """File name -> PNG, for `kl_by_length.png`, `kl_by_tokens.png`, `kl_by_task.png`, (where times were kept) `quality_cost.png`
+    and (from records whose residual is known) `residual.png`."""
     plots = {
         "kl_by_length.png": _png(_kl_by_length(rows)),
         "kl_by_tokens.png": _png(_kl_by_tokens(rows)),
-        "quality_cost.png": _png(_quality_cost(rows)),
         "kl_by_task.png": _png(_kl_by_task(rows)),
     }
+    if any(row.values["milliseconds"] for row in rows):
+        plots["quality_cost.png"] = _png(_quality_cost(rows))
     told = [record for record in records if record.residual is not None and record.residual > 0 and record.kl > 0]
     if told:
         plots["residual.png"] = _png(_residual(told))

@@ -71,7 +71,8 @@ class Record:
         gold, erased: the right answer without the spans, and the one that only they support.
         exact_match, f1: of the answer against the gold one; None without one.
         leaked: whether the answer says the erased one; None without one.
-        used, answer, kl, agreement, leak_margin, tokens_recomputed, residual, milliseconds: as in `MethodResult`.
+        milliseconds: of the erase; None where other processes shared the machine, since these would be in it.
+        used, answer, kl, agreement, leak_margin, tokens_recomputed, residual: as in `MethodResult`.
     """
 
     task: str
@@ -93,7 +94,7 @@ class Record:
     agreement: float
     tokens_recomputed: int
     residual: float | None
-    milliseconds: float
+    milliseconds: float | None
 
     @property
     def key(self) -> Key:

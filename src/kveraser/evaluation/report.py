@@ -69,9 +69,10 @@ def tables(rows: Sequence[Row], tasks: Sequence[str]) -> list[tuple[str, int, st
 
 
 def all_metrics(rows: Sequence[Row]) -> str:
-    """One table with every metric and its interval."""
-    head = ["method", *(metric.title for metric in METRICS)]
-    body = [[f"`{row.method}`", *(format_interval(row.values[m.name], m.digits) for m in METRICS)] for row in rows]
+    """One table with every metric that any of the rows has, and its interval."""
+    shown = [metric for metric in METRICS if any(row.values[metric.name] for row in rows)]
+    head = ["method", *(metric.title for metric in shown)]
+    body = [[f"`{row.method}`", *(format_interval(row.values[m.name], m.digits) for m in shown)] for row in rows]
     return markdown_table(head, body)
 
 

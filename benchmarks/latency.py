@@ -26,16 +26,9 @@ from kveraser.methods import as_method
 TRAINED = "kveraser, trained"
 """The eraser that ships; `kveraser` alone is what is taken by default."""
 PLACES = {"early": 1 / 16, "quarter": 1 / 4, "middle": 1 / 2, "late": 7 / 8}
-METHODS = (
-    "kveraser",
-    f"{TRAINED}:repair=0",
-    TRAINED,
-    "attention-guided-repair",
-    "delete-and-shift",
-    "local-suffix-repair",
-    "selective-recompute",
-)
-EXACT = "full-recompute"
+METHODS = (f"{TRAINED}:repair=0", TRAINED,
+           *(name for name, kind in kv.methods().items() if kind.compared and kind.removes and not kind.exact))  # fmt: skip
+EXACT, SLOW = "full-recompute", "selective-recompute"
 FLOOR = "floor"
 LONG = 4096
 """From here on, full recomputation is run once, with `--exact`, and selective recomputation too, with `--full`."""
@@ -97,7 +90,7 @@ def main(
             span = kv.Span(start, start + size)
             for method in (*METHODS, EXACT):
                 run = erasing(model, *caches[length], span, method, eraser)
-                if method not in (EXACT, METHODS[-1]) or length < LONG:
+                if method not in (EXACT, SLOW) or length < LONG:
                     cases[method, length] = run
                 elif (full or (exact and method == EXACT)) and (size, place) == shapes[0]:
                     slow[method, length] = run

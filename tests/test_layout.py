@@ -11,7 +11,7 @@ import pytest
 import kveraser
 
 SOURCE = Path(kveraser.__file__).parent
-ROOMS = ("errors", "interrupts", "files", "spans", "model", "cache", "readers", "eraser", "methods", "edit", "context",
+ROOMS = ("errors", "interrupts", "files", "extensions", "spans", "model", "cache", "readers", "eraser", "methods", "edit", "context",
          "tasks", "export", "evaluation", "training", "demo", "serving", "engines", "cli", "__main__")  # fmt: skip
 """From below to above: a room may import from those before it. CONTRIBUTING.md shows the same list."""
 

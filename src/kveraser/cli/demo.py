@@ -28,7 +28,7 @@ from kveraser.cli.common import (
 )
 from kveraser.cli.tables import heat_line, results_table, top_readers
 from kveraser.context import ErasableContext
-from kveraser.demo.latency import SUFFIXES, TIMED, measure_latency
+from kveraser.demo.latency import SUFFIXES, measure_latency
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import Told, tell_both
 from kveraser.eraser import KVEraser, default_eraser
@@ -77,7 +77,7 @@ def demo_command(
             new_context, every = _llama_cpp(model, eraser, device, dtype)
         else:
             new_context, every = _transformers(model, eraser, device, dtype, as_json)
-        timed = [method for method in every if isinstance(method, TIMED)]
+        timed = [method for method in every if method.timed]
         told: list[dict[str, Any]] = []
         rows: list[dict[str, Any]] = []
         with progress_bar() as bar:

@@ -11,13 +11,10 @@ from typing import Any
 
 from kveraser.demo.stories import pages
 from kveraser.evaluation.compare import Context
-from kveraser.methods import DeleteAndShift, EraseMethod, FullRecompute, LocalSuffixRepair, Steering
+from kveraser.methods import EraseMethod
 
 PREFIX, SPAN = 256, 64
 SUFFIXES = (256, 1024, 4096)
-
-TIMED: tuple[type[EraseMethod], ...] = (FullRecompute, DeleteAndShift, LocalSuffixRepair, Steering)
-"""What is timed, of what an engine can do."""
 
 
 def measure_latency(

@@ -20,7 +20,7 @@ from kveraser.errors import OptionError
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.metrics import exact_match, f1, leaks
 from kveraser.evaluation.record import Key, Record
-from kveraser.methods import EraseMethod, Steering, method_label, methods
+from kveraser.methods import EraseMethod, method_label, methods
 from kveraser.model.view import text_config
 from kveraser.tasks import EraseExample, Filler, Sizes, as_task
 
@@ -32,7 +32,7 @@ def default_methods(budgets: Sequence[int] = (DEFAULT_BUDGET,)) -> list[EraseMet
     """What is compared when no method is named: every registered one, at the same numbers of recomputed tokens per span.
 
     Args:
-        budgets: those numbers. Methods that recompute nothing, or everything, are there once, and `kveraser` also at 0.
+        budgets: those numbers. Methods that recompute nothing, or everything, are there once, and those that then erase, too, also at 0.
     """
     found: list[EraseMethod] = []
     for kind in methods().values():
@@ -42,8 +42,8 @@ def default_methods(budgets: Sequence[int] = (DEFAULT_BUDGET,)) -> list[EraseMet
         if kind.budget_option is None:
             found.append(method)
             continue
-        wanted = dict.fromkeys((0, *budgets) if kind is Steering else budgets)
-        found += [method.with_budget(tokens) for tokens in wanted if tokens or kind is Steering]
+        wanted = dict.fromkeys((0, *budgets) if kind.compared_at_nothing else budgets)
+        found += [method.with_budget(tokens) for tokens in wanted if tokens or kind.compared_at_nothing]
     return found
 
 

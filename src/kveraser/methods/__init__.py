@@ -1,7 +1,7 @@
 """The registry of erasing methods.
 
 To add one: write `methods/your_method.py` with a frozen dataclass below `EraseMethod`, and add it to `_METHODS`. Every
-test, table and plot then covers it.
+test, table and plot then covers it. Other packages register theirs as entry points of the group `kveraser.methods`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import difflib
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
+from kveraser.extensions import with_extensions
 from kveraser.methods.attention_guided_repair import AttentionGuidedRepair
 from kveraser.methods.auto import Auto
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
@@ -25,6 +26,8 @@ from kveraser.methods.steering import Steering
 from kveraser.methods.transaction import transact
 from kveraser.methods.undo import Undo
 
+GROUP = "kveraser.methods"
+"""Of the entry points by which other packages add methods."""
 _METHODS: tuple[type[EraseMethod], ...] = (
     NoErase,
     FullRecompute,
@@ -38,8 +41,8 @@ _METHODS: tuple[type[EraseMethod], ...] = (
 
 
 def methods() -> dict[str, type[EraseMethod]]:
-    """Every erasing method by name, in the order of the tables."""
-    return {method.name: method for method in _METHODS}
+    """Every erasing method by name, in the order of the tables, those of other packages last."""
+    return with_extensions(GROUP, EraseMethod, _METHODS)
 
 
 def as_method(method: str | EraseMethod | KVEraser) -> EraseMethod:

@@ -38,6 +38,7 @@ class AttentionGuidedRepair(EraseMethod):
 
     name: ClassVar[str] = "attention-guided-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
+    timed: ClassVar[bool] = False
     moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
 

@@ -34,6 +34,7 @@ class Auto(EraseMethod):
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "full-recompute where it is as cheap as kveraser, else kveraser"
+    timed: ClassVar[bool] = False
     needs_eraser: ClassVar[bool] = True
     compared: ClassVar[bool] = False
 

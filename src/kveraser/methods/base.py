@@ -163,6 +163,10 @@ class EraseMethod(ABC):
     """The option that says how many tokens behind each span are recomputed, if there is one."""
     compared: ClassVar[bool] = True
     """Whether tables compare it with the others; not where it only chooses among them."""
+    compared_at_nothing: ClassVar[bool] = False
+    """Whether tables also show it with nothing recomputed, since it erases even then."""
+    timed: ClassVar[bool] = True
+    """Whether short tables of latency show it."""
 
     def with_budget(self, tokens: int) -> EraseMethod:
         """The method at so many recomputed tokens per span; methods without such an option stay as they are."""

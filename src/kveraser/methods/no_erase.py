@@ -14,6 +14,7 @@ class NoErase(EraseMethod):
 
     name: ClassVar[str] = "no-erase"
     summary: ClassVar[str] = "leave the span in the context (baseline)"
+    timed: ClassVar[bool] = False
     removes: ClassVar[bool] = False
 
     def plan(self, edit: Edit) -> Plan:

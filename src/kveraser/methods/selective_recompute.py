@@ -38,6 +38,7 @@ class SelectiveRecompute(EraseMethod):
 
     name: ClassVar[str] = "selective-recompute"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
+    timed: ClassVar[bool] = False
     moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
 

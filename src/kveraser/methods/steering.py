@@ -113,6 +113,7 @@ class Steering(EraseMethod):
     name: ClassVar[str] = "kveraser"
     summary: ClassVar[str] = "replace the span's states, recompute the tokens that have read it"
     needs_eraser: ClassVar[bool] = True
+    compared_at_nothing: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "repair"
 
     def __post_init__(self) -> None:

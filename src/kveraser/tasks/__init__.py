@@ -1,6 +1,7 @@
 """The registry of data tasks.
 
 To add one: write `tasks/your_task.py` with a class below `Task`, and add it to `_TASKS`.
+Other packages register theirs as entry points of the group `kveraser.tasks`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kveraser.errors import OptionError
+from kveraser.extensions import with_extensions
 from kveraser.tasks.base import EraseExample, Sizes, Task, ask
 from kveraser.tasks.coreference import Coreference
 from kveraser.tasks.document_qa import DocumentQA
@@ -22,6 +24,8 @@ from kveraser.tasks.splits import Split
 from kveraser.tasks.tool_observation import ToolObservation
 from kveraser.tasks.tool_selection import ToolSelection
 
+GROUP = "kveraser.tasks"
+"""Of the entry points by which other packages add tasks."""
 _TASKS: tuple[type[Task], ...] = (
     SpanNeighbor,
     Needle,
@@ -36,8 +40,8 @@ _TASKS: tuple[type[Task], ...] = (
 
 
 def tasks() -> dict[str, type[Task]]:
-    """Every task by name."""
-    return {task.name: task for task in _TASKS}
+    """Every task by name, those of other packages last."""
+    return with_extensions(GROUP, Task, _TASKS)
 
 
 def as_task(name: str) -> Task:

@@ -22,7 +22,7 @@ import kveraser as kv
 from kveraser.files import write_atomically
 from kveraser.training import TrainConfig, read_config
 from kveraser.training.distill import Variant
-from kveraser.training.loop import StageRun
+from kveraser.training.stage import StageRun
 
 
 @dataclass(frozen=True)

@@ -244,20 +244,20 @@ def test_eval_prints_a_table_of_means_and_on_request_one_for_every_task(evaluate
 def test_eval_goes_on_where_it_was_interrupted(evaluate, tmp_path, monkeypatch):
     options = ["-t", "needle", "-M", "no-erase", "-M", "delete-and-shift", "-o", str(tmp_path / "out")]
     lines = tmp_path / "out" / "examples.jsonl"
-    add = record.RunLog.add
+    add = record.RecordLog.add
 
     def stop(self, entry):
         add(self, entry)
         if len(self.records) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(record.RunLog, "add", stop)
+    monkeypatch.setattr(record.RecordLog, "add", stop)
     interrupted = evaluate(*options)
     assert interrupted.exit_code == 130
     assert "3 of 8" in interrupted.output
     assert not json.loads((tmp_path / "out" / "results.json").read_text())["complete"]
     begun = lines.read_text()
-    monkeypatch.setattr(record.RunLog, "add", add)
+    monkeypatch.setattr(record.RecordLog, "add", add)
     assert evaluate(*options).exit_code == 0
     assert lines.read_text().startswith(begun)
     assert len(lines.read_text().splitlines()) == 8

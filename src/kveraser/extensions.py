@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 Named = TypeVar("Named")
 
 
-def with_extensions(group: str, base: type[Named], own: Iterable[type[Named]]) -> dict[str, type[Named]]:
+def with_extensions(group: str, base: Any, own: Iterable[type[Named]]) -> dict[str, type[Named]]:
     """The classes of this library and then those of other packages, by their `name`.
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
-from kveraser.evaluation.record import RECORDS, RESULTS, Record, RunLog
+from kveraser.evaluation.record import RECORDS, RESULTS, Record, RecordLog
 from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
 from kveraser.methods import as_method
 from kveraser.tasks import Filler
@@ -47,7 +47,7 @@ def timeless(records):
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    return list(run(RunLog(HEADER)))
+    return list(run(RecordLog(HEADER)))
 
 
 def test_every_method_is_run_on_every_example_in_both_protocols(uninterrupted):
@@ -74,7 +74,7 @@ def test_the_same_seed_draws_the_same_examples_and_tasks_come_in_turns():
 
 @pytest.mark.parametrize("stop", [1, 7, 30])
 def test_an_interrupted_run_goes_on_to_the_results_of_an_uninterrupted_one(tmp_path, uninterrupted, stop):
-    log = RunLog(HEADER, tmp_path)
+    log = RecordLog(HEADER, tmp_path)
 
     def keep(record):
         log.add(record)
@@ -83,36 +83,38 @@ def test_an_interrupted_run_goes_on_to_the_results_of_an_uninterrupted_one(tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         run(log, keep=keep)
-    again = RunLog(HEADER, tmp_path)
+    again = RecordLog(HEADER, tmp_path)
     assert len(again.records) == stop
     run(again)
     assert len(again.records) == TOTAL
     assert timeless(again.records) == timeless(uninterrupted)
-    assert timeless(RunLog(HEADER, tmp_path).records) == timeless(uninterrupted)
+    assert timeless(RecordLog(HEADER, tmp_path).records) == timeless(uninterrupted)
 
 
 def test_a_finished_run_runs_no_model_again(tmp_path, uninterrupted):
-    log = RunLog(HEADER, tmp_path)
+    log = RecordLog(HEADER, tmp_path)
     for record in uninterrupted:
         log.add(record)
-    evaluate(text_model(), make_tokenizer(), None, OPTIONS, examples(), pytest.fail, RunLog(HEADER, tmp_path).records)
+    evaluate(
+        text_model(), make_tokenizer(), None, OPTIONS, examples(), pytest.fail, RecordLog(HEADER, tmp_path).records
+    )
 
 
 def test_a_broken_last_line_is_dropped_and_made_again(tmp_path, uninterrupted):
-    log = RunLog(HEADER, tmp_path)
+    log = RecordLog(HEADER, tmp_path)
     for record in uninterrupted[:3]:
         log.add(record)
     file = tmp_path / RECORDS
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
-    again = RunLog(HEADER, tmp_path)
+    again = RecordLog(HEADER, tmp_path)
     assert again.records == uninterrupted[:2]
     again.add(uninterrupted[2])
     assert file.read_bytes() == whole
 
 
 def test_every_line_is_one_record(tmp_path, uninterrupted):
-    log = RunLog(HEADER, tmp_path)
+    log = RecordLog(HEADER, tmp_path)
     log.add(uninterrupted[0])
     (line,) = (tmp_path / RECORDS).read_text().splitlines()
     assert json.loads(line) == asdict(uninterrupted[0])
@@ -122,37 +124,37 @@ def test_every_line_is_one_record(tmp_path, uninterrupted):
 
 
 def test_a_run_with_other_options_is_refused_until_it_is_started_anew(tmp_path, uninterrupted):
-    RunLog(HEADER, tmp_path).add(uninterrupted[0])
+    RecordLog(HEADER, tmp_path).add(uninterrupted[0])
     other = {**HEADER, "options": replace(OPTIONS, limit=3).as_dict()}
     with pytest.raises(kv.OptionError, match="limit is 3, was 2.*--fresh"):
-        RunLog(other, tmp_path)
-    assert len(RunLog(HEADER, tmp_path).records) == 1
-    assert RunLog(other, tmp_path, fresh=True).records == []
+        RecordLog(other, tmp_path)
+    assert len(RecordLog(HEADER, tmp_path).records) == 1
+    assert RecordLog(other, tmp_path, fresh=True).records == []
     assert json.loads((tmp_path / RESULTS).read_text())["options"]["limit"] == 3
 
 
 def test_other_options_are_fine_where_nothing_was_recorded(tmp_path):
-    RunLog(HEADER, tmp_path)
-    RunLog({**HEADER, "options": {}}, tmp_path)
+    RecordLog(HEADER, tmp_path)
+    RecordLog({**HEADER, "options": {}}, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["no json\n", '{"task": "needle"}\n', "[1]\n"])
 def test_a_damaged_file_is_named_with_its_line(tmp_path, uninterrupted, damage):
-    RunLog(HEADER, tmp_path).add(uninterrupted[0])
+    RecordLog(HEADER, tmp_path).add(uninterrupted[0])
     with (tmp_path / RECORDS).open("a") as file:
         file.write(damage)
     with pytest.raises(kv.OptionError, match="line 2 of .*--fresh"):
-        RunLog(HEADER, tmp_path)
+        RecordLog(HEADER, tmp_path)
 
 
 def test_records_without_their_options_and_folders_that_are_files_are_refused(tmp_path, uninterrupted):
-    RunLog(HEADER, tmp_path / "a").add(uninterrupted[0])
+    RecordLog(HEADER, tmp_path / "a").add(uninterrupted[0])
     (tmp_path / "a" / RESULTS).write_text("{}")
     with pytest.raises(kv.OptionError, match="does not say with which options"):
-        RunLog(HEADER, tmp_path / "a")
+        RecordLog(HEADER, tmp_path / "a")
     (tmp_path / "b").write_text("")
     with pytest.raises(kv.OptionError, match="cannot write results"):
-        RunLog(HEADER, tmp_path / "b")
+        RecordLog(HEADER, tmp_path / "b")
 
 
 @pytest.mark.parametrize(

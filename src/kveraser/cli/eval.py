@@ -30,7 +30,7 @@ from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, Protocol
 from kveraser.evaluation.provenance import environment, eraser_facts, placement, text_digest
-from kveraser.evaluation.record import Part, Record, RunLog
+from kveraser.evaluation.record import Part, Record, RecordLog
 from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
@@ -111,7 +111,7 @@ def eval_command(
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
         header = _header(options, model, backbone, tool, passages)
-        log = RunLog(header, output, fresh, share)
+        log = RecordLog(header, output, fresh, share)
         filler = Filler(passages, lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
         examples = draw(options, filler)
         if share:

@@ -102,7 +102,7 @@ class Record:
         return self.task, self.length, self.index, self.protocol, self.method
 
 
-class RunLog:
+class RecordLog:
     """The records of a run, in a folder or in memory only.
 
     Args:

@@ -1,12 +1,12 @@
 """Training an eraser by self-distillation from full recomputation, in two stages.
 
-`config` says what a run depends on, `stages` runs it, `loop` is one stage, `lessons` what is learnt from, `distill` turns
-lessons into a loss.
+`config` says what a run depends on, `run` runs it, `stage` is one stage. `lessons` are what is learnt from, `cases` these with
+their states, `rereading` computes what an erase recomputes, `distill` turns all of it into a loss.
 """
 
 from kveraser.training.config import PRESETS, STAGES, EraserOptions, Stage, StageName, TrainConfig, read_config
 from kveraser.training.progress import Progress, Validation
-from kveraser.training.stages import train_eraser
+from kveraser.training.run import train_eraser
 
 __all__ = [
     "PRESETS",

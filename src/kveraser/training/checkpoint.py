@@ -20,7 +20,7 @@ FILE_NAME = "checkpoint.pt"
 
 
 @dataclass
-class State:
+class Checkpoint:
     """Where a stage is.
 
     Attributes:
@@ -57,7 +57,7 @@ class State:
             ) from error
 
 
-def load_state(folder: Path, run: dict[str, Any]) -> State | None:
+def load_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint in a folder; None when there is none.
 
     Raises:
@@ -67,7 +67,7 @@ def load_state(folder: Path, run: dict[str, Any]) -> State | None:
     if not file.exists():
         return None
     try:
-        state = State(**torch.load(file, map_location="cpu", weights_only=True))
+        state = Checkpoint(**torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises pickle's, zip's and its own errors
         raise TrainingError(f"cannot read {file}: {error}; delete it to start the stage anew") from error
     for key in run.keys() | state.run.keys():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-class RunLog:
+class StageLog:
     """`train.jsonl` and TensorBoard, cut back to the step that a run resumes from."""
 
     def __init__(self, folder: Path, step: int) -> None:

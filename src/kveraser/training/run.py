@@ -24,9 +24,9 @@ from kveraser.readers import calibrate
 from kveraser.tasks import Filler
 from kveraser.training.config import STAGES, StageName, TrainConfig
 from kveraser.training.lessons import encoder, read_filler
-from kveraser.training.loop import StageRun
 from kveraser.training.neutral import hide
 from kveraser.training.progress import Report
+from kveraser.training.stage import StageRun
 
 _TEXTS, _TEXT_TOKENS = 4, 256
 _CALIBRATION_TOKENS = 2000

@@ -28,14 +28,14 @@ from kveraser.model.attention import for_packing
 from kveraser.tasks import Filler, Split, as_task
 from kveraser.training.card import write_card
 from kveraser.training.cases import prefill
-from kveraser.training.checkpoint import State, load_state
+from kveraser.training.checkpoint import Checkpoint, load_checkpoint
 from kveraser.training.config import Stage, StageName, TrainConfig
 from kveraser.training.distill import Judgement, Variant, judge, pack, pack_tokens, teach
 from kveraser.training.lessons import Lesson, LessonPlan, encoder, read_filler
 from kveraser.training.losses import distillation_loss
 from kveraser.training.progress import Progress, Report, Sums, Validation
 from kveraser.training.rereading import Repairing
-from kveraser.training.run_log import RunLog
+from kveraser.training.stage_log import StageLog
 
 
 class StageRun:
@@ -86,7 +86,7 @@ class StageRun:
         self.mean = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.best, self.waited = 0, math.inf, 0
         self.run_id = _run_id(config, name, eraser)
-        if (state := load_state(folder, self.run_id)) is not None:
+        if (state := load_checkpoint(folder, self.run_id)) is not None:
             self._restore(state)
         self.held_out = [self._lesson("eval", 0, index) for index in self._own(self.stage.validation_contexts)]
 
@@ -95,7 +95,7 @@ class StageRun:
     def run(self) -> Validation | None:
         """Train to the end of the stage, or until patience runs out; returns the last validation."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = RunLog(self.folder, self.step) if self.accelerator.is_main_process else None
+        log = StageLog(self.folder, self.step) if self.accelerator.is_main_process else None
         clock, spans, validation = time.perf_counter(), 0, None
         try:
             if self.step == 0:
@@ -245,17 +245,17 @@ class StageRun:
         if self.accelerator.is_main_process:
             weights = [parameter.detach() for parameter in self.parameters]
             optimizer = self.optimizer.state_dict()
-            State(self.run_id, self.step, weights, self.mean, optimizer, self.best, self.waited).save(self.folder)
+            Checkpoint(self.run_id, self.step, weights, self.mean, optimizer, self.best, self.waited).save(self.folder)
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, state: State) -> None:
+    def _restore(self, state: Checkpoint) -> None:
         self.step, self.best, self.waited = state.step, state.best, state.waited
         with torch.no_grad():
             for own, saved in zip((*self.parameters, *self.mean), (*state.weights, *state.mean), strict=True):
                 own.copy_(saved)
         self.optimizer.load_state_dict(state.optimizer)
 
-    def _tell(self, log: RunLog | None, sums: Sums, validation: Validation | None, speed: float) -> None:
+    def _tell(self, log: StageLog | None, sums: Sums, validation: Validation | None, speed: float) -> None:
         train = sums.validation
         tokens = sums.after_tokens + sums.cached_tokens
         kl = (sums.after + sums.cached) / tokens if tokens else math.nan

@@ -81,7 +81,7 @@ def serve_command(
             import uvicorn
 
             from kveraser.serving.app import AppOptions, create_app
-            from kveraser.serving.engine import Engine, EngineOptions
+            from kveraser.serving.service import Service, ServiceOptions
         except ImportError as error:
             raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
         if policy not in ("exact", "kveraser", "auto"):
@@ -91,17 +91,17 @@ def serve_command(
             raise OptionError(
                 f"{host} can be reached from other machines; set KVERASER_API_KEYS, or listen on 127.0.0.1"
             )
-        options = EngineOptions(
+        options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]
             cache_budget=parse_bytes(cache_budget), placeholder=placeholder, state_dir=state_dir,
             queue_size=queue_size, timeout=timeout,
         )  # fmt: skip
         limit = parse_bytes(body_limit)
         backbone, tokenizer = load(model, device, dtype)
-        engine = Engine(backbone, tokenizer, find_eraser(eraser, backbone), options)
+        service = Service(backbone, tokenizer, find_eraser(eraser, backbone), options)
         name = served_name or model
         hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
-        app = create_app(engine, AppOptions(name, keys, limit, hosts))
+        app = create_app(service, AppOptions(name, keys, limit, hosts))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
         settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}

@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kveraser.serving.http_errors import ApiError, error_response
+from kveraser.serving.errors import ApiError, error_response
 
 ANYBODY = ""
 """The owner of everything where no keys are set."""

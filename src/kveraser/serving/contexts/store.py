@@ -10,14 +10,11 @@ it is on disk before a change to it is acknowledged.
 from __future__ import annotations
 
 import logging
-import shutil
-import sqlite3
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import SessionFileError
+from kveraser.serving.contexts.cards import StoredContext
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.matching import Ids
-from kveraser.serving.contexts.state_dir import StateDir, StoredContext
+from kveraser.serving.contexts.state_dir import StateDir, temporary_state_dir
 
 log = logging.getLogger("kveraser.serving")
 
@@ -66,8 +64,8 @@ class ContextStore:
     ) -> None:
         self.model, self.tokenizer, self.eraser = model, tokenizer, eraser
         self.budget, self.placeholder = budget, placeholder
-        self._temporary = Path(mkdtemp(prefix="kveraser-")) if folder is None else None
-        self._disk = StateDir(folder or self._temporary or Path())
+        self._is_temporary = folder is None
+        self._disk = temporary_state_dir() if folder is None else StateDir(folder)
         self._held: OrderedDict[str, HeldContext] = OrderedDict()
         self._stored: OrderedDict[str, StoredContext] = OrderedDict((row.id, row) for row in self._disk)
 
@@ -125,11 +123,9 @@ class ContextStore:
 
     def save(self, held: HeldContext) -> None:
         """Write a context to disk; when this returns, it survives the end of the process."""
-        held.context.save(self._disk.path(held.id))
         ids = np.empty(0, dtype=np.int64) if held.is_session else held.view.ids
-        self._stored[held.id] = self._disk.enter(
-            held.id, held.owner, held.is_session, ids, held.placeholders, held.prompt_end
-        )
+        row = StoredContext(held.id, held.owner, held.is_session, ids, held.placeholders, held.prompt_end)
+        self._stored[held.id] = self._disk.write(row, held.context.save)
         self._stored.move_to_end(held.id)
 
     def copy(self, held: HeldContext, length: int) -> HeldContext:
@@ -160,19 +156,19 @@ class ContextStore:
         """Write what is in memory to disk, and let go of the folder."""
         for held in list(self._held.values()):
             self._spill(held)
-        self._disk.close()
-        if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._is_temporary:
+            self._disk.discard()
+        else:
+            self._disk.close()
 
     def _spill(self, held: HeldContext) -> None:
         del self._held[held.id]
         if not held.is_session and len(held.context):  # a session was saved when it was changed
             try:
                 self.save(held)
-            except (OSError, sqlite3.Error) as error:  # a full disk, say: it is only a cache
+            except OSError as error:  # a full disk, say: it is only a cache
                 log.warning("a cached conversation was dropped: %s", type(error).__name__)
                 self._stored.pop(held.id, None)
-                shutil.rmtree(self._disk.path(held.id), ignore_errors=True)
         kept = [row for row in self._stored.values() if not row.is_session]
         while kept and sum(row.bytes for row in kept) > DISK_TIMES * self.budget:
             oldest = kept.pop(0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from serving_helpers import servers
 
+import kveraser as kv
+
 
 @pytest.fixture
 def serve():
@@ -40,3 +42,40 @@ def test_web_pages_cannot_reach_a_local_server_under_a_name_of_their_own(serve):
     server = serve(hosts=("localhost",))
     assert server.call("GET", "/healthz").status_code == 400
     assert server.call("GET", "/healthz", headers={"host": "localhost:8000"}).status_code == 200
+
+
+@pytest.mark.parametrize("key", ["", " ", "ключ"])
+def test_an_application_is_never_made_with_a_key_that_lets_everybody_in(serve, key):
+    with pytest.raises(kv.OptionError, match="API key 1 of 1"):
+        serve(keys=(key,))
+
+
+FOREIGN = [
+    {"origin": "https://evil.example"},
+    {"origin": "null"},
+    {"origin": "http://testserver:3000"},
+    {"origin": "http://testserver", "sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+]
+OWN = [{}, {"origin": "http://testserver"}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}]
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_a_page_of_another_site_can_change_nothing_on_a_server_without_keys(serve, headers):
+    server = serve()
+    name = server.call("POST", "/v1/sessions").json()["id"]
+    for method, path in (("POST", "/v1/sessions"), ("DELETE", f"/v1/sessions/{name}"), ("POST", "/v1/completions")):
+        reply = server.call(method, path, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "cross_site_request")
+    assert server.call("GET", "/v1/sessions").json()["data"] == [name]
+
+
+@pytest.mark.parametrize("headers", OWN)
+def test_the_servers_own_page_and_programs_are_let_in(serve, headers):
+    assert serve().call("POST", "/v1/sessions", headers=headers).status_code == 201
+
+
+def test_with_keys_the_key_alone_decides(serve):
+    server = serve(keys=("alpha",))
+    assert server.call("POST", "/v1/sessions", headers=FOREIGN[0]).status_code == 401
+    assert server.call("POST", "/v1/sessions", "alpha", headers=FOREIGN[0]).status_code == 201

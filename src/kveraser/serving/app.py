@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from kveraser import __version__
-from kveraser.serving.access import BodyLimit, Keys, owner_of
+from kveraser.serving.access import BodyLimit, Keys, SameOrigin, owner_of
 from kveraser.serving.errors import install_handlers
 from kveraser.serving.metrics import CountRequests, Metrics
 from kveraser.serving.openai.routes import openai_router
@@ -71,6 +71,8 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
 
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(BodyLimit, limit=options.body_limit)
+    if not options.api_keys:
+        app.add_middleware(SameOrigin)
     if options.hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts), www_redirect=False)
     return app

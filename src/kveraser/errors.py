@@ -40,6 +40,12 @@ class ContextError(KVEraserError, ValueError):
     """A context that cannot do what was asked of it: empty, no tokenizer, a chat template that is not prefix-stable."""
 
 
+class ContextLengthError(ContextError):
+    """More tokens than the model can see at once. `param`: the field of a request that they come from, where known."""
+
+    param: str | None = None
+
+
 class SessionFileError(KVEraserError, ValueError):
     """A saved session that is missing, truncated, altered, of a newer format, or of another model."""
 

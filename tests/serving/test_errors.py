@@ -42,7 +42,9 @@ def test_a_full_queue_is_answered_with_429_and_when_to_come_back(serve):
 
 
 def test_a_request_that_takes_too_long_gets_408(serve):
-    assert serve(timeout=0.05).chat(max_tokens=5000).status_code == 408
+    reply = serve(timeout=0.05).chat(max_tokens=5000)
+    assert reply.status_code == 408
+    assert reply.headers["x-should-retry"] == "false"  # else OpenAI's clients let it run three times
 
 
 def test_no_prompt_reaches_a_log_not_even_with_a_mistake_of_ours(serve, caplog, monkeypatch):
@@ -57,5 +59,6 @@ def test_no_prompt_reaches_a_log_not_even_with_a_mistake_of_ours(serve, caplog, 
     reply = server.chat([("user", "xylophone quartz")])
     assert reply.status_code == 500
     assert reply.json()["error"]["type"] == "server_error"
+    assert reply.headers["x-should-retry"] == "false"
     assert "unexpected RuntimeError" in caplog.text
     assert "xylophone" not in caplog.text + reply.text

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from kveraser.errors import (
+    ContextLengthError,
     JobCancelledError,
     JobTimeoutError,
     KVEraserError,
@@ -23,11 +24,16 @@ from kveraser.errors import (
     SessionFileError,
     SessionNotFoundError,
 )
+from kveraser.serving.invalid import explain
 
 log = logging.getLogger("kveraser.serving")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error",
           429: "rate_limit_error", 500: "server_error", 503: "server_error"}  # fmt: skip
+
+_NO_RETRY = {
+    "x-should-retry": "false"
+}  # OpenAI's clients try again by themselves unless they are told that it is of no use
 
 
 class ApiError(Exception):
@@ -53,9 +59,13 @@ def describe(error: BaseException) -> tuple[int, str, str | None, str | None, di
     if isinstance(error, QueueFullError):
         return 429, str(error), "queue_full", None, {"Retry-After": str(error.retry_after)}
     if isinstance(error, JobTimeoutError):
-        return 408, str(error), "timeout", None, {}
+        return 408, str(error), "timeout", None, _NO_RETRY
     if isinstance(error, JobCancelledError):
         return 503, str(error), "stopping", None, {"Retry-After": "5"}
+    if isinstance(error, ContextLengthError):
+        return 400, str(error), "context_length_exceeded", error.param, {}
+    if isinstance(error, RecursionError):  # ours end; what a client nests may not
+        return 400, "the request is nested too deeply", "invalid_value", None, {}
     if isinstance(error, SessionNotFoundError):
         return 404, str(error), "session_not_found", None, {}
     if isinstance(error, KVEraserError):
@@ -65,7 +75,7 @@ def describe(error: BaseException) -> tuple[int, str, str | None, str | None, di
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f"{Path(place[0].filename).name}:{place[0].lineno}" if place else "?"
     log.error("unexpected %s at %s", type(error).__name__, where)  # not its text: it may quote a prompt
-    return 500, "the server made a mistake; its log says where", "internal_error", None, {}
+    return 500, "the server made a mistake; its log says where", "internal_error", None, _NO_RETRY
 
 
 def error_response(error: BaseException) -> JSONResponse:
@@ -92,9 +102,8 @@ def install_handlers(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body").encode("utf-8", "replace").decode()
-        return _response(400, f"{where or 'body'}: {first['msg']}", "invalid_value", where or None)
+        param, message = explain(error.errors(), error.body)
+        return _response(400, message, "invalid_value", param)
 
     for kind in (ApiError, KVEraserError, Exception):
         app.add_exception_handler(kind, ours)

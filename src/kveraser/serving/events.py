@@ -21,9 +21,12 @@ STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {EVENT_STREAM: {}}}
 """What OpenAPI is told of a route that also streams."""
 
 
+_BREAKS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
+
+
 def event_line(value: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    """One server-sent event, which is one line also for clients to whom Unicode's line breaks end one."""
+    return f"data: {json.dumps(value, ensure_ascii=False).translate(_BREAKS)}\n\n"
 
 
 async def event_response(request: Request, events: AsyncGenerator[dict[str, Any]]) -> StreamingResponse:

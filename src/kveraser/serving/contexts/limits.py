@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from kveraser.errors import ContextError
+from kveraser.errors import ContextError, ContextLengthError
 from kveraser.model.view import model_dtype, text_config
 
 _GROWTH = 1.5  # a cache layer that grows takes up to this much more than it needs
@@ -50,10 +50,11 @@ class Limits:
             copies: so many contexts of that length are needed at once.
 
         Raises:
-            ContextError: it is longer than the model's context length or takes more than the whole budget.
+            ContextLengthError: it is longer than the model's context length.
+            ContextError: it takes more than the whole budget.
         """
         if tokens > self.context_length:
-            raise ContextError(
+            raise ContextLengthError(
                 f"{said or f'{tokens} tokens'} are more than the model's context length of {self.context_length} tokens"
             )
         if self.bytes_for(tokens) * copies > self.budget:

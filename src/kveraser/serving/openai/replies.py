@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kveraser.serving.completion import Reply
 from kveraser.serving.decoding import Delta, TokenLogprob
 from kveraser.serving.events import event_line
+from kveraser.serving.openai.token_bytes import TokenBytes
 
 Progress = tuple[Delta, Reply]
 """What is new of a reply, and the reply so far."""
@@ -32,7 +33,7 @@ class ChatShape:
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.token_bytes = tokenizer, TokenBytes(tokenizer)
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
     def whole(self, reply: Reply, logprobs: bool) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class ChatShape:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(self.token_bytes.of(token))}
 
     def token_text(self, token: int) -> str:
         """The text of one token."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from jinja2 import TemplateError
 
+from kveraser.errors import ContextLengthError
 from kveraser.serving.completion import Prompt
 from kveraser.serving.errors import ApiError
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
@@ -24,9 +25,8 @@ def chat_prompt(service: Service, body: ChatRequest, owner: str) -> Prompt:
     rest = service.limits.context_length - len(ids)
     limit = body.max_completion_tokens or body.max_tokens or max(min(rest, service.options.max_reply), 1)
     sampling = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
-    prompt = Prompt(owner, ids, body.kveraser.policy or service.options.policy, sampling)
-    service.check(prompt)
-    return prompt
+    prompt = Prompt(owner, ids, body.policy or service.options.policy, sampling)
+    return _checked(service, prompt, "messages")
 
 
 def completion_prompt(service: Service, body: CompletionRequest, owner: str) -> Prompt:
@@ -36,12 +36,21 @@ def completion_prompt(service: Service, body: CompletionRequest, owner: str) -> 
         ApiError: a token id that the model does not have.
         ContextError: it can never be answered: no tokens, or too many.
     """
-    ids = service.tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+    asked = body.one_prompt
+    ids = service.tokenizer.encode(asked) if isinstance(asked, str) else asked
     if any(token >= service.vocabulary for token in ids):
         raise ApiError(400, f"a token id is outside the vocabulary of {service.vocabulary}", param="prompt")
     sampling = body.sampling(body.max_tokens or 16, body.logprobs)
-    prompt = Prompt(owner, tuple(ids), body.kveraser.policy or service.options.policy, sampling)
-    service.check(prompt)
+    prompt = Prompt(owner, tuple(ids), body.policy or service.options.policy, sampling)
+    return _checked(service, prompt, "prompt")
+
+
+def _checked(service: Service, prompt: Prompt, param: str) -> Prompt:
+    try:
+        service.check(prompt)
+    except ContextLengthError as error:
+        error.param = param
+        raise
     return prompt
 
 

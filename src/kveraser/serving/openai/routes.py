@@ -71,8 +71,7 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
             return shape.whole(await run(service, request, complete), logprobs)
         events = stream(service, work)
         first = await first_of(request, events)  # an error before the first token has a status of its own
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return line_response(reply_lines(first, events, shape, logprobs, with_usage), events)
+        return line_response(reply_lines(first, events, shape, logprobs, body.with_usage), events)
 
     @router.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request, owner: Owner) -> Response:

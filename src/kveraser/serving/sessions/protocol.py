@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from kveraser.serving.decoding import Sampling
-from kveraser.serving.fields import Count, Text
+from kveraser.serving.fields import Body, Count, Role, Text
 from kveraser.serving.sessions.comparing import Question
 from kveraser.serving.sessions.selection import Selection
 from kveraser.spans import Span
@@ -19,16 +19,10 @@ Position = Annotated[int, Field(ge=0, le=1 << 31)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Body(BaseModel):
-    """A body in which every field must be known."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
 class NewMessage(Body):
     """A message to be appended."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
+    role: Role
     content: Text
     id: Name | None = Field(None, description="A name by which the message can be erased.")
 

@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from kveraser.context import RepairProgress
 from kveraser.serving.access import Owner
 from kveraser.serving.events import STREAMS, event_response
+from kveraser.serving.fields import template_role
 from kveraser.serving.service import Service
 from kveraser.serving.sessions.asking import SessionReply, ask, compare_versions
 from kveraser.serving.sessions.comparing import Event, VersionAnswer
@@ -71,7 +72,7 @@ def session_router(service: Service) -> APIRouter:
         """Process a message; the answer has the span of its content."""
 
         def work(job: Job) -> Span:
-            return sessions.append_message(owner, session_id, body.role, body.content, body.id)
+            return sessions.append_message(owner, session_id, template_role(body.role), body.content, body.id)
 
         return {"id": body.id, "span": pair(await run(service, request, work))}
 

@@ -48,19 +48,19 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    """Read when asked for."""
+    """The last numbers that the service has published."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def collect(self) -> Iterator[Metric]:
-        memory, disk = self.service.store.count
+        numbers = self.service.numbers  # the store itself belongs to the worker's thread
         for name, text, value in (
             ("kveraser_queue_waiting", "Requests that wait.", self.service.worker.waiting),
-            ("kveraser_cache_bytes", "Keys and values in memory.", self.service.store.bytes),
-            ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", self.service.store.budget),
-            ("kveraser_contexts_in_memory", "Contexts in memory.", memory),
-            ("kveraser_contexts_on_disk", "Contexts on disk only.", disk),
+            ("kveraser_cache_bytes", "Keys and values in memory.", numbers.bytes),
+            ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", numbers.budget),
+            ("kveraser_contexts_in_memory", "Contexts in memory.", numbers.in_memory),
+            ("kveraser_contexts_on_disk", "Contexts on disk only.", numbers.on_disk),
         ):
             yield GaugeMetricFamily(name, text, value)
 

@@ -85,7 +85,9 @@ class Service:
         )  # fmt: skip
         self._finder = ContextFinder(self.store, self.limits, tokenizer)
         self._end_ids = end_ids(model)
-        self.worker = Worker(self.options.queue_size, IdleRepair(self.store).step)
+        self.numbers = self.store.numbers()
+        """Of the store, after the last piece of work; for all threads."""
+        self.worker = Worker(self.options.queue_size, IdleRepair(self.store).step, self._publish)
 
     def submit(self, work: Callable[[Job], Any]) -> Job:
         """Queue work on the contexts.
@@ -145,6 +147,9 @@ class Service:
             if len(held.context) == 0:
                 self.store.forget(held)
             self.store.make_room()
+
+    def _publish(self) -> None:
+        self.numbers = self.store.numbers()
 
     def close(self) -> None:
         """Finish what is running, write the contexts to disk, and stop."""

@@ -48,11 +48,12 @@ class Worker:
     Args:
         capacity: jobs that may wait.
         idle: does a little work; returns whether there is more.
+        after: called in the worker's thread after every job and every bit of idle work, before the result is there.
     """
 
-    def __init__(self, capacity: int, idle: Callable[[], bool]) -> None:
+    def __init__(self, capacity: int, idle: Callable[[], bool], after: Callable[[], None] = lambda: None) -> None:
         self._queue: queue.Queue[Job | None] = queue.Queue()
-        self._capacity, self._idle = capacity, idle
+        self._capacity, self._idle, self._after = capacity, idle, after
         self._typical = 1.0  # seconds per job, a running mean
         self._stopping = threading.Event()
         self._running: Job | None = None
@@ -103,6 +104,7 @@ class Worker:
                 job = self._queue.get(block=not more)
             except queue.Empty:
                 more = False if self._stopping.is_set() else self._idle()
+                self._after()
                 continue
             if job is None:
                 return
@@ -111,8 +113,13 @@ class Worker:
             self._running, started = job, time.monotonic()
             try:
                 job.check()
-                job.future.set_result(job.work(job))
-            except BaseException as error:
+                result, error = job.work(job), None
+            except BaseException as raised:
+                result, error = None, raised
+            self._after()
+            if error is None:
+                job.future.set_result(result)
+            else:
                 job.future.set_exception(error)
             self._typical += 0.2 * (time.monotonic() - started - self._typical)
             self._running, more = None, True

@@ -43,6 +43,16 @@ class Candidate:
     exact_until: int
 
 
+@dataclass(frozen=True)
+class StoreNumbers:
+    """A store at one moment: bytes of keys and values in memory and their budget, contexts in memory and on disk only."""
+
+    bytes: int
+    budget: int
+    in_memory: int
+    on_disk: int
+
+
 class ContextStore:
     """Contexts by id; every look-up names the owner, and finds nothing of anybody else's.
 
@@ -108,6 +118,10 @@ class ContextStore:
     def to_repair(self) -> HeldContext | None:
         """The most recently used context that waits to be made exact."""
         return next((held for held in reversed(self._held.values()) if held.repair and not held.exact), None)
+
+    def numbers(self) -> StoreNumbers:
+        """What can be counted of it, as it is now."""
+        return StoreNumbers(self.bytes, self.budget, *self.count)
 
     @property
     def bytes(self) -> int:

@@ -7,4 +7,5 @@ Knows: HTTP, conversations, sessions, on top of live contexts. Does not know how
     service     the model and its contexts; answers a prompt       completion: prompts and replies; decoding: logits to text
     contexts/   the contexts that are held: matching, reuse, budget, disk
     worker      the one thread that runs all of it                 waiting: from a request to that thread and back
+    beside       tokenising, beside that thread                     exposure: who can reach the server; invalid: bad bodies explained
 """

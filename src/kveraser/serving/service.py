@@ -20,6 +20,7 @@ from kveraser.cache import PREFILL_CHUNK
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import ContextError, OptionError
 from kveraser.model.view import causal_lm
+from kveraser.serving.beside import Beside
 from kveraser.serving.completion import Prompt, Reply, ReuseReport
 from kveraser.serving.contexts.finding import ContextFinder
 from kveraser.serving.contexts.idle_repair import IdleRepair
@@ -77,7 +78,7 @@ class Service:
         self.tokenizer, self.options = tokenizer, options or ServiceOptions()
         self.eraser = eraser or default_eraser(model)
         self.vocabulary = int(causal_lm(model).get_input_embeddings().num_embeddings)
-        self.limits = Limits.of(model, self.options.cache_budget)
+        self.limits = Limits.of(model, tokenizer, self.options.cache_budget)
         placeholder = tuple(tokenizer.encode(self.options.placeholder, add_special_tokens=False))
         self.store = ContextStore(
             model, tokenizer, eraser, budget=self.options.cache_budget, placeholder=placeholder,
@@ -87,6 +88,7 @@ class Service:
         self._end_ids = end_ids(model)
         self.numbers = self.store.numbers()
         """Of the store, after the last piece of work; for all threads."""
+        self.beside = Beside(self.options.queue_size)
         self.worker = Worker(self.options.queue_size, IdleRepair(self.store).step, self._publish)
 
     def submit(self, work: Callable[[Job], Any]) -> Job:
@@ -154,4 +156,5 @@ class Service:
     def close(self) -> None:
         """Finish what is running, write the contexts to disk, and stop."""
         self.worker.stop(self.options.grace)
+        self.beside.stop()
         self.store.close()

@@ -1,9 +1,12 @@
-"""From the body of a request to a prompt: rendered, tokenised, with OpenAI's defaults.
+"""From the body of a request to a prompt: rendered, tokenised, with OpenAI's defaults. It may take a while: not for the event loop.
 
 Knows: bodies, the tokenizer, the service's limits. Does not know about HTTP or what becomes of a prompt.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from jinja2 import TemplateError
 
@@ -37,6 +40,7 @@ def completion_prompt(service: Service, body: CompletionRequest, owner: str) -> 
         ContextError: it can never be answered: no tokens, or too many.
     """
     asked = body.one_prompt
+    _check_text(service, "prompt", *([asked] if isinstance(asked, str) else []))
     ids = service.tokenizer.encode(asked) if isinstance(asked, str) else asked
     if any(token >= service.vocabulary for token in ids):
         raise ApiError(400, f"a token id is outside the vocabulary of {service.vocabulary}", param="prompt")
@@ -46,16 +50,29 @@ def completion_prompt(service: Service, body: CompletionRequest, owner: str) -> 
 
 
 def _checked(service: Service, prompt: Prompt, param: str) -> Prompt:
-    try:
+    with _from_field(param):
         service.check(prompt)
+    return prompt
+
+
+def _check_text(service: Service, param: str, *texts: str) -> None:
+    with _from_field(param):
+        service.limits.check_text(*texts)
+
+
+@contextmanager
+def _from_field(param: str) -> Iterator[None]:
+    """Have what is too long named by the field that it comes from."""
+    try:
+        yield
     except ContextLengthError as error:
         error.param = param
         raise
-    return prompt
 
 
 def _chat_ids(service: Service, body: ChatRequest) -> tuple[int, ...]:
     entries = [message.entry() for message in body.messages]
+    _check_text(service, "messages", *(str(value) for entry in entries for value in entry.values()))
     try:
         text = service.tokenizer.apply_chat_template(entries, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, KeyError) as error:

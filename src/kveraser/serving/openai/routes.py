@@ -77,14 +77,14 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
     async def chat(body: ChatRequest, request: Request, owner: Owner) -> Response:
         """Answer a conversation. The field `kveraser` of the reply says what was reused, and whether it is exact."""
         check_model(body.model)
-        prompt = chat_prompt(service, body, owner)
+        prompt = await service.beside.run(lambda: chat_prompt(service, body, owner))
         return await answer(request, body, prompt, ChatShape(service.tokenizer, name))
 
     @router.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request, owner: Owner) -> Response:
         """Continue a text, or token ids."""
         check_model(body.model)
-        prompt = completion_prompt(service, body, owner)
+        prompt = await service.beside.run(lambda: completion_prompt(service, body, owner))
         return await answer(request, body, prompt, CompletionShape(service.tokenizer, name))
 
     return router

@@ -19,7 +19,7 @@ from kveraser.serving.completion import ReuseReport
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.sessions.comparing import Comparison, Event, Question, compare
 from kveraser.serving.sessions.generation_hooks import Emitter, Watch
-from kveraser.serving.sessions.sessions import MARKUP, Sessions
+from kveraser.serving.sessions.sessions import Sessions
 from kveraser.serving.worker import Job
 
 
@@ -49,7 +49,7 @@ def ask(
     """
     held, started = sessions.get(owner, name), time.perf_counter()
     context = held.context
-    asked = len(context.encode(prompt)) + MARKUP if prompt else 1
+    asked = sessions.count_tokens(held, prompt) if prompt else 1
     sessions.fit(held, asked + sampling.max_tokens)
     options: dict[str, Any] = {"do_sample": False}
     if not sampling.greedy:
@@ -92,7 +92,7 @@ def compare_versions(
         emit: called with what happens as it happens.
     """
     held = sessions.get(owner, name)
-    more = len(held.context.encode(question.prompt)) + MARKUP + question.max_tokens
+    more = sessions.count_tokens(held, question.prompt) + question.max_tokens
     more += sum(map(len, held.context.erased))  # which a method may have removed
     sessions.fit(held, more, copies=2)
     return compare(held.context, question, job, emit)

@@ -20,8 +20,7 @@ from kveraser.serving.sessions.selection import Selection
 from kveraser.serving.worker import Job
 from kveraser.spans import Span
 
-MARKUP = 64
-"""Tokens that a chat template may put around a message."""
+_MARKUP = 64  # tokens that a chat template may put around a message
 
 
 class Sessions:
@@ -67,7 +66,7 @@ class Sessions:
 
     def _append(self, owner: str, name: str, text: str, change: Callable[[ErasableContext], Span]) -> Span:
         held = self.get(owner, name)
-        self.fit(held, len(held.context.encode(text)) + MARKUP)
+        self.fit(held, self.count_tokens(held, text))
         with self.saved(held):
             return change(held.context)
 
@@ -124,6 +123,15 @@ class Sessions:
             return progress.total
 
     # -- what every change needs ---------------------------------------------------------------------------------
+
+    def count_tokens(self, held: HeldContext, text: str) -> int:
+        """Tokens that a text takes, also as a message.
+
+        Raises:
+            ContextError: it can never fit, whatever its tokens are.
+        """
+        self.limits.check_text(text)
+        return len(held.context.encode(text)) + _MARKUP
 
     def fit(self, held: HeldContext, more: int, copies: int = 1) -> None:
         """Make room for `more` tokens, in so many copies of the session, or refuse what can never fit.

@@ -38,3 +38,26 @@ def test_characters_of_what_is_shown_can_be_erased(serve):
     for start, end in ((3, 3), (5, 2), (0, len(text) + 1)):
         assert "no part" in erase(start, end, 400)["error"]["message"]
     assert server.call("POST", f"{at}/erase", json={"characters": [[0, 1]], "text": "the"}).status_code == 400
+
+
+def test_a_text_that_is_everywhere_is_refused_as_soon_as_a_second_one_is_found(serve, monkeypatch):
+    server = serve()
+    at = session(server, "a " * 3000, "the code is 1234")
+    decoded, decode = [], server.service.tokenizer.decode
+    monkeypatch.setattr(
+        server.service.tokenizer, "decode", lambda *args, **options: decoded.append(1) or decode(*args, **options)
+    )
+    reply = server.call("POST", f"{at}/erase", json={"text": "a"})
+    assert reply.status_code == 400
+    assert "more than once" in reply.json()["error"]["message"]
+    assert len(decoded) <= 2
+    assert server.call("POST", f"{at}/erase", json={"text": "aa"}).status_code == 400  # not there
+    assert server.call("POST", f"{at}/erase", json={"text": ""}).status_code == 400
+    assert server.call("POST", f"{at}/erase", json={"text": "1234"}).status_code == 200
+    assert "1234" not in "".join(run["text"] for run in server.call("GET", at).json()["runs"] if run["state"] == "live")
+
+
+def test_places_that_overlap_are_two(serve):
+    server = serve()
+    at = session(server, "blueblueblue")
+    assert "more than once" in server.call("POST", f"{at}/erase", json={"text": "blueblue"}).text

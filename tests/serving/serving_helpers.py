@@ -65,11 +65,11 @@ def ask(service, messages, policy="exact", owner="", **sampling):
 class Server:
     """A server in this process; `call` runs one request."""
 
-    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), **options):
+    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), body_seconds=60.0, **options):
         model = text_model()
         options.setdefault("cache_budget", 1 << 24)
         self.service = Service(model, make_tokenizer(), random_eraser(model), ServiceOptions(**options))
-        self.app = create_app(self.service, AppOptions(NAME, keys, body_limit, hosts))
+        self.app = create_app(self.service, AppOptions(NAME, keys, body_limit, body_seconds, hosts))
 
     def call(self, method, path, key=None, **options):
         headers = {**options.pop("headers", {}), **({"Authorization": f"Bearer {key}"} if key else {})}

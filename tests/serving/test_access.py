@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import pytest
 from serving_helpers import servers
 
@@ -79,3 +82,26 @@ def test_with_keys_the_key_alone_decides(serve):
     server = serve(keys=("alpha",))
     assert server.call("POST", "/v1/sessions", headers=FOREIGN[0]).status_code == 401
     assert server.call("POST", "/v1/sessions", "alpha", headers=FOREIGN[0]).status_code == 201
+
+
+def test_a_body_that_is_never_sent_to_its_end_is_not_waited_for(serve):
+    server = serve(body_seconds=0.2)
+
+    async def half():
+        yield b'{"model":'
+        await asyncio.sleep(20)
+
+    started = time.monotonic()
+    reply = server.call("POST", "/v1/completions", content=half(), headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.headers["connection"]) == (408, "close")
+    assert time.monotonic() - started < 10
+    assert server.chat(max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/sessions"), ("GET", "/v1/sessions")])
+def test_a_request_without_a_body_may_take_longer_than_a_body(serve, method, path):
+    server = serve(body_seconds=0.05)
+    server.service.submit(lambda job: time.sleep(0.8))
+    assert server.call(method, path).status_code in (200, 201)
+    server.service.submit(lambda job: time.sleep(0.8))
+    assert server.chat(max_tokens=1).status_code == 200

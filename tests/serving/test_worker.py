@@ -17,13 +17,13 @@ def test_a_full_queue_says_when_to_come_back_and_a_late_job_never_runs():
     running = worker.submit(lambda job: gate.wait(5), 5)
     while worker.waiting:
         time.sleep(0.001)
-    late = worker.submit(lambda job: "never", 0.01)
+    late = worker.submit(lambda job: "never", 0.2)
     gone = worker.submit(lambda job: "never", 5)
-    gone.cancel()
     with pytest.raises(QueueFullError) as caught:
         worker.submit(lambda job: None, 5)
     assert caught.value.retry_after >= 1
-    time.sleep(0.02)
+    gone.cancel()
+    time.sleep(0.21)
     gate.set()
     assert running.future.result(5) is True
     with pytest.raises(JobTimeoutError):
@@ -33,6 +33,26 @@ def test_a_full_queue_says_when_to_come_back_and_a_late_job_never_runs():
     worker.stop(1)
     with pytest.raises(JobCancelledError, match="stopping"):
         worker.submit(lambda job: None, 5)
+
+
+def test_what_nobody_waits_for_any_more_fails_at_once_and_takes_no_place_in_the_queue():
+    worker = Worker(2, lambda: False)
+    gate = threading.Event()
+    worker.submit(lambda job: gate.wait(5), 5)
+    while worker.waiting:
+        time.sleep(0.001)
+    gone, late = worker.submit(lambda job: "never", 5), worker.submit(lambda job: "never", 0.01)
+    gone.cancel()
+    with pytest.raises(JobCancelledError):
+        gone.future.result(0)
+    time.sleep(0.02)
+    assert worker.waiting == 0
+    with pytest.raises(JobTimeoutError):
+        late.future.result(0)
+    more = [worker.submit(lambda job: "done", 5) for _ in range(2)]
+    gate.set()
+    assert [job.future.result(5) for job in more] == ["done", "done"]
+    worker.stop(1)
 
 
 def test_a_job_that_fails_is_reported_and_the_next_one_runs():

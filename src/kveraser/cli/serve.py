@@ -102,7 +102,7 @@ def serve_command(
         service = Service(backbone, tokenizer, find_eraser(eraser, backbone), options)
         name = served_name or model
         hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
-        app = create_app(service, AppOptions(name, keys, limit, hosts))
+        app = create_app(service, AppOptions(name, keys, limit, hosts=hosts))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
         settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}

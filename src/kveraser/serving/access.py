@@ -6,6 +6,7 @@ stored nor logged; an owner is the digest of a key.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -89,10 +90,10 @@ def _is_foreign(headers: Headers) -> bool:
 
 
 class BodyLimit:
-    """Refuses requests whose body is longer than `limit` bytes, whatever their headers say."""
+    """Refuses requests whose body is longer than `limit` bytes, whatever their headers say, or takes longer than `seconds`."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
+        self.app, self.limit, self.seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -103,14 +104,23 @@ class BodyLimit:
         if declared.isdigit() and int(declared) > self.limit:
             await error_response(ApiError(413, text, code="request_too_large"))(scope, receive, send)
             return
-        read = 0
+        read, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self.seconds
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            if complete:  # what comes now is only that the client goes away
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"the body was not complete after {self.seconds:g} s"
+                raise HTTPException(408, late, {"Connection": "close"}) from None
             read += len(message.get("body", b""))
             if read > self.limit:
                 raise HTTPException(413, text)
+            complete = not message.get("more_body", False)
             return message
 
         await self.app(scope, limited, send)

@@ -33,6 +33,7 @@ class AppOptions:
         model_name: the model's name in requests and replies.
         api_keys: keys that are let in; none lets everybody in.
         body_limit: bytes of the longest request.
+        body_seconds: in which a request has to be there as a whole.
         hosts: names by which browsers may call the server; none allows all. Keeps web pages from reaching a server without
             keys on this machine under a name of their own.
     """
@@ -40,6 +41,7 @@ class AppOptions:
     model_name: str
     api_keys: Sequence[str] = ()
     body_limit: int = 8 << 20
+    body_seconds: float = 60.0
     hosts: Sequence[str] = ()
 
 
@@ -70,7 +72,7 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(CountRequests, metrics=metrics)
-    app.add_middleware(BodyLimit, limit=options.body_limit)
+    app.add_middleware(BodyLimit, limit=options.body_limit, seconds=options.body_seconds)
     if not options.api_keys:
         app.add_middleware(SameOrigin)
     if options.hosts:

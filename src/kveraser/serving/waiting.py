@@ -17,11 +17,19 @@ from kveraser.serving.worker import Job
 
 T = TypeVar("T")
 _LOOK_EVERY = 0.2  # seconds between looks whether the client is still there
+_SOON = 0.01  # seconds behind a deadline, when it is certainly over
+
+
+def _submit(service: Service, work: Callable[[Job], T]) -> Job:
+    """Queue work; if its time is over before its turn comes, it fails then and not when its turn comes."""
+    job = service.submit(work)
+    asyncio.get_running_loop().call_later(job.timeout + _SOON, job.give_up)
+    return job
 
 
 async def run(service: Service, request: Request, work: Callable[[Job], T]) -> T:
     """The result of work in the worker's thread; the work is cancelled when the client goes away."""
-    job = service.submit(work)
+    job = _submit(service, work)
     future = asyncio.wrap_future(job.future)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it, text and all
     try:
@@ -63,7 +71,7 @@ async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], No
     def emit(event: T | None) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = service.submit(lambda job: work(job, emit))
+    job = _submit(service, lambda job: work(job, emit))
     job.future.add_done_callback(lambda _: None if loop.is_closed() else emit(None))
     try:
         while (event := await events.get()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -121,3 +122,18 @@ def test_a_client_that_goes_away_stops_the_work(url):
     started = time.monotonic()
     api.chat.completions.create(model=NAME, messages=messages(), max_tokens=2, temperature=0)
     assert time.monotonic() - started < 5
+
+
+def test_a_client_that_goes_away_from_a_request_without_a_body_leaves_the_queue():
+    service = tiny_service(cache_budget=1 << 22)
+    with running(service) as address:
+        gate = threading.Event()
+        service.submit(lambda job: gate.wait(30))
+        for path in ("/v1/sessions", "/v1/sessions/none/repair"):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{address}{path}", timeout=0.3)
+        deadline = time.monotonic() + 10
+        while service.worker.waiting and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert service.worker.waiting == 0
+        gate.set()

@@ -30,6 +30,7 @@ from kveraser.serving.sessions.protocol import (
 )
 from kveraser.serving.sessions.sessions import Sessions
 from kveraser.serving.sessions.showing import pair, restored, show, show_readers, shown
+from kveraser.serving.stopping import stoppable
 from kveraser.serving.waiting import run, stream
 from kveraser.serving.worker import Job
 from kveraser.spans import Span
@@ -74,12 +75,12 @@ def session_router(service: Service) -> APIRouter:
         def work(job: Job) -> Span:
             return sessions.append_message(owner, session_id, template_role(body.role), body.content, body.id)
 
-        return {"id": body.id, "span": pair(await run(service, request, work))}
+        return {"id": body.id, "span": pair(await run(service, request, stoppable(work)))}
 
     @router.post("/{session_id}/text", status_code=201)
     async def append_text(session_id: SessionId, body: NewText, request: Request, owner: Owner) -> dict[str, Any]:
         """Process text as it is; the answer has its span."""
-        span = await run(service, request, lambda job: sessions.append_text(owner, session_id, body.text))
+        span = await run(service, request, stoppable(lambda job: sessions.append_text(owner, session_id, body.text)))
         return {"span": pair(span)}
 
     @router.delete("/{session_id}/messages/{message_id}")
@@ -104,7 +105,7 @@ def session_router(service: Service) -> APIRouter:
             # After a purge the session is exact, whatever the erase itself was.
             return {**shown(receipt), "exact": receipt.exact or body.purge, "purged": body.purge}
 
-        return await run(service, request, work)
+        return await run(service, request, stoppable(work))
 
     @router.post("/{session_id}/readers")
     async def readers(session_id: SessionId, body: SelectionBody, request: Request, owner: Owner) -> dict[str, Any]:
@@ -113,12 +114,14 @@ def session_router(service: Service) -> APIRouter:
         def work(job: Job) -> dict[str, Any]:
             return show_readers(sessions.get(owner, session_id), body.selection())
 
-        return await run(service, request, work)
+        return await run(service, request, stoppable(work))
 
     @router.post("/{session_id}/restore")
     async def restore(session_id: SessionId, body: RestoreBody, request: Request, owner: Owner) -> dict[str, Any]:
         """Undo an erase."""
-        return restored(await run(service, request, lambda job: sessions.restore(owner, session_id, body.erase)))
+        return restored(
+            await run(service, request, stoppable(lambda job: sessions.restore(owner, session_id, body.erase)))
+        )
 
     @router.post("/{session_id}/repair", response_model=None, responses=STREAMS)
     async def repair(
@@ -142,7 +145,7 @@ def session_router(service: Service) -> APIRouter:
 
         if stream_it:
             return await event_response(request, stream(service, work))
-        return repaired(await run(service, request, lambda job: sessions.repair(owner, session_id, job)))
+        return repaired(await run(service, request, stoppable(lambda job: sessions.repair(owner, session_id, job))))
 
     @router.post("/{session_id}/generate", response_model=None, responses=STREAMS)
     async def generate(session_id: SessionId, body: GenerateBody, request: Request, owner: Owner) -> Response:

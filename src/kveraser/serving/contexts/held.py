@@ -10,7 +10,7 @@ from typing import Any
 
 from kveraser.cache import GrowableLayer, get_marks
 from kveraser.context import ErasableContext
-from kveraser.methods import EraseReceipt
+from kveraser.methods import EraseReceipt, Undo
 from kveraser.serving.contexts.view import View
 
 
@@ -28,7 +28,8 @@ class HeldContext:
         prompt_end: length of the view before the last prompt's last token was read: what follows may be dropped, since a
             client that asks again gets a new reply.
         repair: whether to make it exact in idle time.
-        receipts: of a session's erases, by id: the states that undo them live in their receipts.
+        receipts: of a session's erases, by id, the oldest first: the states that undo them live in their receipts.
+        has_copy: whether there is an exact copy in the making, of a repair that was begun.
         rebuild: an exact copy in the making, beside the context that goes on being used.
     """
 
@@ -41,6 +42,7 @@ class HeldContext:
     prompt_end: int = 0
     repair: bool = False
     receipts: dict[str, EraseReceipt] = field(default_factory=dict)
+    has_copy: bool = False
     rebuild: ErasableContext | None = None
     _view: tuple[tuple[Any, ...], View] | None = field(default=None, repr=False)
 
@@ -51,8 +53,21 @@ class HeldContext:
 
     @property
     def bytes(self) -> int:
-        """Memory taken by keys and values, room to spare included, and by the exact copy that idle time will make."""
-        return context_bytes(self.context) * (2 if self.repair and not self.exact else 1)
+        """Memory taken by keys and values: room to spare, the exact copy of a repair, and what undoes erases included."""
+        copies = 2 if (self.repair or self.has_copy) and not self.exact else 1
+        return context_bytes(self.context) * copies + sum(undo.nbytes for undo in self._undos().values())
+
+    def drop_oldest_undo(self) -> bool:
+        """Free the states that undo the oldest erase, which can then be undone by recomputing; whether there was one."""
+        oldest = next(iter(self._undos().items()), None)
+        if oldest is None:
+            return False
+        oldest[1].clear()
+        del self.receipts[oldest[0]]
+        return True
+
+    def _undos(self) -> dict[str, Undo]:
+        return {name: receipt.undo for name, receipt in self.receipts.items() if receipt.undo is not None}
 
     @property
     def view(self) -> View:

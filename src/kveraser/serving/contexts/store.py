@@ -159,7 +159,11 @@ class ContextStore:
             self._disk.remove(held.id)
 
     def make_room(self, extra: int = 0, keep: HeldContext | None = None) -> None:
-        """Move the least recently used contexts, but not `keep`, to disk until `extra` more bytes fit into the budget."""
+        """Let go of things until `extra` more bytes fit into the budget: of what undoes erases, the oldest first, then of the
+        least recently used contexts, but not of `keep`, which go to disk."""
+        for held in list(self._held.values()):
+            while self.bytes + extra > self.budget and held.drop_oldest_undo():
+                pass
         for held in list(self._held.values()):
             if self.bytes + extra <= self.budget:
                 return

@@ -84,6 +84,7 @@ class Sessions:
                 held.receipts.clear()
             else:
                 held.receipts[receipt.id] = receipt
+            held.has_copy = False
             return receipt
 
     def restore(self, owner: str, name: str, receipt_id: str) -> RestoreReport:
@@ -96,6 +97,7 @@ class Sessions:
         with self.saved(held):
             report = held.context.restore(found)
             held.receipts.pop(receipt_id, None)
+            held.has_copy = False
             return report
 
     def repair(
@@ -107,18 +109,23 @@ class Sessions:
         chunk: int = PREFILL_CHUNK,
         emit: Callable[[RepairProgress], None] | None = None,
     ) -> int:
-        """Recompute exactly what approximate erases left; the number of tokens.
+        """Recompute exactly what approximate erases left; the number of tokens. What was done stays when it is cancelled.
 
         Args:
             chunk: tokens that are run at once.
             emit: called after every chunk.
+
+        Raises:
+            ContextError: an exact copy does not fit into the cache budget beside the session.
         """
         held = self.get(owner, name)
         if held.exact:
             return 0
-        self.store.make_room(held.bytes, keep=held)
+        self.fit(held, 0, copies=2)
+        held.has_copy = True
         while not (progress := held.context.repair(chunk=chunk, max_chunks=1, progress=emit)).finished:
             job.check()
+        held.has_copy = False
         with self.saved(held):
             return progress.total
 

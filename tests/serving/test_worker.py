@@ -87,3 +87,12 @@ def test_idle_work_is_done_between_jobs_only():
         time.sleep(0.001)
     worker.stop(1)
     assert len(steps) >= 5
+
+
+def test_what_fails_between_jobs_does_not_end_the_thread(caplog):
+    worker = Worker(4, lambda: 1 / 0, lambda: [].pop())
+    for _ in range(3):
+        assert worker.submit(lambda job: 42, 5).future.result(5) == 42
+    worker.stop(1)
+    assert "ZeroDivisionError" in caplog.text
+    assert "IndexError" in caplog.text

@@ -5,15 +5,20 @@ Knows: threads, deadlines. Does not know about models, contexts or HTTP.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from kveraser.errors import JobCancelledError, JobTimeoutError, QueueFullError
+
+log = logging.getLogger("kveraser.serving")
+
+T = TypeVar("T")
 
 
 class Job:
@@ -149,18 +154,27 @@ class Worker:
             if job is None:
                 if self._stopping:
                     return
-                more = self._idle()
-                self._after()
+                more = bool(self._survive(self._idle))
+                self._survive(self._after)
                 continue
             started = time.monotonic()
             try:
                 result, error = job.work(job), None
             except BaseException as raised:
                 result, error = None, raised
-            self._after()
+            self._survive(self._after)
             if error is None:
                 job.future.set_result(result)
             else:
                 job.future.set_exception(error)
             self._typical += 0.2 * (time.monotonic() - started - self._typical)
             self._running, more = None, True
+
+    @staticmethod
+    def _survive(call: Callable[[], T]) -> T | None:
+        """What a call gives; None where it fails: the thread has jobs to do all the same."""
+        try:
+            return call()
+        except Exception as error:
+            log.error("unexpected %s between jobs", type(error).__name__)
+            return None

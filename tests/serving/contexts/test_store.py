@@ -8,6 +8,7 @@ from serving_helpers import TALK, ask, services, with_placeholder
 import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.serving.service import Service, ServiceOptions
+from kveraser.serving.sessions.sessions import Sessions
 
 
 @pytest.fixture
@@ -70,3 +71,41 @@ def test_a_full_disk_costs_a_cached_conversation_and_nothing_else(make_service, 
         ask(service, [("user", f"{number} {TALK[4][1]}")])
     assert service.store.bytes <= 200_000
     assert service.store.count[1] == 0
+
+
+def test_a_disk_on_which_nothing_can_be_removed_costs_no_request_its_answer(make_service, monkeypatch, tmp_path):
+    service = make_service(cache_budget=200_000, state_dir=tmp_path)
+    talks = [[("user", f"{number} {TALK[4][1]}")] for number in range(24)]
+    expected = [ask(make_service(), talk).text for talk in talks[:3]]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    import kveraser.serving.contexts.state_dir as state_dir
+
+    for talk in talks[:12]:
+        ask(service, talk)
+    monkeypatch.setattr(state_dir.os, "replace", full)
+    for talk in talks:  # some are read from disk, some are too many for it
+        ask(service, talk)
+        assert service.store.bytes <= 200_000
+    monkeypatch.undo()
+    assert [ask(service, talk).text for talk in talks[:3]] == expected
+    service.close()
+    again = make_service(cache_budget=200_000, state_dir=tmp_path)
+    assert [ask(again, talk).text for talk in talks[:3]] == expected
+
+
+def test_a_session_that_cannot_be_removed_is_still_there_and_its_owner_hears_of_it(make_service, monkeypatch, tmp_path):
+    service = make_service(state_dir=tmp_path)
+    sessions = Sessions(service.store, service.limits)
+    name = sessions.create("me").id
+    import kveraser.serving.contexts.state_dir as state_dir
+
+    monkeypatch.setattr(state_dir.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(OSError, match="Read-only"):
+        sessions.delete("me", name)
+    monkeypatch.undo()
+    assert sessions.names("me") == [name]
+    sessions.delete("me", name)
+    assert sessions.names("me") == []

@@ -95,6 +95,8 @@ class StateDir:
             write: writes the context itself into its folder, so that a reader sees the old one or the new one.
         """
         folder = self.path(row.id)
+        if not row.is_session:
+            self.remove(row.id)  # an older one that could not be removed before: its card says something else
         is_new = not (folder / CARD).exists()
         try:
             if is_new:

@@ -155,8 +155,12 @@ class ContextStore:
     def forget(self, held: HeldContext) -> None:
         """Let go of a context, also on disk."""
         self._held.pop(held.id, None)
-        if self._stored.pop(held.id, None) is not None:
-            self._disk.remove(held.id)
+        row = self._stored.get(held.id)
+        if row is not None and not held.is_session:
+            self._drop_stored(row)
+        elif row is not None:
+            self._disk.remove(held.id)  # its owner shall hear of it where this fails
+            del self._stored[held.id]
 
     def make_room(self, extra: int = 0, keep: HeldContext | None = None) -> None:
         """Let go of things until `extra` more bytes fit into the budget: of what undoes erases, the oldest first, then of the
@@ -190,8 +194,15 @@ class ContextStore:
         kept = [row for row in self._stored.values() if not row.is_session]
         while kept and sum(row.bytes for row in kept) > DISK_TIMES * self.budget:
             oldest = kept.pop(0)
-            del self._stored[oldest.id]
-            self._disk.remove(oldest.id)
+            self._drop_stored(oldest)
+
+    def _drop_stored(self, row: StoredContext) -> None:
+        """Let go of a cached conversation on disk; where the disk refuses, no request is to suffer from it."""
+        del self._stored[row.id]
+        try:
+            self._disk.remove(row.id)
+        except OSError as error:
+            log.warning("a cached conversation stays on disk until the next start: %s", type(error).__name__)
 
     def _load(self, row: StoredContext) -> HeldContext | None:
         folder = self._disk.path(row.id)
@@ -201,14 +212,12 @@ class ContextStore:
         except SessionFileError:
             if row.is_session:  # the owner shall hear of it, and the files shall stay
                 raise
-            del self._stored[row.id]
-            self._disk.remove(row.id)
+            self._drop_stored(row)
             return None
         held = HeldContext(
             row.id, row.owner, row.is_session, context, self.placeholder, row.placeholders, row.prompt_end
         )
         if not row.is_session:  # only one of the two is kept, so that they cannot differ
-            del self._stored[row.id]
-            self._disk.remove(row.id)
+            self._drop_stored(row)
         self._held[row.id] = held
         return held

@@ -3,7 +3,7 @@
     python benchmarks/serving.py [--tokens 6000] [--dropped 200] [--clients 16] [--output FOLDER]
 
 One conversation is cached, a message at its beginning is dropped, and the shorter conversation is asked again: by reading
-it afresh, under `exact` and under `kveraser`. Then clients take turns. The engine is called without HTTP around it.
+it afresh, under `exact` and under `kveraser`. Then clients take turns. The service is called without HTTP around it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from rich.table import Table
 
 import kveraser as kv
 from kveraser.evaluation.provenance import environment
+from kveraser.serving.completion import Prompt
+from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.decoding import Sampling
-from kveraser.serving.engine import Engine, EngineOptions, Policy, Prompt
+from kveraser.serving.service import Service, ServiceOptions
 
 LINE = "On day {n} the stock of item {n} was counted twice, and the count was entered into the list. "
 
 
-def conversation(engine: Engine, owner: str, dropped: int, tokens: int) -> list[dict[str, str]]:
+def conversation(service: Service, owner: str, dropped: int, tokens: int) -> list[dict[str, str]]:
     """A conversation of about so many tokens; message 2 has about `dropped` tokens."""
 
     def fill(count: int) -> str:
         text, number = "", 0
-        while len(engine.tokenizer.encode(text)) < count:
+        while len(service.tokenizer.encode(text)) < count:
             text, number = text + LINE.format(n=number), number + 1
         return text
 
@@ -45,13 +47,13 @@ def conversation(engine: Engine, owner: str, dropped: int, tokens: int) -> list[
     return [*talk, {"role": "user", "content": "Which item was counted on day 3?"}]
 
 
-def ask(engine: Engine, owner: str, talk: list[dict[str, str]], policy: Policy, tokens: int = 1) -> dict[str, Any]:
+def ask(service: Service, owner: str, talk: list[dict[str, str]], policy: Policy, tokens: int = 1) -> dict[str, Any]:
     """Ask; what was reused, and seconds to the first token and in all (waiting included)."""
-    text = engine.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    ids = tuple(engine.tokenizer.encode(str(text), add_special_tokens=False))
+    text = service.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    ids = tuple(service.tokenizer.encode(str(text), add_special_tokens=False))
     prompt = Prompt(owner, ids, policy, Sampling(tokens))
     started, first = time.perf_counter(), []
-    job = engine.submit(lambda job: engine.complete(prompt, job, lambda *_: first.append(time.perf_counter())))
+    job = service.submit(lambda job: service.complete(prompt, job, lambda *_: first.append(time.perf_counter())))
     reply = job.future.result()
     return {**asdict(reply.reuse), "prompt_tokens": len(ids), "seconds_to_first_token": first[0] - started,
             "seconds_in_all": time.perf_counter() - started, "text": reply.text}  # fmt: skip
@@ -66,20 +68,20 @@ def main(
 ) -> None:
     """Time it and print two tables."""
     model, tokenizer = kv.load_backbone()
-    engine = Engine(model, tokenizer, options=EngineOptions(cache_budget=8 << 30, timeout=3600))
+    service = Service(model, tokenizer, options=ServiceOptions(cache_budget=8 << 30, timeout=3600))
     found: dict[str, Any] = {"drop": {}, "clients": {}}
     try:
         for name, policy in (("read afresh", "exact"), ("exact", "exact"), ("kveraser", "kveraser")):
-            talk = conversation(engine, name, dropped, tokens)
+            talk = conversation(service, name, dropped, tokens)
             if name != "read afresh":
-                ask(engine, name, talk, "exact")
+                ask(service, name, talk, "exact")
             del talk[2]
-            found["drop"][name] = ask(engine, name, talk, policy)
+            found["drop"][name] = ask(service, name, talk, policy)
 
         def client(number: int) -> list[float]:
             talk, seconds = [{"role": "user", "content": f"I am number {number}. Count to five."}], []
             for _ in range(turns):
-                reply = ask(engine, "shared", talk, "exact", 8)
+                reply = ask(service, "shared", talk, "exact", 8)
                 seconds.append(reply["seconds_in_all"])
                 talk += [{"role": "assistant", "content": reply["text"]}, {"role": "user", "content": "Go on."}]
             return seconds
@@ -90,7 +92,7 @@ def main(
             cuts = statistics.quantiles(seconds, n=20)
             found["clients"] = {"clients": clients, "turns": turns, "p50": cuts[9], "p95": cuts[18]}
     finally:
-        engine.close()
+        service.close()
     table = Table("how", "prompt tokens", "reused", "run", "exact", "first token, s", "times faster", box=None)
     slowest = found["drop"]["read afresh"]["seconds_to_first_token"]
     for name, row in found["drop"].items():

@@ -19,7 +19,7 @@ from playwright.sync_api import sync_playwright
 
 import kveraser as kv
 from kveraser.serving.app import AppOptions, create_app
-from kveraser.serving.engine import Engine
+from kveraser.serving.service import Service
 
 PORT = 8765
 PATIENCE = 300_000  # milliseconds
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--width", type=int, default=1000)
     options = parser.parse_args()
-    app = create_app(Engine(*kv.load_backbone()), AppOptions("smollm2-135m-instruct"))
+    app = create_app(Service(*kv.load_backbone()), AppOptions("smollm2-135m-instruct"))
     server = uvicorn.Server(uvicorn.Config(app, port=PORT, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()

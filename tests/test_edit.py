@@ -285,3 +285,65 @@ def test_the_seconds_of_an_erase_end_when_the_device_has_done_it(monkeypatch):
     cache = prefill(model, ids)
     monkeypatch.setattr(transaction, "finish", lambda device: time.sleep(0.1))
     assert kv.erase(model, cache, ids, kv.Span(8, 12), "delete-and-shift").seconds > 0.1
+
+
+@pytest.mark.parametrize("what", [(3, 7), None, 5, [3, 7], "text", [], [(3, 7)], [kv.Span(1, 2), None], 1.5])
+def test_what_is_no_span_is_refused_with_the_value_and_nothing_is_changed(what):
+    model, ids = tiny("llama"), token_ids(12)
+    cache = prefill(model, ids)
+    before = states(cache)
+    for call in (kv.erase, kv.readers):
+        with pytest.raises(kv.SpanError) as caught:
+            call(model, cache, ids, what)
+        assert what == [] or str(what[0] if isinstance(what, list) and len(what) == 1 else what).strip("[]()") in str(
+            caught.value
+        )
+    assert same(before, states(cache))
+
+
+@pytest.mark.parametrize("wrong", [-1, 97, 1 << 40])
+def test_an_id_that_the_model_does_not_have_is_refused_but_not_where_it_is_padding(wrong):
+    model, ids = tiny("llama"), token_ids(12)
+    cache = prefill(model, ids)
+    bad = ids.clone()
+    bad[0, 4] = wrong
+    before = states(cache)
+    with pytest.raises(kv.OptionError, match=str(wrong)):
+        kv.erase(model, cache, bad, kv.Span(6, 8), "full-recompute")
+    assert same(before, states(cache))
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    padded = prefill(model, ids, mask=mask)
+    bad = ids.clone()
+    bad[0, 0] = -100
+    assert kv.erase(model, padded, bad, kv.Span(6, 8), "delete-and-shift", mask).tokens_removed == 2
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bool])
+def test_ids_that_are_no_integers_are_refused_and_never_rounded(kind):
+    model, ids = tiny("llama"), token_ids(12)
+    cache = prefill(model, ids)
+    with pytest.raises(kv.OptionError, match="integers"):
+        kv.erase(model, cache, ids.to(kind), kv.Span(3, 7))
+    with pytest.raises(kv.OptionError, match="integers"):
+        kv.erase(model, cache, [[1.5] * 12], kv.Span(3, 7))
+    with pytest.raises(kv.OptionError, match="integers"):
+        kv.erase(model, cache, ["a"] * 12, kv.Span(3, 7))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["kveraser", "full-recompute", "delete-and-shift"])
+def test_under_autocast_nothing_is_edited_and_nothing_that_was_filled_under_it_is_called_exact(method, kind):
+    model, ids = tiny("llama"), token_ids(24)
+    plain, rounded = prefill(model, ids), DynamicCache()
+    with torch.no_grad(), torch.autocast("cpu", kind):
+        model(ids, past_key_values=rounded)
+    before = states(plain), states(rounded)
+    with torch.autocast("cpu", kind), pytest.raises(kv.CacheMismatchError, match="autocast"):
+        kv.erase(model, plain, ids, kv.Span(3, 7), method)
+    with pytest.raises(kv.CacheMismatchError, match="filled under torch.autocast"):
+        kv.erase(model, rounded, ids, kv.Span(3, 7), method)
+    assert same(before[0], states(plain))
+    assert same(before[1], states(rounded))
+    with torch.autocast("cpu", kind, enabled=False):
+        assert kv.erase(model, plain, ids, kv.Span(3, 7), "full-recompute").exact

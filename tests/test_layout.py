@@ -74,6 +74,27 @@ def test_contributing_shows_the_rooms_in_this_order():
     assert [name for name in names if name] == list(ROOMS[:-1])
 
 
+SERVING = ("beside", "exposure", "fields", "invalid", "decoding", "worker", "stopping", "contexts", "completion", "service", "errors", "waiting", "events", "access",
+           "metrics", "openai", "sessions", "page", "app")  # fmt: skip
+"""The rooms and files of the server, from below to above."""
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kveraser.serving.")])
+def test_no_module_of_the_server_imports_from_above_its_own(name):
+    place = SERVING.index(name.split(".")[2])
+    others = {other.split(".")[2] for other in imported(name, later=True) if other.startswith("kveraser.serving.")}
+    assert [other for other in others if SERVING.index(other) > place] == []
+    if name.split(".")[2] in ("openai", "sessions"):
+        assert not {name.split(".")[2], *others} >= {"openai", "sessions"}, "the two APIs do not know each other"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kveraser.serving")])
+def test_every_module_of_the_server_says_what_it_knows_and_what_it_does_not(name):
+    text = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+    assert "Knows: " in text
+    assert "oes not know" in text
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_begins_with_what_it_is(name):
     assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))

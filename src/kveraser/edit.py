@@ -26,13 +26,15 @@ from kveraser.cache import (
     truncate,
 )
 from kveraser.eraser import KVEraser, default_eraser
-from kveraser.errors import CacheMismatchError, CalibrationError, RestoreError
+from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import Edit, EraseMethod, EraseReceipt, Undo, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
-from kveraser.model.view import as_batch
+from kveraser.model.view import as_batch, causal_lm, model_dtype
 from kveraser.readers import Scene, Text
 from kveraser.spans import Span, merge_spans
+
+_SOME = 64  # tokens whose values are looked at to tell how a cache was rounded
 
 
 def _tokens(
@@ -44,7 +46,7 @@ def _tokens(
 ) -> Tokens:
     """Check ids, mask and positions against the cache (or the given length) and put them together."""
     keys = cache.layers[0].keys
-    ids = as_batch(token_ids, keys.device)
+    ids = _whole_numbers(token_ids, keys.device)
     expected = (keys.shape[0], cache_length(cache) if length is None else length)
     if ids.shape != expected:
         raise CacheMismatchError(
@@ -70,6 +72,55 @@ def _tokens(
     return Tokens(ids, positions, mask)
 
 
+def _whole_numbers(token_ids: Tensor | list[int], device: torch.device) -> Tensor:
+    """Token ids as a batch.
+
+    Raises:
+        OptionError: they are no integers.
+    """
+    try:
+        given = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"token_ids must be integers, a list or a tensor of them: {error}") from error
+    if given.is_floating_point() or given.is_complex() or given.dtype is torch.bool:
+        example = given.reshape(-1)[:1].tolist()
+        raise OptionError(
+            f"token_ids must be integers, got {given.dtype} such as {example}; give what the tokenizer gave"
+        )
+    return as_batch(given, device)
+
+
+def _check_vocabulary(model: nn.Module, tokens: Tokens) -> None:
+    """Refuse ids that the model does not have; those of padding do not matter."""
+    size = causal_lm(model).get_input_embeddings().num_embeddings
+    ids = tokens.ids if tokens.mask is None else tokens.ids[tokens.mask != 0]
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        raise OptionError(f"token id {int(wrong[0])} is outside the model's vocabulary of {size}")
+
+
+def _check_rounding(model: nn.Module, cache: Cache) -> None:
+    """Refuse to compute with a rounding that the cache was not made with: tokens that are run again would not fit in.
+
+    Raises:
+        CacheMismatchError: `torch.autocast` is on, or the cache was filled under it.
+    """
+    layer = cache.layers[0]
+    if torch.is_autocast_enabled(layer.keys.device.type):
+        raise CacheMismatchError(
+            "torch.autocast is on, under which states are rounded in another way; call this outside of it, or load the "
+            "model with the dtype that you want"
+        )
+    some = layer.values[:, :, : cache_length(cache) : max(cache_length(cache) // _SOME, 1)]
+    if some.dtype is torch.float32 and model_dtype(model) is torch.float32 and bool(some.any()):
+        for rounded in (torch.bfloat16, torch.float16):
+            if torch.equal(some.to(rounded).float(), some):
+                raise CacheMismatchError(
+                    f"the cache was filled under torch.autocast: its float32 values are rounded to {rounded}. Fill it "
+                    "outside of autocast, or load the model with that dtype"
+                )
+
+
 def run_edit(
     model: nn.Module,
     cache: Cache,
@@ -82,6 +133,7 @@ def run_edit(
     text: Text | None = None,
 ) -> EraseReceipt:
     """Run one method on checked arguments; `text` as of `Edit`."""
+    _check_rounding(model, cache)
     edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text)
     with torch.no_grad():
         return transact(method, edit, undo=undo, commit=commit)
@@ -124,6 +176,7 @@ def erase(
     else:
         check_cache(cache)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
+    _check_vocabulary(model, tokens)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
     return run_edit(model, cache, tokens, spans, chosen, eraser, undo)
 
@@ -158,6 +211,7 @@ def readers(
     """
     check_editable(model, cache)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
+    _check_vocabulary(model, tokens)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
     return run_readers(model, cache, tokens, spans, eraser)[:, spans[0].end :]
 
@@ -190,6 +244,7 @@ def run_readers(
     text: Text | None = None,
 ) -> Tensor:
     """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0."""
+    _check_rounding(model, cache)
     edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text=text)
     calibration = calibration_of(edit, (eraser or default_eraser(model)).calibration)
     if not calibration.tells:
@@ -238,6 +293,8 @@ def restore(
         )
     length = receipt.undo.length + later
     tokens = _tokens(cache, token_ids, attention_mask, None, length)
+    _check_vocabulary(model, tokens)
+    _check_rounding(model, cache)
     saved = Undo.take(cache, marks, receipt.undo.layout_from, receipt.undo.kept)
     try:
         put_back(cache, receipt)

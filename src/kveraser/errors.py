@@ -40,6 +40,12 @@ class ContextError(KVEraserError, ValueError):
     """A context that cannot do what was asked of it: empty, no tokenizer, a chat template that is not prefix-stable."""
 
 
+class ContextLengthError(ContextError):
+    """More tokens than the model can see at once. `param`: the field of a request that they come from, where known."""
+
+    param: str | None = None
+
+
 class SessionFileError(KVEraserError, ValueError):
     """A saved session that is missing, truncated, altered, of a newer format, or of another model."""
 
@@ -62,3 +68,23 @@ class EngineError(KVEraserError, RuntimeError):
 
 class StoreError(KVEraserError, RuntimeError):
     """An entry of a store of edited states that is missing, damaged, of another model, or too large."""
+
+
+class SessionNotFoundError(KVEraserError):
+    """A server has no session of this owner with that id."""
+
+
+class QueueFullError(KVEraserError):
+    """Too many requests wait for a server's worker already. `retry_after`: seconds after which there may be room."""
+
+    def __init__(self, waiting: int, retry_after: int) -> None:
+        super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class JobTimeoutError(KVEraserError):
+    """A request took longer than it may, waiting included."""
+
+
+class JobCancelledError(KVEraserError):
+    """Nobody waits for the result of a request any more, or the server is stopping."""

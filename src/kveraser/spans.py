@@ -71,9 +71,15 @@ def merge_spans(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
     """Sort spans and join the adjacent ones, having checked them against a context of `length` tokens.
 
     Raises:
-        SpanError: no span at all, one that ends after `length`, or two that overlap.
+        SpanError: no span at all, something else than a span, one that ends after `length`, or two that overlap.
     """
-    ordered = sorted(spans)
+    given = list(spans) if isinstance(spans, Iterable) and not isinstance(spans, str) else [spans]
+    for span in given:
+        if not isinstance(span, Span):
+            raise SpanError(
+                f"a Span is needed, or several; got {given if len(given) > 1 else span!r}. Write kv.Span(3, 7)"
+            )
+    ordered = sorted(given)
     if not ordered:
         raise SpanError("no span to erase was given")
     merged: list[Span] = []

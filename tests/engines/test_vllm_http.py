@@ -13,6 +13,7 @@ import pytest
 from kveraser.engines.vllm import demo as vllm_demo
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.protocol import KEY, Demand
+from kveraser.engines.vllm.server import launch
 from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
 from kveraser.errors import EngineError, OptionError
 
@@ -123,3 +124,16 @@ def test_only_the_connector_and_the_layout_need_vllm():
     code = "import sys; sys.modules['vllm'] = None; import kveraser; "
     code += "; ".join(f"import kveraser.engines.vllm.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("given", [[], ["--api-key", ""], ["--api-key="], ["--api-key", "--port", "80"]])
+def test_the_server_listens_on_this_machine_alone_unless_it_has_a_key(given, monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    started, named = [], ["--model", "some/model", "--eraser", str(shipped_folder("smollm2-135m-instruct"))]
+    monkeypatch.setattr(launch.os, "execv", lambda program, command: started.append(command))
+    launch.main([*named, *given])
+    assert started[0][started[0].index("--host") + 1] == "127.0.0.1"
+    with pytest.raises(OptionError, match="--api-key"):
+        launch.main([*named, "--host", "0.0.0.0", *given])
+    launch.main([*named, "--host", "0.0.0.0", "--api-key", "secret"])
+    assert started[1][started[1].index("--host") + 1] == "0.0.0.0"

@@ -64,3 +64,11 @@ def test_what_cannot_be_read_is_named(text, said):
 def test_options_that_hold_objects_are_not_written():
     assert list(text_options(kv.Auto)) == ["patience"]
     assert "eraser" not in text_options(kv.Steering)
+
+
+@pytest.mark.parametrize(
+    "value", ["{[]:1}", "{{}}", "[" * 5000, "(" * 300 + ")" * 300, "9" * 5000, "\0", "-" * 5000 + "1"]
+)
+def test_whatever_stands_for_a_value_is_an_option_error(value):
+    with pytest.raises(kv.OptionError):
+        as_method(f"kveraser:repair={value}")

@@ -14,10 +14,12 @@ import uvicorn
 
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.serving.app import AppOptions, create_app
+from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
-from kveraser.serving.engine import Engine, EngineOptions, Prompt
+from kveraser.serving.service import Service, ServiceOptions
 
 NAME = "org/tiny"
+PARTS = ("the code of the door is 1234, ", "no, the code is 99, ", "the car is blue and it is fast")
 REAL = "smollm2-135m-instruct"
 
 
@@ -52,22 +54,22 @@ def with_placeholder(messages, index, text="[cleared]"):
     return [(role, text if i == index else content) for i, (role, content) in enumerate(messages)]
 
 
-def ask(engine, messages, policy="exact", owner="", **sampling):
-    """Send a conversation straight to an engine."""
+def ask(service, messages, policy="exact", owner="", **sampling):
+    """Send a conversation straight to an service."""
     sampling.setdefault("max_tokens", 8)
     prompt = Prompt(owner, chat_ids(messages), policy, Sampling(**sampling))
-    engine.check(prompt)
-    return engine.submit(lambda job: engine.complete(prompt, job)).future.result(30)
+    service.check(prompt)
+    return service.submit(lambda job: service.complete(prompt, job)).future.result(30)
 
 
 class Server:
     """A server in this process; `call` runs one request."""
 
-    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), **options):
+    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), body_seconds=60.0, **options):
         model = text_model()
         options.setdefault("cache_budget", 1 << 24)
-        self.engine = Engine(model, make_tokenizer(), random_eraser(model), EngineOptions(**options))
-        self.app = create_app(self.engine, AppOptions(NAME, keys, body_limit, hosts))
+        self.service = Service(model, make_tokenizer(), random_eraser(model), ServiceOptions(**options))
+        self.app = create_app(self.service, AppOptions(NAME, keys, body_limit, body_seconds, hosts))
 
     def call(self, method, path, key=None, **options):
         headers = {**options.pop("headers", {}), **({"Authorization": f"Bearer {key}"} if key else {})}
@@ -91,10 +93,10 @@ def free_port():
 
 
 @contextmanager
-def running(engine, *keys, name=NAME):
-    """A real server in a thread, which closes the engine at the end; gives its URL."""
+def running(service, *keys, name=NAME):
+    """A real server in a thread, which closes the service at the end; gives its URL."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, AppOptions(name, keys)), port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(create_app(service, AppOptions(name, keys)), port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -106,10 +108,10 @@ def running(engine, *keys, name=NAME):
         thread.join()
 
 
-def tiny_engine(**options):
-    """An engine on a tiny random model."""
+def tiny_service(**options):
+    """An service on a tiny random model."""
     model = text_model()
-    return Engine(model, make_tokenizer(), random_eraser(model), EngineOptions(**options))
+    return Service(model, make_tokenizer(), random_eraser(model), ServiceOptions(**options))
 
 
 def event_list(text):
@@ -127,4 +129,45 @@ def servers():
         yield lambda *args, **options: made.append(Server(*args, **options)) or made[-1]
     finally:
         for server in made:
-            server.engine.close()
+            server.service.close()
+
+
+@contextmanager
+def services():
+    """Makes services on a tiny random model, which are closed at the end."""
+    made = []
+
+    def make(**options):
+        model = text_model()
+        eraser = options.pop("eraser", random_eraser(model))
+        options.setdefault("cache_budget", 1 << 24)
+        made.append(Service(model, make_tokenizer(), eraser, ServiceOptions(**options)))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for service in made:
+            service.close()
+
+
+def settle(service):
+    """Wait until there is nothing left to do in idle time."""
+    deadline = time.monotonic() + 20
+    while service.submit(lambda job: service.store.to_repair()).future.result(5) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def only_context(service):
+    """The one context that a service holds."""
+    (held,) = service.submit(lambda job: list(service.store._held.values())).future.result(5)
+    return held
+
+
+def session(server, *parts, key=None):
+    """Where a new session is that has read some parts of a text."""
+    name = server.call("POST", "/v1/sessions", key).json()["id"]
+    for part in parts:
+        assert server.call("POST", f"/v1/sessions/{name}/text", key, json={"text": part}).status_code == 201
+    return f"/v1/sessions/{name}"

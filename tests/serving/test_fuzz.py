@@ -16,7 +16,7 @@ async def _forever():
 
 
 _server = Server(timeout=10, max_reply=4)
-atexit.register(_server.engine.close)
+atexit.register(_server.service.close)
 _session = _server.call("POST", "/v1/sessions").json()["id"]
 _server.call("POST", f"/v1/sessions/{_session}/messages", json={"role": "user", "content": "the code is 1", "id": "a"})
 _server.app.router.lifespan_context = lambda _: _forever()  # every call starts and stops the application

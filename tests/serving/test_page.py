@@ -7,11 +7,11 @@ import os
 import shutil
 
 import pytest
-from serving_helpers import REAL, running, tiny_engine
+from serving_helpers import REAL, running, tiny_service
 
 from kveraser.demo.stories import stories
 from kveraser.evaluation import leaks
-from kveraser.serving.engine import Engine
+from kveraser.serving.service import Service
 
 playwright_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is missing; pip install -r requirements.txt"
@@ -38,13 +38,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tiny_url():
-    with running(tiny_engine(cache_budget=1 << 24)) as url:
+    with running(tiny_service(cache_budget=1 << 24)) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def real_url(smollm):
-    with running(Engine(*smollm), name=REAL) as url:
+    with running(Service(*smollm), name=REAL) as url:
         yield url
 
 
@@ -307,7 +307,7 @@ def test_it_fits_a_phone_in_light_and_dark(tiny_url, open_page, scheme):
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab_alone(open_page):
-    with running(tiny_engine(cache_budget=1 << 22), "alpha") as url:
+    with running(tiny_service(cache_budget=1 << 22), "alpha") as url:
         page = open_page(url)
         expect(page.locator("#error")).to_contain_text("a valid API key is needed", timeout=SECONDS)
         page.fill("#key", "wrong")

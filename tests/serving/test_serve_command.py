@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.cli import app
-from kveraser.cli.serve import is_loopback, parse_bytes
+from kveraser.cli.serve import parse_bytes
+from kveraser.serving.exposure import is_loopback
 
 run = CliRunner()
 
@@ -40,6 +41,24 @@ def test_what_cannot_be_served_is_refused_at_once(options, words, monkeypatch):
     result = run.invoke(app, ["serve", *options])
     assert result.exit_code == 2
     assert words in result.output
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+@pytest.mark.parametrize("keys", ["", "  ", "schlüssel", "two words", "line\nbreak"])
+def test_a_key_that_lets_everybody_in_or_that_nobody_can_send_is_refused_and_not_shown(host, keys, monkeypatch):
+    monkeypatch.delenv("KVERASER_API_KEYS", raising=False)
+    result = run.invoke(app, ["serve", "--host", host, "--api-key", "a-good-one", "--api-key", keys])
+    assert result.exit_code == 2
+    assert "API key 2 of 2" in " ".join(result.output.split())
+    assert not keys.strip() or keys not in result.output
+
+
+@pytest.mark.parametrize("keys", ["alpha,", ",", "alpha,,beta"])
+def test_an_empty_key_among_those_of_the_environment_is_refused(keys, monkeypatch):
+    monkeypatch.setenv("KVERASER_API_KEYS", keys)
+    result = run.invoke(app, ["serve"])
+    assert result.exit_code == 2
+    assert "is empty" in result.output
 
 
 def test_it_serves_with_keys_from_the_environment_and_without_an_access_log(monkeypatch):

@@ -9,7 +9,7 @@ from serving_helpers import REAL, running
 
 from kveraser.demo.stories import pages, stories
 from kveraser.evaluation import leaks
-from kveraser.serving.engine import Engine
+from kveraser.serving.service import Service
 
 pytestmark = pytest.mark.model
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.model
 @pytest.fixture(scope="module")
 def ask(smollm):
     """Asks as any client does; gives the text, what the server says of it, and the number of prompt tokens."""
-    with running(Engine(*smollm), name=REAL) as url:
+    with running(Service(*smollm), name=REAL) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
         def asked(talk, policy):

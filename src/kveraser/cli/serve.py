@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ from kveraser.cli.common import (
     stderr,
 )
 from kveraser.errors import OptionError
+from kveraser.serving.exposure import check_exposure, check_keys
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
@@ -38,12 +39,15 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server on that address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+def api_keys(given: Sequence[str], environment: str) -> list[str]:
+    """The keys that are let in: of `--api-key`, and of `KVERASER_API_KEYS`, which may not be set.
+
+    Raises:
+        OptionError: an empty key, or one that no client could send.
+    """
+    keys = [*given, *(map(str.strip, environment.split(",")) if environment.strip() else ())]
+    check_keys(keys)
+    return keys
 
 
 def serve_command(
@@ -81,27 +85,24 @@ def serve_command(
             import uvicorn
 
             from kveraser.serving.app import AppOptions, create_app
-            from kveraser.serving.engine import Engine, EngineOptions
+            from kveraser.serving.service import Service, ServiceOptions
         except ImportError as error:
             raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
         if policy not in ("exact", "kveraser", "auto"):
             raise OptionError(f"policy={policy!r} must be exact, kveraser or auto")
-        keys = [*(api_key or ()), *filter(None, map(str.strip, os.environ.get("KVERASER_API_KEYS", "").split(",")))]
-        if not keys and not is_loopback(host):
-            raise OptionError(
-                f"{host} can be reached from other machines; set KVERASER_API_KEYS, or listen on 127.0.0.1"
-            )
-        options = EngineOptions(
+        keys = api_keys(api_key or (), os.environ.get("KVERASER_API_KEYS", ""))
+        check_exposure(host, bool(keys), "set KVERASER_API_KEYS")
+        options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]
             cache_budget=parse_bytes(cache_budget), placeholder=placeholder, state_dir=state_dir,
             queue_size=queue_size, timeout=timeout,
         )  # fmt: skip
         limit = parse_bytes(body_limit)
         backbone, tokenizer = load(model, device, dtype)
-        engine = Engine(backbone, tokenizer, find_eraser(eraser, backbone), options)
+        service = Service(backbone, tokenizer, find_eraser(eraser, backbone), options)
         name = served_name or model
         hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
-        app = create_app(engine, AppOptions(name, keys, limit, hosts))
+        app = create_app(service, AppOptions(name, keys, limit, hosts=hosts))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
         settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}

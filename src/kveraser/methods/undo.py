@@ -48,6 +48,11 @@ class Undo:
         """The slots whose states are kept."""
         return tuple(span for span, _ in self.regions)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the kept states."""
+        return sum(tensor.nbytes for _, states in self.regions for pair in states for tensor in pair)
+
     def states_of(self, span: Span) -> States:
         """The kept states of some slots, all of one region."""
         region, states = next((r, s) for r, s in self.regions if r.start <= span.start and span.end <= r.end)

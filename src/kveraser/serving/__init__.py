@@ -1,1 +1,11 @@
-"""An OpenAI-compatible server that understands edits. Needs the extra `serve`."""
+"""An OpenAI-compatible server that understands edits. Needs the extra `serve`.
+
+Knows: HTTP, conversations, sessions, on top of live contexts. Does not know how an erase is done.
+
+    app         the application: routes, keys, limits, health     access, errors, events, metrics, page, web/: its parts
+    openai/     OpenAI's endpoints                                 sessions/: the endpoints of explicit erase sessions
+    service     the model and its contexts; answers a prompt       completion: prompts and replies; decoding: logits to text
+    contexts/   the contexts that are held: matching, reuse, budget, disk
+    worker      the one thread that runs all of it                 waiting: from a request to that thread and back
+    beside       tokenising, beside that thread                     exposure: who can reach the server; invalid: bad bodies explained
+"""

@@ -1,4 +1,4 @@
-"""The application: routes, keys, limits, health and metrics around one engine.
+"""The application: routes, keys, limits, health and metrics around one service.
 
 Knows: how the parts are put together. Does not know how any of them works.
 """
@@ -16,14 +16,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from kveraser import __version__
-from kveraser.serving.access import BodyLimit, Keys, owner_of
-from kveraser.serving.compare_api import compare_router
-from kveraser.serving.engine import Engine
-from kveraser.serving.http_errors import install_handlers
+from kveraser.serving.access import BodyLimit, Keys, SameOrigin, owner_of
+from kveraser.serving.errors import install_handlers
 from kveraser.serving.metrics import CountRequests, Metrics
-from kveraser.serving.openai_api import openai_router
+from kveraser.serving.openai.routes import openai_router
 from kveraser.serving.page import page_router
-from kveraser.serving.session_api import session_router
+from kveraser.serving.service import Service
+from kveraser.serving.sessions.routes import session_router
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class AppOptions:
         model_name: the model's name in requests and replies.
         api_keys: keys that are let in; none lets everybody in.
         body_limit: bytes of the longest request.
+        body_seconds: in which a request has to be there as a whole.
         hosts: names by which browsers may call the server; none allows all. Keeps web pages from reaching a server without
             keys on this machine under a name of their own.
     """
@@ -41,25 +41,25 @@ class AppOptions:
     model_name: str
     api_keys: Sequence[str] = ()
     body_limit: int = 8 << 20
+    body_seconds: float = 60.0
     hosts: Sequence[str] = ()
 
 
-def create_app(engine: Engine, options: AppOptions) -> FastAPI:
-    """The application; it closes the engine when it stops."""
-    keys, metrics = Keys(options.api_keys), Metrics(engine)
+def create_app(service: Service, options: AppOptions) -> FastAPI:
+    """The application; it closes the service when it stops."""
+    keys, metrics = Keys(options.api_keys), Metrics(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        engine.close()
+        service.close()
 
     app = FastAPI(title="kveraser", version=__version__, lifespan=lifespan)
     app.state.keys = keys
     install_handlers(app)
-    app.include_router(openai_router(engine, options.model_name, metrics, int(time.time())))
-    app.include_router(session_router(engine))
-    app.include_router(compare_router(engine))
-    app.include_router(page_router(engine))
+    app.include_router(openai_router(service, options.model_name, metrics, int(time.time())))
+    app.include_router(session_router(service))
+    app.include_router(page_router(service))
 
     @app.get("/healthz", tags=["operation"])
     async def health() -> dict[str, Any]:
@@ -72,7 +72,9 @@ def create_app(engine: Engine, options: AppOptions) -> FastAPI:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     app.add_middleware(CountRequests, metrics=metrics)
-    app.add_middleware(BodyLimit, limit=options.body_limit)
+    app.add_middleware(BodyLimit, limit=options.body_limit, seconds=options.body_seconds)
+    if not options.api_keys:
+        app.add_middleware(SameOrigin)
     if options.hosts:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts), www_redirect=False)
     return app

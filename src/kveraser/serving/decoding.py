@@ -52,8 +52,8 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one more step adds: text that is certain by now, and the tokens sampled since the last piece."""
+class Delta:
+    """What one more step adds to a reply: text that is certain by now, and the tokens sampled since the last one."""
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
@@ -74,10 +74,10 @@ def decode(
     tokenizer: PreTrainedTokenizerBase,
     end_ids: set[int],
     check: Callable[[], None],
-) -> Iterator[Piece]:
+) -> Iterator[Delta]:
     """Continue a context whose last token gave `logits`; every sampled token but the last is appended to it.
 
-    The last piece has the finish reason: `stop` (an end token or a stop text) or `length`.
+    The last delta has the finish reason: `stop` (an end token or a stop text) or `length`.
 
     Args:
         check: called before every token; what it raises ends the reply.
@@ -93,12 +93,12 @@ def decode(
         logprob = () if sampling.logprobs is None else (_logprob(logits, token, sampling.logprobs),)
         new = "" if token in end_ids else text.push(token)
         if token in end_ids or text.stopped:
-            yield Piece(new + text.finish(), logprob, 1, "stop")
+            yield Delta(new + text.finish(), logprob, 1, "stop")
             return
         if count >= sampling.max_tokens:
-            yield Piece(new + text.finish(), logprob, 1, "stop" if text.stopped else "length")
+            yield Delta(new + text.finish(), logprob, 1, "stop" if text.stopped else "length")
             return
-        yield Piece(new, logprob, 1)
+        yield Delta(new, logprob, 1)
         logits = context.advance([token])
 
 

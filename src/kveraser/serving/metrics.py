@@ -1,6 +1,6 @@
 """Prometheus metrics.
 
-Knows: the engine's numbers. Does not know about requests' contents.
+Knows: the service's numbers. Does not know about requests' contents.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kveraser.serving.engine import Engine, Reply
-from kveraser.serving.http_errors import error_response
+from kveraser.serving.completion import Reply
+from kveraser.serving.errors import error_response
+from kveraser.serving.service import Service
 
 
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
         self.requests = Counter(
@@ -35,7 +36,7 @@ class Metrics:
         self.prompt_seconds = Histogram(
             "kveraser_prompt_seconds", "Until the first token could be sampled.", registry=registry
         )
-        self.registry.register(_Gauges(engine))
+        self.registry.register(_Gauges(service))
 
     def count(self, reply: Reply) -> None:
         """Enter an answered request."""
@@ -47,19 +48,19 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    """Read when asked for."""
+    """The last numbers that the service has published."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, service: Service) -> None:
+        self.service = service
 
     def collect(self) -> Iterator[Metric]:
-        memory, disk = self.engine.store.count
+        numbers = self.service.numbers  # the store itself belongs to the worker's thread
         for name, text, value in (
-            ("kveraser_queue_waiting", "Requests that wait.", self.engine.worker.waiting),
-            ("kveraser_cache_bytes", "Keys and values in memory.", self.engine.store.bytes),
-            ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", self.engine.store.budget),
-            ("kveraser_contexts_in_memory", "Contexts in memory.", memory),
-            ("kveraser_contexts_on_disk", "Contexts on disk only.", disk),
+            ("kveraser_queue_waiting", "Requests that wait.", self.service.worker.waiting),
+            ("kveraser_cache_bytes", "Keys and values in memory.", numbers.bytes),
+            ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", numbers.budget),
+            ("kveraser_contexts_in_memory", "Contexts in memory.", numbers.in_memory),
+            ("kveraser_contexts_on_disk", "Contexts on disk only.", numbers.on_disk),
         ):
             yield GaugeMetricFamily(name, text, value)
 

@@ -14,8 +14,8 @@ from fastapi import APIRouter, Depends, Response
 from kveraser.demo.stories import stories
 from kveraser.methods import methods
 from kveraser.serving.access import owner_of
-from kveraser.serving.engine import Engine
-from kveraser.serving.http_errors import ApiError
+from kveraser.serving.errors import ApiError
+from kveraser.serving.service import Service
 
 _WEB = Path(__file__).parent / "web"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -30,7 +30,7 @@ HEADERS = {
 """Nothing but the server's own files is loaded, nothing inline is run, and no other page may frame this one."""
 
 
-def page_router(engine: Engine) -> APIRouter:
+def page_router(service: Service) -> APIRouter:
     """The routes. The page itself and the examples need no key."""
     router = APIRouter(tags=["page"])
     files = {path.name: path.read_bytes() for path in _WEB.iterdir() if path.suffix in _TYPES}
@@ -60,7 +60,7 @@ def page_router(engine: Engine) -> APIRouter:
         return {
             "data": [
                 {"name": name, "summary": method.summary, "exact": method.exact,
-                 "available": engine.eraser is not None or not method.needs_eraser}
+                 "available": service.eraser is not None or not method.needs_eraser}
                 for name, method in methods().items()
             ]
         }  # fmt: skip

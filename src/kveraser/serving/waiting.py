@@ -1,32 +1,35 @@
 """From a request to the worker's thread and back: awaiting, streaming, and stopping when nobody waits any more.
 
-Knows: asyncio, jobs, server-sent events. Does not know what the work is.
+Knows: asyncio, jobs. Does not know what the work is, or how its result is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 
-from kveraser.serving.engine import Engine
-from kveraser.serving.jobs import Job, JobCancelledError
+from kveraser.errors import JobCancelledError
+from kveraser.serving.service import Service
+from kveraser.serving.worker import Job
 
 T = TypeVar("T")
 _LOOK_EVERY = 0.2  # seconds between looks whether the client is still there
+_SOON = 0.01  # seconds behind a deadline, when it is certainly over
 
 
-def event_line(value: dict[str, Any]) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+def _submit(service: Service, work: Callable[[Job], T]) -> Job:
+    """Queue work; if its time is over before its turn comes, it fails then and not when its turn comes."""
+    job = service.submit(work)
+    asyncio.get_running_loop().call_later(job.timeout + _SOON, job.give_up)
+    return job
 
 
-async def run(engine: Engine, request: Request, work: Callable[[Job], T]) -> T:
+async def run(service: Service, request: Request, work: Callable[[Job], T]) -> T:
     """The result of work in the worker's thread; the work is cancelled when the client goes away."""
-    job = engine.submit(work)
+    job = _submit(service, work)
     future = asyncio.wrap_future(job.future)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it, text and all
     try:
@@ -56,7 +59,7 @@ async def first_of(request: Request, events: AsyncGenerator[T]) -> T:
     return first.result()
 
 
-async def stream(engine: Engine, work: Callable[[Job, Callable[[T], None]], None]) -> AsyncGenerator[T]:
+async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], None]) -> AsyncGenerator[T]:
     """What work in the worker's thread emits; closing the iterator cancels the work.
 
     Raises:
@@ -68,7 +71,7 @@ async def stream(engine: Engine, work: Callable[[Job, Callable[[T], None]], None
     def emit(event: T | None) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = engine.submit(lambda job: work(job, emit))
+    job = _submit(service, lambda job: work(job, emit))
     job.future.add_done_callback(lambda _: None if loop.is_closed() else emit(None))
     try:
         while (event := await events.get()) is not None:

@@ -23,6 +23,7 @@ from kveraser.eraser.shipped import shipped_erasers
 from kveraser.errors import EngineError, OptionError
 from kveraser.files import cache_folder
 from kveraser.model.backbone import DEFAULT_BACKBONE, converted, embedded_gguf
+from kveraser.serving.exposure import check_exposure
 
 _START_SECONDS = 1800.0
 
@@ -149,6 +150,15 @@ def _allowed_rank(rank: int) -> int:
     raise OptionError(f"vLLM serves adapters up to rank 512, the eraser has rank {rank}")
 
 
+def _key_of(arguments: Sequence[str]) -> Iterator[str]:
+    """The values of vLLM's `--api-key` among its arguments."""
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name.replace("_", "-") == "--api-key":
+            following = "".join(arguments[number + 1 : number + 2])
+            yield (value or ("" if following.startswith("--") else following)).strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Become vLLM's server."""
     parser = argparse.ArgumentParser(
@@ -159,9 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--eraser", help="PEFT folder with a kveraser.json; default the one that ships for the model")
     parser.add_argument("--store", default=str(cache_folder() / "vllm-store"), help="folder for edited contexts")
     parser.add_argument("--capacity-gb", type=float, help="how much it may take; the least recently used goes first")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need --api-key")
     known, rest = parser.parse_known_args(arguments)
+    has_key = any(_key_of(rest)) or bool(os.environ.get("VLLM_API_KEY", "").strip())
+    check_exposure(known.host, has_key, "give --api-key, or set VLLM_API_KEY")
     eraser = known.eraser or shipped_folder(known.model)
-    said = server_arguments(known.model, eraser, known.store, capacity_gb=known.capacity_gb, extra=rest)
+    said = server_arguments(
+        known.model, eraser, known.store, capacity_gb=known.capacity_gb, extra=["--host", known.host, *rest]
+    )
     os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *said])
 
 

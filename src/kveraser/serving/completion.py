@@ -1,0 +1,60 @@
+"""A prompt and its reply, by whatever API they come and go.
+
+Knows: token ids, what is told of a reply. Does not know about JSON, contexts or how a reply is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kveraser.serving.contexts.reuse import Policy
+from kveraser.serving.decoding import Sampling, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to be read and continued, for the owner of an API key."""
+
+    owner: str
+    ids: tuple[int, ...]
+    policy: Policy
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class ReuseReport:
+    """How a prompt got into a context: the object `kveraser` of a reply.
+
+    Attributes:
+        method: `prefill`, `prefix`, `full-recompute` or `kveraser`.
+        exact: whether the context equals a fresh prefill.
+        spans: runs that were taken out, in tokens of the cached conversation.
+        tokens_reused: tokens of the prompt whose states were there already and were left as they are.
+        tokens_recomputed: tokens that were run through the model, steering included.
+        recomputed: runs of the cached conversation that were recomputed where they are, in tokens like `spans`.
+        residual: what the erase left behind by its own estimate; 0.0 where the context is exact, None where not known.
+        eraser: "trained" or "neutral", where one was used.
+        seconds: until the first token could be sampled, without waiting.
+    """
+
+    method: str
+    exact: bool
+    spans: tuple[tuple[int, int], ...]
+    tokens_reused: int
+    tokens_recomputed: int
+    seconds: float
+    recomputed: tuple[tuple[int, int], ...] = ()
+    residual: float | None = None
+    eraser: str | None = None
+
+
+@dataclass
+class Reply:
+    """An answer, as far as it is known."""
+
+    reuse: ReuseReport
+    prompt_tokens: int
+    text: str = ""
+    finish_reason: str = "length"
+    completion_tokens: int = 0
+    tokens: list[TokenLogprob] = field(default_factory=list)

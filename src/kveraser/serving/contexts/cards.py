@@ -1,0 +1,115 @@
+"""The folder of one context on disk: its card, and that nobody else can read it.
+
+Knows: files. Does not know which contexts there are, or what a context means.
+
+The card, `kveraser-context.json`, marks a folder as ours and says whose the context is. It is written first and deleted last.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kveraser.serving.contexts.matching import Ids
+
+log = logging.getLogger("kveraser.serving")
+
+CARD = "kveraser-context.json"
+SESSION = "session.json"
+"""What `ErasableContext.save` writes last: a folder with it holds a whole context."""
+FORMAT = 2
+NAME = re.compile(r"[0-9a-f]{32}")
+"""What folders of ours are called."""
+
+
+@dataclass(frozen=True)
+class StoredContext:
+    """A context on disk.
+
+    Attributes:
+        id: also the name of its folder.
+        owner: digest of the API key it belongs to.
+        is_session: made through the session API; else a cached conversation.
+        ids: of a cached conversation, as a request would give them; empty for a session.
+        placeholders: ledger positions where a placeholder stands for an erased span.
+        prompt_end: where in `ids` the last reply begins.
+        bytes: on disk.
+        used: seconds since the epoch.
+    """
+
+    id: str
+    owner: str
+    is_session: bool
+    ids: Ids
+    placeholders: tuple[int, ...] = ()
+    prompt_end: int = 0
+    bytes: int = 0
+    used: float = 0.0
+
+
+def _has_our_name(folder: Path, name: str) -> bool:
+    return bool(NAME.fullmatch(name)) and folder.is_dir() and not folder.is_symlink()
+
+
+def card_of(row: StoredContext) -> bytes:
+    """The card of a context."""
+    fields = {"kveraser": "context", "format": FORMAT, "id": row.id, "owner": row.owner, "session": row.is_session,
+              "ids": row.ids.tolist(), "placeholders": list(row.placeholders), "prompt_end": row.prompt_end}  # fmt: skip
+    return json.dumps(fields).encode()
+
+
+def read_card(folder: Path, name: str) -> StoredContext | None:
+    """What a folder's card says; None for a folder that is not ours by name and card."""
+    if not _has_our_name(folder, name) or (folder / CARD).is_symlink():
+        return None
+    try:
+        card = json.loads((folder / CARD).read_bytes())
+        if (card["kveraser"], card["id"]) != ("context", name):
+            return None
+        ids = np.asarray(card["ids"], dtype=np.int64)
+        return StoredContext(name, card["owner"], card["session"], ids, tuple(card["placeholders"]), card["prompt_end"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_abandoned(folder: Path, name: str) -> bool:
+    """Whether a folder with a name of ours has nothing in it but what a crash leaves of a card."""
+    return _has_our_name(folder, name) and all(file.name.startswith(f".{CARD}.") for file in folder.iterdir())
+
+
+def measured(row: StoredContext, folder: Path) -> StoredContext:
+    """A context with its size and the time of its last change."""
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return replace(row, bytes=size, used=(folder / SESSION).stat().st_mtime)
+
+
+def make_private(folder: Path) -> None:
+    """A folder that its user alone can enter, made when it is not there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & 0o777 != 0o700:
+        folder.chmod(0o700)
+
+
+def protect(folder: Path) -> None:
+    """Have a context's folder and files readable by their user alone, as older versions did not."""
+    make_private(folder)
+    for file in folder.iterdir():
+        if not file.is_symlink() and file.is_file():
+            file.chmod(0o600)
+
+
+def destroy(folder: Path) -> None:
+    """Delete a context's folder, its card last, so that what is left of it after a crash is still known as ours."""
+    files = [file for file in folder.iterdir() if file.name != CARD]
+    for file in [*files, folder / CARD]:
+        if file.is_symlink() or not file.is_dir():
+            file.unlink(missing_ok=True)
+    try:
+        folder.rmdir()
+    except OSError as error:  # a folder of somebody else's is in it
+        log.warning("%s could not be removed: %s", folder, error)

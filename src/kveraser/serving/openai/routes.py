@@ -1,0 +1,90 @@
+"""OpenAI's endpoints: models, chat completions, completions.
+
+Knows: routes, what a request asks of its reply. Does not know how bodies become prompts, nor replies JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import StreamingResponse
+
+from kveraser.serving.access import Owner, owner_of
+from kveraser.serving.completion import Prompt, Reply
+from kveraser.serving.errors import ApiError
+from kveraser.serving.events import line_response
+from kveraser.serving.metrics import Metrics
+from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
+from kveraser.serving.openai.replies import ChatShape, CompletionShape, Progress, reply_lines
+from kveraser.serving.openai.requests import chat_prompt, completion_prompt
+from kveraser.serving.service import Service
+from kveraser.serving.waiting import first_of, run, stream
+from kveraser.serving.worker import Job
+
+Response = dict[str, Any] | StreamingResponse
+
+
+def openai_router(service: Service, name: str, metrics: Metrics, started: int) -> APIRouter:
+    """The routes.
+
+    Args:
+        name: the model's name in requests and replies.
+        started: when the server started, seconds since the epoch.
+    """
+    router = APIRouter(tags=["OpenAI"])
+    card = {"id": name, "object": "model", "created": started, "owned_by": "kveraser"}
+
+    def check_model(wanted: str) -> None:
+        if wanted != name:
+            raise ApiError(
+                404, f"there is no model {wanted!r}; there is {name!r}", code="model_not_found", param="model"
+            )
+
+    @router.get("/v1/models", dependencies=[Depends(owner_of)])
+    async def list_models() -> dict[str, Any]:
+        """The one model there is."""
+        return {"object": "list", "data": [card]}
+
+    @router.get("/v1/models/{model:path}", dependencies=[Depends(owner_of)])
+    async def get_model(model: str) -> dict[str, Any]:
+        """A model by its name."""
+        check_model(model)
+        return card
+
+    async def answer(
+        request: Request, body: ChatRequest | CompletionRequest, prompt: Prompt, shape: ChatShape
+    ) -> Response:
+        logprobs = prompt.sampling.logprobs is not None
+
+        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Reply:
+            tell = None if emit is None else lambda delta, reply: emit((delta, reply))
+            reply = service.complete(prompt, job, tell)
+            metrics.count(reply)
+            return reply
+
+        def work(job: Job, emit: Callable[[Progress], None]) -> None:
+            complete(job, emit)
+
+        if not body.stream:
+            return shape.whole(await run(service, request, complete), logprobs)
+        events = stream(service, work)
+        first = await first_of(request, events)  # an error before the first token has a status of its own
+        return line_response(reply_lines(first, events, shape, logprobs, body.with_usage), events)
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request, owner: Owner) -> Response:
+        """Answer a conversation. The field `kveraser` of the reply says what was reused, and whether it is exact."""
+        check_model(body.model)
+        prompt = await service.beside.run(lambda: chat_prompt(service, body, owner))
+        return await answer(request, body, prompt, ChatShape(service.tokenizer, name))
+
+    @router.post("/v1/completions", response_model=None)
+    async def complete(body: CompletionRequest, request: Request, owner: Owner) -> Response:
+        """Continue a text, or token ids."""
+        check_model(body.model)
+        prompt = await service.beside.run(lambda: completion_prompt(service, body, owner))
+        return await answer(request, body, prompt, CompletionShape(service.tokenizer, name))
+
+    return router

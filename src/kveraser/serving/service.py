@@ -1,0 +1,160 @@
+"""A model as a service: its contexts, the one thread that runs them, and answering a prompt.
+
+Knows: contexts, decoding, the worker. Does not know about HTTP or JSON.
+
+Policies: `exact` keeps only what equals a fresh prefill, `kveraser` steers what a client took out of a conversation, `auto`
+steers as well and makes the context exact while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kveraser.cache import PREFILL_CHUNK
+from kveraser.eraser import KVEraser, default_eraser
+from kveraser.errors import ContextError, OptionError
+from kveraser.model.view import causal_lm
+from kveraser.serving.beside import Beside
+from kveraser.serving.completion import Prompt, Reply, ReuseReport
+from kveraser.serving.contexts.finding import ContextFinder
+from kveraser.serving.contexts.idle_repair import IdleRepair
+from kveraser.serving.contexts.limits import Limits
+from kveraser.serving.contexts.reuse import Policy
+from kveraser.serving.contexts.store import ContextStore
+from kveraser.serving.decoding import Delta, decode, end_ids
+from kveraser.serving.worker import Job, Worker
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """How to serve.
+
+    Attributes:
+        policy: for requests that do not name one.
+        cache_budget: bytes of keys and values in memory, all contexts together.
+        placeholder: text that clients put in place of what they cleared; "" for none.
+        state_dir: where contexts are kept; None keeps nothing beyond the process.
+        queue_size: requests that may wait.
+        timeout: seconds for one request, waiting included.
+        grace: seconds that running requests get when the server stops.
+        max_reply: tokens of a chat reply that names no limit.
+    """
+
+    policy: Policy = "exact"
+    cache_budget: int = 4 << 30
+    placeholder: str = "[cleared]"
+    state_dir: Path | None = None
+    queue_size: int = 64
+    timeout: float = 300.0
+    grace: float = 20.0
+    max_reply: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("cache_budget", "queue_size", "timeout", "max_reply"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"{name}={getattr(self, name)} must be more than 0")
+
+
+class Service:
+    """A model, its contexts, and the one thread that runs them.
+
+    Raises:
+        SessionFileError: the state folder is in use, or of a newer format.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        eraser: KVEraser | None = None,
+        options: ServiceOptions | None = None,
+    ) -> None:
+        self.tokenizer, self.options = tokenizer, options or ServiceOptions()
+        self.eraser = eraser or default_eraser(model)
+        self.vocabulary = int(causal_lm(model).get_input_embeddings().num_embeddings)
+        self.limits = Limits.of(model, tokenizer, self.options.cache_budget)
+        placeholder = tuple(tokenizer.encode(self.options.placeholder, add_special_tokens=False))
+        self.store = ContextStore(
+            model, tokenizer, eraser, budget=self.options.cache_budget, placeholder=placeholder,
+            folder=self.options.state_dir,
+        )  # fmt: skip
+        self._finder = ContextFinder(self.store, self.limits, tokenizer)
+        self._end_ids = end_ids(model)
+        self.numbers = self.store.numbers()
+        """Of the store, after the last piece of work; for all threads."""
+        self.beside = Beside(self.options.queue_size)
+        self.worker = Worker(self.options.queue_size, IdleRepair(self.store).step, self._publish)
+
+    def submit(self, work: Callable[[Job], Any]) -> Job:
+        """Queue work on the contexts.
+
+        Raises:
+            QueueFullError, JobCancelledError: too much is waiting; the server is stopping.
+        """
+        return self.worker.submit(work, self.options.timeout)
+
+    def check(self, prompt: Prompt) -> None:
+        """Refuse what can never be answered, before it is queued.
+
+        Raises:
+            ContextError: an empty prompt, or one that is too long.
+        """
+        if not prompt.ids:
+            raise ContextError("the prompt has no tokens")
+        length, reply = len(prompt.ids), prompt.sampling.max_tokens
+        self.limits.check(length + reply, f"{length} prompt tokens and {reply} for the reply")
+
+    def complete(self, prompt: Prompt, job: Job, emit: Callable[[Delta, Reply], None] | None = None) -> Reply:
+        """Answer a prompt; in the worker's thread.
+
+        Args:
+            emit: called with every piece of the reply as it comes, and with the reply so far.
+        """
+        started = time.perf_counter()
+        held, reuse = self._finder.prepare(prompt.owner, prompt.ids, prompt.sampling.max_tokens, prompt.policy)
+        try:
+            new = list(prompt.ids[reuse.kept :])
+            for at in range(0, len(new) - 1, PREFILL_CHUNK):
+                job.check()
+                held.context.append_ids(new[at : min(at + PREFILL_CHUNK, len(new) - 1)])
+            logits = held.context.advance(new[-1:])
+            held.prompt_end = len(prompt.ids) - 1
+            report = ReuseReport(
+                method=reuse.method,
+                exact=held.exact,
+                spans=reuse.spans,
+                tokens_reused=reuse.kept - reuse.mended,
+                tokens_recomputed=reuse.recomputed + len(new),
+                seconds=time.perf_counter() - started,
+                recomputed=reuse.where,
+                residual=0.0 if held.exact else reuse.residual,
+                eraser=reuse.eraser,
+            )
+            reply = Reply(report, len(prompt.ids))
+            for delta in decode(held.context, logits, prompt.sampling, self.tokenizer, self._end_ids, job.check):
+                reply.text += delta.text
+                reply.completion_tokens += delta.sampled
+                reply.tokens += delta.tokens
+                reply.finish_reason = delta.finish_reason or reply.finish_reason
+                if emit is not None:
+                    emit(delta, reply)
+            return reply
+        finally:
+            if len(held.context) == 0:
+                self.store.forget(held)
+            self.store.make_room()
+
+    def _publish(self) -> None:
+        self.numbers = self.store.numbers()
+
+    def close(self) -> None:
+        """Finish what is running, write the contexts to disk, and stop."""
+        self.worker.stop(self.options.grace)
+        self.beside.stop()
+        self.store.close()

@@ -1,0 +1,187 @@
+"""The same question before the erases of a session, now, and after full recomputation.
+
+Knows: contexts, greedy answers. Does not know about HTTP or where sessions are kept. The session is only
+run ahead of, which leaves it as it is, bit for bit; the other two answers come from a scratch copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from kveraser.cache import PREFILL_CHUNK, get_marks
+from kveraser.context import ErasableContext
+from kveraser.context.chat import Message, added_by, reply_prompt
+from kveraser.errors import ContextError
+from kveraser.serving.decoding import end_ids
+from kveraser.serving.sessions.distributions import Distributions, Version, distributions
+from kveraser.serving.sessions.generation_hooks import Emitter, FirstLine, NotEmpty, Rows, Watch
+from kveraser.serving.worker import Job
+from kveraser.spans import Span
+
+Event = dict[str, Any]
+
+LOOK = 32
+"""Answer tokens whose distributions are looked at."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every version.
+
+    Attributes:
+        prompt: a user's message if the session is a chat, else text as it is.
+        max_tokens: at most so many per answer.
+        first_line: end every answer with its first line that is not blank.
+        top: the most likely tokens to report of every version.
+    """
+
+    prompt: str
+    max_tokens: int = 32
+    first_line: bool = False
+    top: int = 5
+
+
+@dataclass(frozen=True)
+class VersionAnswer:
+    """One version's greedy answer.
+
+    Attributes:
+        version: `before` (nothing erased), `now` (the session as it is), `recomputed` (what is live, read afresh).
+        exact: whether the context equals a fresh prefill of what it holds.
+        methods: of the erases that are in effect.
+        edit_seconds: of these erases, or of recomputing; None before.
+        first_seconds: from the question to the first token.
+        seconds: from the question to the end.
+        text, tokens: the answer, and its length.
+    """
+
+    version: Version
+    exact: bool
+    methods: tuple[str, ...]
+    edit_seconds: float | None
+    first_seconds: float
+    seconds: float
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out. Where nothing is erased, there is `now` alone."""
+
+    answers: tuple[VersionAnswer, ...]
+    distributions: Distributions
+
+
+@dataclass(frozen=True)
+class _Said:
+    """An answer with its ids, and the logits `(vocab,)` that gave the first of them."""
+
+    answer: VersionAnswer
+    ids: list[int]
+    rows: list[Tensor]
+
+
+def compare(
+    context: ErasableContext, question: Question, job: Job, emit: Callable[[Event], None] | None = None
+) -> Comparison:
+    """Ask the same before the erases, now, and after recomputing; the context stays as it is.
+
+    Args:
+        emit: called as it comes with `{version, done, total}` (tokens of a copy read), `{version, text}` (more of an
+            answer), and `{version, answer}` (what else there is to say of it).
+
+    Raises:
+        ContextError: an empty context, a chat's question without content.
+        JobCancelledError, JobTimeoutError: nobody waits any more.
+    """
+    tell = emit or (lambda event: None)
+    if len(context) == 0:
+        raise ContextError("the session is empty; append something before asking")
+    ids = _prompt_ids(context, question.prompt)
+
+    def ask(version: Version, asked: ErasableContext, methods: tuple[str, ...], seconds: float | None) -> _Said:
+        said = _answer(version, asked, ids, question, methods, seconds, job, tell)
+        tell({"version": version, "answer": said.answer})
+        return said
+
+    everything = context.ids_of(Span(0, len(context)))
+    live = context.live_ids
+    if len(everything) == len(live):
+        return _compared(context, [ask("now", context, (), None)], question.top)
+    gone = [span for span in context.erased if context.ids_of(span)]
+    shared = len(context.ids_of(Span(0, gone[0].start))) if gone[0].start else 0
+    known = get_marks(context.cache).approximate_from
+    kept = shared if known is None else min(shared, known)
+    scratch = context.prefix(kept)
+    _read(scratch, everything[kept:], "before", job, tell)
+    before = ask("before", scratch, (), None)
+    edits = [receipt for receipt in context.receipts if receipt.tokens_removed]
+    methods = tuple(dict.fromkeys(receipt.method for receipt in edits))
+    now = ask("now", context, methods, sum(receipt.seconds for receipt in edits))
+    started = time.perf_counter()
+    scratch = scratch.prefix(shared, take=True)
+    _read(scratch, live[shared:], "recomputed", job, tell)
+    recomputed = ask("recomputed", scratch, ("full-recompute",), time.perf_counter() - started)
+    return _compared(context, [before, now, recomputed], question.top)
+
+
+def _compared(context: ErasableContext, said: list[_Said], top: int) -> Comparison:
+    answers = tuple(one.answer for one in said)
+    versions = [answer.version for answer in answers]
+    found = distributions(context, versions, [one.ids for one in said], [one.rows for one in said], top)
+    return Comparison(answers, found)
+
+
+def _prompt_ids(context: ErasableContext, prompt: str) -> list[int]:
+    """The question's ids: as a user's message in a chat, else as they are."""
+    if not context.messages:
+        return context.encode(prompt)
+    if not prompt.strip():
+        raise ContextError("the question has no content")
+    assert context.tokenizer is not None
+    messages = [message for message, _ in context.messages]
+    user = Message("user", prompt)
+    text = added_by(context.tokenizer, messages, user).text
+    return context.encode(text + reply_prompt(context.tokenizer, [*messages, user]))
+
+
+def _read(scratch: ErasableContext, ids: list[int], version: Version, job: Job, tell: Callable[[Event], None]) -> None:
+    """Have a scratch context read more, a chunk at a time."""
+    for at in range(0, len(ids), PREFILL_CHUNK):
+        tell({"version": version, "done": at, "total": len(ids)})
+        job.check()
+        scratch.append_ids(ids[at : at + PREFILL_CHUNK])
+    tell({"version": version, "done": len(ids), "total": len(ids)})
+
+
+def _answer(
+    version: Version, context: ErasableContext, ids: list[int], question: Question, methods: tuple[str, ...],
+    edit_seconds: float | None, job: Job, tell: Callable[[Event], None],
+) -> _Said:  # fmt: skip
+    assert context.tokenizer is not None
+    started, watch, rows = time.perf_counter(), Watch(job), Rows(LOOK)
+    ends = end_ids(context.model)
+    stop: list[Any] = [watch, *([FirstLine(context.tokenizer)] if question.first_line else [])]
+    said = context.generate_ids(
+        ids, max_new_tokens=question.max_tokens, stopping_criteria=StoppingCriteriaList(stop),
+        logits_processor=LogitsProcessorList([rows, NotEmpty(ends)]),
+        streamer=Emitter(context.tokenizer, lambda text: tell({"version": version, "text": text})),
+    )  # fmt: skip
+    answer = VersionAnswer(
+        version=version,
+        exact=context.exact,
+        methods=methods,
+        edit_seconds=edit_seconds,
+        first_seconds=watch.first - started,
+        seconds=time.perf_counter() - started,
+        text=context.decode(said),
+        tokens=len(said),
+    )
+    return _Said(answer, said, rows.rows)

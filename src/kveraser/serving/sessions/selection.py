@@ -1,0 +1,130 @@
+"""What is selected of a session: from a text, a message or characters to spans, and from spans to characters.
+
+Knows: contexts, characters. Does not know about HTTP. The session's text is that of its runs, live and erased ones, joined;
+characters are counted in it as Unicode code points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kveraser.context import ErasableContext
+from kveraser.context.text import TokenBorders
+from kveraser.errors import SpanError
+from kveraser.spans import Span
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What of a session is meant: a text that occurs once in what is live, a message by its id, ledger spans, or characters of the
+    session's text."""
+
+    text: str | None = None
+    message: str | None = None
+    spans: tuple[Span, ...] = ()
+    characters: tuple[tuple[int, int], ...] = ()
+
+    def spans_in(self, context: ErasableContext) -> tuple[Span, ...]:
+        """The ledger spans.
+
+        Raises:
+            SpanError: no message with that id; a text that is not there, or more than once; characters that are not
+                there, or erased already.
+        """
+        if self.characters:
+            return spans_of_characters(context, self.characters)
+        if self.message is not None:
+            found = [span for message, span in context.messages if message.id == self.message]
+            if not found:
+                raise SpanError(f"the session has no message with id {self.message!r}")
+            return tuple(found)
+        if self.text is None:
+            return self.spans
+        return (_only_place(context, self.text),)
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """A maximal run of the ledger that is live, or one that was erased."""
+
+    span: Span
+    live: bool
+
+
+def runs_of(context: ErasableContext) -> list[Run]:
+    """All runs of a context in order."""
+    return sorted([Run(span, True) for span in context.live_spans] + [Run(span, False) for span in context.erased])
+
+
+def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, int]]) -> tuple[Span, ...]:
+    """The smallest ledger spans that hold ranges of characters, `[start, end)` each; what is erased already is left out.
+
+    Raises:
+        SpanError: an empty or reversed range, one that ends behind the text, or one without live text.
+    """
+    borders, at = _borders(context)
+    spans = list[Span]()
+    for start, end in ranges:
+        if not 0 <= start < end <= at:
+            raise SpanError(f"characters [{start}, {end}) are no part of the session's text, which has {at}")
+        inside = [
+            text.span(max(start - first, 0), min(end - first, len(text.text))).shift(run.start)
+            for first, run, text in borders
+            if start < first + len(text.text) and first < end
+        ]
+        if not inside:
+            raise SpanError(f"the characters [{start}, {end}) are erased already")
+        spans += inside
+    return tuple(spans)
+
+
+def _only_place(context: ErasableContext, text: str) -> Span:
+    """The one place of a text in what is live; the smallest span of whole tokens that holds it.
+
+    Tokens are looked at only once it is known to be the only one: a short text may be everywhere.
+
+    Raises:
+        SpanError: empty, not there, or there more than once.
+    """
+    if not text:
+        raise SpanError("the text is empty")
+    shown = text if len(text) <= 60 else f"{text[:57]}..."
+    found = list[tuple[Span, int]]()
+    for run in context.live_spans:
+        whole = context.text_of(run)
+        at = whole.find(text)
+        while at >= 0:
+            found.append((run, at))
+            if len(found) > 1:
+                raise SpanError(f"the text {shown!r} occurs more than once; give a longer text, spans or characters")
+            at = whole.find(text, at + 1)
+    if not found:
+        raise SpanError(f"the text {shown!r} is not in the session; check spaces and line breaks")
+    ((run, at),) = found
+    assert context.tokenizer is not None
+    return TokenBorders(context.tokenizer, context.ids_of(run)).span(at, at + len(text)).shift(run.start)
+
+
+def characters_of(context: ErasableContext, spans: Sequence[Span]) -> list[tuple[int, int]]:
+    """The characters `[start, end)` of live ledger spans, each of which is within one run; in the order of the spans."""
+    borders = _borders(context)[0] if spans else []
+    found = []
+    for span in spans:
+        for first, run, text in borders:
+            if run.start <= span.start and span.end <= run.end:
+                start, end = text.characters(span.shift(-run.start))
+                found.append((first + start, first + end))
+    return found
+
+
+def _borders(context: ErasableContext) -> tuple[list[tuple[int, Span, TokenBorders]], int]:
+    """The live runs: first character, ledger span and token borders of each; and the length of the whole text."""
+    assert context.tokenizer is not None
+    borders, at = list[tuple[int, Span, TokenBorders]](), 0
+    for run in runs_of(context):
+        found = TokenBorders(context.tokenizer, context.ids_of(run.span))
+        if run.live:
+            borders.append((at, run.span, found))
+        at += len(found.text)
+    return borders, at

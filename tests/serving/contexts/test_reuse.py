@@ -1,0 +1,164 @@
+"""Which states a request gets, by policy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_helpers import TALK, ask, chat_ids, only_context, services, with_placeholder, without
+
+import kveraser as kv
+from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.serving.service import Service, ServiceOptions
+
+
+@pytest.fixture
+def make_service():
+    with services() as make:
+        yield make
+
+
+def fresh(make_service, messages, **sampling):
+    return ask(make_service(), messages, **sampling)
+
+
+def test_a_second_turn_reuses_the_whole_first_one(make_service):
+    service = make_service()
+    first = ask(service, TALK[:2])
+    assert (first.reuse.method, first.reuse.exact, first.reuse.tokens_reused) == ("prefill", True, 0)
+    second = ask(service, TALK[:4])
+    assert second.reuse.method == "prefix"
+    shared = len(chat_ids(TALK[:2])) - len(make_tokenizer().encode("<s>assistant\n"))
+    assert second.reuse.tokens_reused >= shared
+    assert second.reuse.tokens_reused + second.reuse.tokens_recomputed == second.prompt_tokens
+    assert second.text == fresh(make_service, TALK[:4]).text
+
+
+@pytest.mark.parametrize("gone", [(2,), (0,), (2, 3), (1, 3)])
+def test_dropping_a_message_under_exact_is_a_fresh_prefill(make_service, gone):
+    service = make_service()
+    ask(service, TALK)
+    reply = ask(service, without(TALK, *gone), logprobs=2)
+    plain = fresh(make_service, without(TALK, *gone), logprobs=2)
+    assert reply.reuse.exact
+    assert reply.text == plain.text
+    assert [t.id for t in reply.tokens] == [t.id for t in plain.tokens]
+    assert [t.logprob for t in reply.tokens] == pytest.approx([t.logprob for t in plain.tokens], abs=1e-3)
+
+
+def test_dropping_a_message_under_kveraser_keeps_nearly_all_and_says_that_it_is_approximate(make_service):
+    service = make_service()
+    ask(service, TALK)
+    shorter = without(TALK, 2)
+    reply = ask(service, shorter, "kveraser")
+    assert (reply.reuse.method, reply.reuse.exact, len(reply.reuse.spans)) == ("kveraser", False, 1)
+    assert reply.reuse.tokens_reused >= reply.prompt_tokens - 8
+    start, end = reply.reuse.spans[0]
+    assert make_tokenizer().decode(chat_ids(TALK)[start:end]) == "<s>tool\nthe code is 1234 and it is fast</s>\n"
+    held = only_context(service)
+    assert tuple(held.view.ids[: len(chat_ids(shorter))].tolist()) == chat_ids(shorter)
+    again = ask(service, shorter, "kveraser")
+    assert (again.reuse.method, again.reuse.exact) == ("prefix", False)
+
+
+def test_a_request_for_exact_gets_nothing_of_what_was_steered(make_service):
+    service = make_service()
+    ask(service, TALK)
+    ask(service, without(TALK, 2), "kveraser")
+    reply = ask(service, without(TALK, 2))
+    assert (reply.reuse.method, reply.reuse.exact) == ("full-recompute", True)
+    assert reply.text == fresh(make_service, without(TALK, 2)).text
+    back = ask(service, TALK)
+    assert back.reuse.exact
+    assert back.text == fresh(make_service, TALK).text
+
+
+def test_a_placeholder_that_is_never_repaired_is_never_called_exact(make_service):
+    service = make_service()
+    ask(service, TALK)
+    cleared = with_placeholder(TALK, 2)
+    assert not ask(service, cleared, "kveraser").reuse.exact
+    assert not ask(service, cleared, "kveraser").reuse.exact
+    twice = with_placeholder(cleared, 3)
+    assert not ask(service, twice, "kveraser").reuse.exact
+    dropped = without(twice, 2)
+    reply = ask(service, dropped, "kveraser")
+    assert not reply.reuse.exact
+    assert tuple(only_context(service).view.ids[: reply.prompt_tokens].tolist()) == chat_ids(dropped)
+    exact = ask(service, dropped)
+    assert exact.reuse.exact
+    assert exact.text == fresh(make_service, dropped).text
+
+
+def test_two_conversations_with_one_beginning_do_not_take_each_others_states(make_service):
+    service = make_service()
+    one, two = TALK[:2], [TALK[0], ("user", "tell me of the car")]
+    ask(service, one)
+    second = ask(service, two)
+    assert second.reuse.method == "prefix"
+    assert ask(service, [*one, ("assistant", "1"), ("user", "more")]).reuse.tokens_reused >= len(chat_ids(one)) - 12
+    assert second.text == fresh(make_service, two).text
+
+
+def test_another_key_never_matches(make_service):
+    service = make_service()
+    ask(service, TALK, owner="a")
+    for policy in ("exact", "kveraser", "auto"):
+        assert ask(service, TALK, policy, owner=f"b{policy}").reuse.method == "prefill"
+
+
+def test_a_model_without_a_trained_eraser_is_served_with_a_neutral_one():
+    service = Service(text_model(), make_tokenizer(), None, ServiceOptions(cache_budget=1 << 24, policy="kveraser"))
+    try:
+        assert service.eraser.is_neutral
+        ask(service, TALK)
+        reply = ask(service, without(TALK, 2), "kveraser")
+        assert reply.reuse.method == "kveraser"
+        assert not reply.reuse.exact
+    finally:
+        service.close()
+
+
+def test_a_placeholder_of_which_a_part_is_dropped_is_read_again(make_service):
+    service = make_service()
+    ask(service, TALK)
+    cleared = with_placeholder(TALK, 2)
+    ask(service, cleared, "kveraser")
+    changed = with_placeholder(TALK, 2, "[clear")
+    reply = ask(service, changed, "kveraser")
+    assert reply.reuse.exact
+    assert reply.text == fresh(make_service, changed).text
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_whatever_clients_drop_the_exact_policy_equals_a_fresh_prefill(data):
+    model, tokenizer = text_model(), make_tokenizer()
+    service = Service(model, tokenizer, random_eraser(model), ServiceOptions(cache_budget=600_000))
+    try:
+        talk = list(TALK)
+        for _ in range(data.draw(st.integers(2, 5))):
+            kind = data.draw(st.sampled_from(["drop", "clear", "cut", "grow"]))
+            at = data.draw(st.integers(0, len(talk) - 1))
+            if kind == "drop" and len(talk) > 1:
+                talk.pop(at)
+            elif kind == "clear":
+                talk = with_placeholder(talk, at)
+            elif kind == "cut" and at:
+                talk = talk[:at]
+            else:
+                talk.append(data.draw(st.sampled_from(TALK)))
+            policy = data.draw(st.sampled_from(["exact", "kveraser", "auto"]))
+            reply = ask(service, talk, policy, max_tokens=4, logprobs=0)
+            assert reply.reuse.tokens_reused <= reply.prompt_tokens - 1
+            if policy == "exact":
+                assert reply.reuse.exact
+            if reply.reuse.exact:
+                context = kv.ErasableContext(model)
+                logits = context.advance(chat_ids(talk))
+                expected = float(logits.log_softmax(-1)[reply.tokens[0].id])
+                assert reply.tokens[0].logprob == pytest.approx(expected, abs=1e-3)
+    finally:
+        service.close()
+    assert torch.is_grad_enabled()

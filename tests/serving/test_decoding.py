@@ -1,0 +1,66 @@
+"""Stop texts, characters of several tokens, sampling."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import make_tokenizer, text_model
+from kveraser import ErasableContext
+from kveraser.serving.decoding import Sampling, _StoppingText, decode
+
+
+@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_pieces_join_to_the_text_before_the_first_stop(text, stop):
+    text = text.encode("utf-8", "ignore").decode()
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    state = _StoppingText(tokenizer, tuple(stop))
+    out = ""
+    for token in ids:
+        out += state.push(token)
+        if state.stopped:
+            break
+    out += state.finish()
+    if not state.stopped:
+        assert out == whole
+        assert not any(s in out for s in stop)
+    else:
+        assert whole.startswith(out)
+        assert any(whole.startswith(s, len(out)) for s in stop)
+
+
+def _continue(**options):
+    model, tokenizer = text_model(), make_tokenizer()
+    context = ErasableContext(model, tokenizer)
+    logits = context.advance(tokenizer.encode("the code of the"))
+    pieces = list(decode(context, logits, Sampling(max_tokens=12, **options), tokenizer, set(), lambda: None))
+    return "".join(piece.text for piece in pieces), pieces, context
+
+
+def test_greedy_decoding_is_that_of_generate():
+    text, pieces, context = _continue()
+    plain = ErasableContext(text_model(), make_tokenizer())
+    plain.append_ids(make_tokenizer().encode("the code of the"))
+    ids = plain.generate_ids(max_new_tokens=12, eos_token_id=None)
+    assert context.live_ids[-11:] == ids[:-1]
+    assert text == make_tokenizer().decode(ids, skip_special_tokens=True)
+    assert pieces[-1].finish_reason == "length"
+
+
+def test_a_seed_gives_the_same_reply_and_another_one_another():
+    first = _continue(temperature=1.0, seed=7)[0]
+    assert _continue(temperature=1.0, seed=7)[0] == first
+    assert any(_continue(temperature=1.0, seed=seed)[0] != first for seed in (8, 9, 10))
+    for options in ({"temperature": 5.0, "top_p": 1e-9}, {"temperature": 1e-300}):
+        assert _continue(seed=3, **options)[0] == _continue()[0]
+
+
+def test_logprobs_are_those_of_the_sampled_tokens():
+    pieces = _continue(logprobs=3)[1]
+    for piece in pieces:
+        (entry,) = piece.tokens
+        assert entry.top[0] == (entry.id, entry.logprob)
+        assert len(entry.top) == 3
+        assert entry.logprob <= 0

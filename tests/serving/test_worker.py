@@ -1,0 +1,98 @@
+"""The queue before the worker, and what it does when there is nothing to do."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kveraser.errors import JobCancelledError, JobTimeoutError, QueueFullError
+from kveraser.serving.worker import Worker
+
+
+def test_a_full_queue_says_when_to_come_back_and_a_late_job_never_runs():
+    worker = Worker(2, lambda: False)
+    gate = threading.Event()
+    running = worker.submit(lambda job: gate.wait(5), 5)
+    while worker.waiting:
+        time.sleep(0.001)
+    late = worker.submit(lambda job: "never", 0.2)
+    gone = worker.submit(lambda job: "never", 5)
+    with pytest.raises(QueueFullError) as caught:
+        worker.submit(lambda job: None, 5)
+    assert caught.value.retry_after >= 1
+    gone.cancel()
+    time.sleep(0.21)
+    gate.set()
+    assert running.future.result(5) is True
+    with pytest.raises(JobTimeoutError):
+        late.future.result(5)
+    with pytest.raises(JobCancelledError):
+        gone.future.result(5)
+    worker.stop(1)
+    with pytest.raises(JobCancelledError, match="stopping"):
+        worker.submit(lambda job: None, 5)
+
+
+def test_what_nobody_waits_for_any_more_fails_at_once_and_takes_no_place_in_the_queue():
+    worker = Worker(2, lambda: False)
+    gate = threading.Event()
+    worker.submit(lambda job: gate.wait(5), 5)
+    while worker.waiting:
+        time.sleep(0.001)
+    gone, late = worker.submit(lambda job: "never", 5), worker.submit(lambda job: "never", 0.01)
+    gone.cancel()
+    with pytest.raises(JobCancelledError):
+        gone.future.result(0)
+    time.sleep(0.02)
+    assert worker.waiting == 0
+    with pytest.raises(JobTimeoutError):
+        late.future.result(0)
+    more = [worker.submit(lambda job: "done", 5) for _ in range(2)]
+    gate.set()
+    assert [job.future.result(5) for job in more] == ["done", "done"]
+    worker.stop(1)
+
+
+def test_a_job_that_fails_is_reported_and_the_next_one_runs():
+    worker = Worker(4, lambda: False)
+    failed = worker.submit(lambda job: 1 / 0, 5)
+    assert worker.submit(lambda job: 42, 5).future.result(5) == 42
+    with pytest.raises(ZeroDivisionError):
+        failed.future.result(5)
+    worker.stop(1)
+
+
+def test_stopping_cancels_what_does_not_end_by_itself():
+    worker = Worker(4, lambda: False)
+
+    def endless(job):
+        while True:
+            job.check()
+            time.sleep(0.001)
+
+    job = worker.submit(endless, 60)
+    worker.stop(0.05)
+    with pytest.raises(JobCancelledError):
+        job.future.result(1)
+
+
+def test_idle_work_is_done_between_jobs_only():
+    steps = []
+    worker = Worker(4, lambda: steps.append(1) or len(steps) < 5)
+    worker.submit(lambda job: None, 5).future.result(5)
+    deadline = time.monotonic() + 5
+    while len(steps) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    worker.stop(1)
+    assert len(steps) >= 5
+
+
+def test_what_fails_between_jobs_does_not_end_the_thread(caplog):
+    worker = Worker(4, lambda: 1 / 0, lambda: [].pop())
+    for _ in range(3):
+        assert worker.submit(lambda job: 42, 5).future.result(5) == 42
+    worker.stop(1)
+    assert "ZeroDivisionError" in caplog.text
+    assert "IndexError" in caplog.text

@@ -276,3 +276,28 @@ def test_a_restore_that_fails_leaves_the_cache_as_it_was():
         hook.remove()
     assert same(states(cache), before)
     assert get_marks(cache) == marks
+
+
+def test_a_plain_cache_refuses_to_bring_back_what_had_read_a_later_span():
+    model, ids = tiny(), token_ids(60)
+    cache = prefill(model, ids)
+    before = states(cache)
+    method = kv.Steering(kv.KVEraser.neutral(model), repair=0)
+    older = kv.erase(model, cache, ids, kv.Span(30, 36), method=method)
+    newer = kv.erase(model, cache, older.token_ids(ids), kv.Span(10, 12), method=method)
+    with pytest.raises(kv.RestoreError, match="had read it"):
+        kv.restore(cache, older)
+    kv.restore(cache, newer)
+    kv.restore(cache, older)
+    assert same(states(cache), before)
+
+
+def test_an_edit_before_all_later_ones_is_put_back_bit_for_bit():
+    model, ids = tiny(), token_ids(60)
+    cache = prefill(model, ids)
+    before = states(cache)
+    method = kv.Steering(kv.KVEraser.neutral(model), repair=0)
+    older = kv.erase(model, cache, ids, kv.Span(10, 12), method=method)
+    kv.erase(model, cache, older.token_ids(ids), kv.Span(30, 36), method=method)
+    kv.restore(cache, older)
+    assert same([t[:, :, :30] for t in states(cache)], [t[:, :, :30] for t in before])

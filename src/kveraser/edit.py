@@ -1,6 +1,7 @@
 """`erase`, `restore`, `readers` and `reading` on a plain transformers cache, in place, for people with a generate loop of their own.
 
-Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions.
+Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions. `run_edit` and
+`run_readers` are for contexts, too, over any backend.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kveraser.cache import (
+    Backend,
+    Can,
+    Eraser,
     Tokens,
+    TransformersBackend,
     cache_length,
     check_cache,
     check_editable,
-    closing_gaps,
     count_positions,
     extend,
-    get_marks,
-    truncate,
 )
 from kveraser.eraser import KVEraser, default_eraser
-from kveraser.errors import CacheMismatchError, CalibrationError, RestoreError
+from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import Edit, EraseMethod, EraseReceipt, Undo, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
@@ -71,18 +73,17 @@ def _tokens(
 
 
 def run_edit(
-    model: nn.Module,
-    cache: Cache,
+    backend: Backend,
     tokens: Tokens,
     spans: tuple[Span, ...],
     method: EraseMethod,
-    eraser: KVEraser | None,
+    find_eraser: Callable[[], Eraser],
     undo: bool,
     commit: Callable[[EraseReceipt], None] | None = None,
     text: Text | None = None,
 ) -> EraseReceipt:
-    """Run one method on checked arguments; `text` as of `Edit`."""
-    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text)
+    """Run one method on checked arguments; `find_eraser` and `text` as of `Edit`."""
+    edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
     with torch.no_grad():
         return transact(method, edit, undo=undo, commit=commit)
 
@@ -125,7 +126,8 @@ def erase(
         check_cache(cache)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
-    return run_edit(model, cache, tokens, spans, chosen, eraser, undo)
+    backend = TransformersBackend(model, cache)
+    return run_edit(backend, tokens, spans, chosen, lambda: eraser or default_eraser(model), undo)
 
 
 @torch.no_grad()
@@ -159,7 +161,8 @@ def readers(
     check_editable(model, cache)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
-    return run_readers(model, cache, tokens, spans, eraser)[:, spans[0].end :]
+    found = run_readers(TransformersBackend(model, cache), tokens, spans, lambda: eraser or default_eraser(model))
+    return found[:, spans[0].end :]
 
 
 @contextmanager
@@ -176,28 +179,33 @@ def reading(model: PreTrainedModel, cache: Cache) -> Iterator[Any]:
     Raises:
         UnsupportedCacheError: rows are padded (by the call within the block).
     """
-    with closing_gaps(model, get_marks(cache).steered, model) as reader:
+    with TransformersBackend(model, cache).reading() as reader:
         yield reader
 
 
 @torch.no_grad()
 def run_readers(
-    model: nn.Module,
-    cache: Cache,
+    backend: Backend,
     tokens: Tokens,
     spans: tuple[Span, ...],
-    eraser: KVEraser | None = None,
+    find_eraser: Callable[[], Eraser],
     text: Text | None = None,
 ) -> Tensor:
-    """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0."""
-    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text=text)
-    calibration = calibration_of(edit, (eraser or default_eraser(model)).calibration)
+    """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0.
+
+    Raises:
+        OptionError: a backend that does not show its states.
+    """
+    if Can.READ not in backend.can:
+        raise OptionError(f"{backend.name} does not show its states, so who has read a span cannot be told there")
+    edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
+    calibration = calibration_of(edit, find_eraser().calibration)
     if not calibration.tells:
         raise CalibrationError(
             f"keys and values explain {calibration.explained:.0%} of this model's queries, which is too little to tell "
             "readers by (a longer context, or `kveraser.readers.calibrate` on some text, may help)"
         )
-    scene = Scene.of(model, cache, tokens, spans, edit.marks.steered_spans, calibration)
+    scene = Scene.of(backend.model, backend.cache, tokens, spans, edit.marks.steered_spans, calibration)
     found = torch.zeros(tokens.ids.shape, device=tokens.ids.device)
     if len(scene.suffix):
         found[:, scene.suffix] = scene.everywhere()
@@ -225,11 +233,12 @@ def restore(
         CacheMismatchError: ids that do not fit. In every case the cache is left as it was.
     """
     check_cache_or_empty(cache)
-    marks = get_marks(cache)
+    backend = TransformersBackend(model, cache)
+    marks = backend.marks
     after = next((edit.length_after for edit in marks.edits if edit.id == receipt.id), None)
     later = 0 if after is None else cache_length(cache) - after
     if later <= 0 or receipt.undo is None:
-        put_back(cache, receipt)
+        put_back(backend, receipt)
         return 0
     if model is None or token_ids is None:
         raise RestoreError(
@@ -238,14 +247,14 @@ def restore(
         )
     length = receipt.undo.length + later
     tokens = _tokens(cache, token_ids, attention_mask, None, length)
-    saved = Undo.take(cache, marks, receipt.undo.layout_from, receipt.undo.kept)
+    saved = Undo.take(backend, marks, receipt.undo.layout_from, receipt.undo.kept)
     try:
-        put_back(cache, receipt)
-        truncate(cache, receipt.undo.length)
+        put_back(backend, receipt)
+        backend.crop(receipt.undo.length)
         extend(model, cache, tokens)
     except BaseException:
         with uninterrupted():
-            saved.put_back(cache)
+            saved.put_back(backend)
         raise
     return later
 

@@ -13,8 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
 from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
-from kveraser.cache import get_marks
-from kveraser.methods import transaction
+from kveraser.cache import TransformersBackend, get_marks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -283,7 +282,7 @@ def test_a_restore_that_fails_leaves_the_cache_as_it_was():
 def test_the_seconds_of_an_erase_end_when_the_device_has_done_it(monkeypatch):
     model, ids = tiny(), token_ids(40)
     cache = prefill(model, ids)
-    monkeypatch.setattr(transaction, "finish", lambda device: time.sleep(0.1))
+    monkeypatch.setattr(TransformersBackend, "finish", lambda backend: time.sleep(0.1))
     assert kv.erase(model, cache, ids, kv.Span(8, 12), "delete-and-shift").seconds > 0.1
 
 
@@ -347,3 +346,28 @@ def test_under_autocast_nothing_is_edited_and_nothing_that_was_filled_under_it_i
     assert same(before[1], states(rounded))
     with torch.autocast("cpu", kind, enabled=False):
         assert kv.erase(model, plain, ids, kv.Span(3, 7), "full-recompute").exact
+
+
+def test_a_plain_cache_refuses_to_bring_back_what_had_read_a_later_span():
+    model, ids = tiny(), token_ids(60)
+    cache = prefill(model, ids)
+    before = states(cache)
+    method = kv.Steering(kv.KVEraser.neutral(model), repair=0)
+    older = kv.erase(model, cache, ids, kv.Span(30, 36), method=method)
+    newer = kv.erase(model, cache, older.token_ids(ids), kv.Span(10, 12), method=method)
+    with pytest.raises(kv.RestoreError, match="had read it"):
+        kv.restore(cache, older)
+    kv.restore(cache, newer)
+    kv.restore(cache, older)
+    assert same(states(cache), before)
+
+
+def test_an_edit_before_all_later_ones_is_put_back_bit_for_bit():
+    model, ids = tiny(), token_ids(60)
+    cache = prefill(model, ids)
+    before = states(cache)
+    method = kv.Steering(kv.KVEraser.neutral(model), repair=0)
+    older = kv.erase(model, cache, ids, kv.Span(10, 12), method=method)
+    kv.erase(model, cache, older.token_ids(ids), kv.Span(30, 36), method=method)
+    kv.restore(cache, older)
+    assert same([t[:, :, :30] for t in states(cache)], [t[:, :, :30] for t in before])

@@ -1,6 +1,7 @@
 """`erase`, `restore`, `readers` and `reading` on a plain transformers cache, in place, for people with a generate loop of their own.
 
-Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions.
+Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions. `run_edit` and
+`run_readers` are for contexts, too, over any backend.
 """
 
 from __future__ import annotations
@@ -15,26 +16,25 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kveraser.cache import (
+    Backend,
+    Can,
+    Eraser,
     Tokens,
+    TransformersBackend,
     cache_length,
     check_cache,
     check_editable,
-    closing_gaps,
     count_positions,
     extend,
-    get_marks,
-    truncate,
 )
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import Edit, EraseMethod, EraseReceipt, Undo, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
-from kveraser.model.view import as_batch, causal_lm, model_dtype
+from kveraser.model.view import as_batch, causal_lm
 from kveraser.readers import Scene, Text
 from kveraser.spans import Span, merge_spans
-
-_SOME = 64  # tokens whose values are looked at to tell how a cache was rounded
 
 
 def _tokens(
@@ -99,42 +99,19 @@ def _check_vocabulary(model: nn.Module, tokens: Tokens) -> None:
         raise OptionError(f"token id {int(wrong[0])} is outside the model's vocabulary of {size}")
 
 
-def _check_rounding(model: nn.Module, cache: Cache) -> None:
-    """Refuse to compute with a rounding that the cache was not made with: tokens that are run again would not fit in.
-
-    Raises:
-        CacheMismatchError: `torch.autocast` is on, or the cache was filled under it.
-    """
-    layer = cache.layers[0]
-    if torch.is_autocast_enabled(layer.keys.device.type):
-        raise CacheMismatchError(
-            "torch.autocast is on, under which states are rounded in another way; call this outside of it, or load the "
-            "model with the dtype that you want"
-        )
-    some = layer.values[:, :, : cache_length(cache) : max(cache_length(cache) // _SOME, 1)]
-    if some.dtype is torch.float32 and model_dtype(model) is torch.float32 and bool(some.any()):
-        for rounded in (torch.bfloat16, torch.float16):
-            if torch.equal(some.to(rounded).float(), some):
-                raise CacheMismatchError(
-                    f"the cache was filled under torch.autocast: its float32 values are rounded to {rounded}. Fill it "
-                    "outside of autocast, or load the model with that dtype"
-                )
-
-
 def run_edit(
-    model: nn.Module,
-    cache: Cache,
+    backend: Backend,
     tokens: Tokens,
     spans: tuple[Span, ...],
     method: EraseMethod,
-    eraser: KVEraser | None,
+    find_eraser: Callable[[], Eraser],
     undo: bool,
     commit: Callable[[EraseReceipt], None] | None = None,
     text: Text | None = None,
 ) -> EraseReceipt:
-    """Run one method on checked arguments; `text` as of `Edit`."""
-    _check_rounding(model, cache)
-    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text)
+    """Run one method on checked arguments; `find_eraser` and `text` as of `Edit`."""
+    backend.check_rounding()
+    edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
     with torch.no_grad():
         return transact(method, edit, undo=undo, commit=commit)
 
@@ -178,7 +155,8 @@ def erase(
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     _check_vocabulary(model, tokens)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
-    return run_edit(model, cache, tokens, spans, chosen, eraser, undo)
+    backend = TransformersBackend(model, cache)
+    return run_edit(backend, tokens, spans, chosen, lambda: eraser or default_eraser(model), undo)
 
 
 @torch.no_grad()
@@ -213,7 +191,8 @@ def readers(
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     _check_vocabulary(model, tokens)
     spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
-    return run_readers(model, cache, tokens, spans, eraser)[:, spans[0].end :]
+    found = run_readers(TransformersBackend(model, cache), tokens, spans, lambda: eraser or default_eraser(model))
+    return found[:, spans[0].end :]
 
 
 @contextmanager
@@ -230,29 +209,34 @@ def reading(model: PreTrainedModel, cache: Cache) -> Iterator[Any]:
     Raises:
         UnsupportedCacheError: rows are padded (by the call within the block).
     """
-    with closing_gaps(model, get_marks(cache).steered, model) as reader:
+    with TransformersBackend(model, cache).reading() as reader:
         yield reader
 
 
 @torch.no_grad()
 def run_readers(
-    model: nn.Module,
-    cache: Cache,
+    backend: Backend,
     tokens: Tokens,
     spans: tuple[Span, ...],
-    eraser: KVEraser | None = None,
+    find_eraser: Callable[[], Eraser],
     text: Text | None = None,
 ) -> Tensor:
-    """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0."""
-    _check_rounding(model, cache)
-    edit = Edit(model, cache, tokens, spans, get_marks(cache), eraser, text=text)
-    calibration = calibration_of(edit, (eraser or default_eraser(model)).calibration)
+    """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0.
+
+    Raises:
+        OptionError: a backend that does not show its states.
+    """
+    if Can.READ not in backend.can:
+        raise OptionError(f"{backend.name} does not show its states, so who has read a span cannot be told there")
+    backend.check_rounding()
+    edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
+    calibration = calibration_of(edit, find_eraser().calibration)
     if not calibration.tells:
         raise CalibrationError(
             f"keys and values explain {calibration.explained:.0%} of this model's queries, which is too little to tell "
             "readers by (a longer context, or `kveraser.readers.calibrate` on some text, may help)"
         )
-    scene = Scene.of(model, cache, tokens, spans, edit.marks.steered_spans, calibration)
+    scene = Scene.of(backend.model, backend.cache, tokens, spans, edit.marks.steered_spans, calibration)
     found = torch.zeros(tokens.ids.shape, device=tokens.ids.device)
     if len(scene.suffix):
         found[:, scene.suffix] = scene.everywhere()
@@ -280,11 +264,12 @@ def restore(
         CacheMismatchError: ids that do not fit. In every case the cache is left as it was.
     """
     check_cache_or_empty(cache)
-    marks = get_marks(cache)
+    backend = TransformersBackend(model, cache)
+    marks = backend.marks
     after = next((edit.length_after for edit in marks.edits if edit.id == receipt.id), None)
     later = 0 if after is None else cache_length(cache) - after
     if later <= 0 or receipt.undo is None:
-        put_back(cache, receipt)
+        put_back(backend, receipt)
         return 0
     if model is None or token_ids is None:
         raise RestoreError(
@@ -294,15 +279,15 @@ def restore(
     length = receipt.undo.length + later
     tokens = _tokens(cache, token_ids, attention_mask, None, length)
     _check_vocabulary(model, tokens)
-    _check_rounding(model, cache)
-    saved = Undo.take(cache, marks, receipt.undo.layout_from, receipt.undo.kept)
+    backend.check_rounding()
+    saved = Undo.take(backend, marks, receipt.undo.layout_from, receipt.undo.kept)
     try:
-        put_back(cache, receipt)
-        truncate(cache, receipt.undo.length)
+        put_back(backend, receipt)
+        backend.crop(receipt.undo.length)
         extend(model, cache, tokens)
     except BaseException:
         with uninterrupted():
-            saved.put_back(cache)
+            saved.put_back(backend)
         raise
     return later
 

@@ -47,7 +47,7 @@ def test_without_closing_the_gap_shows():
     steered, exact = contexts(model, [kv.Span(9, 40)], token_ids(60)[0].tolist(), EVERYTHING)
     asked = token_ids(7, seed=3)[0].tolist()
     closed = (steered.logits_ids(asked) - exact.logits_ids(asked)).abs().max()
-    steered._reading = lambda otherwise=None: closing_gaps(model, (), otherwise or model)
+    steered.backend.reading = lambda otherwise=None: closing_gaps(model, (), otherwise or model)
     left_open = (steered.logits_ids(asked) - exact.logits_ids(asked)).abs().max()
     assert closed < 1e-4 < 1e-2 < left_open
 
@@ -57,7 +57,7 @@ def test_a_trained_eraser_keeps_the_gap_that_it_was_trained_with():
     context = kv.ErasableContext(model, None, random_eraser(model))
     context.append(token_ids(60)[0].tolist())
     context.erase(kv.Span(9, 20))
-    with context._reading() as used:
+    with context.backend.reading() as used:
         assert used is model
 
 

@@ -14,8 +14,6 @@ import kveraser as kv
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed here; run: make test-llama-cpp")
 
-from llama_cpp_helpers import ids_of, tiny_pair, without_effect
-
 from conftest import random_eraser
 from kveraser.engines import llama_cpp as engine
 from kveraser.engines.llama_cpp import library
@@ -25,9 +23,10 @@ from kveraser.engines.llama_cpp.passes import Bench
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.errors import EngineError
 from kveraser.model.fingerprint import Fingerprint
+from llama_cpp_helpers import ids_of, tiny_pair, without_effect
 
 WINDOW, REPAIR = (2, 9), 5
-ERASING = ("kveraser", "delete-and-shift", "full-recompute")
+ERASING = ("kveraser", "delete-and-shift", "local-suffix-repair", "full-recompute")
 CACHES = {
     "f32": {"keys": "f32", "values": "f32", "flash_attention": False},
     "f16": {"keys": "f16", "values": "f16"},
@@ -74,7 +73,7 @@ def read(context, sizes=(30, 8, 40), seed=0):
 
 
 def bits(context):
-    return context._cells.read([kv.Span(0, context._slots)]).tobytes()
+    return context.backend.cells.read([kv.Span(0, context.backend.length)]).tobytes()
 
 
 def equal(left, right):
@@ -85,11 +84,11 @@ def equal(left, right):
 
 
 def states(context, span):
-    return context._cells.read([span]).tobytes()
+    return context.backend.cells.read([span]).tobytes()
 
 
 def each_slot(context):
-    return [states(context, kv.Span(slot, slot + 1)) for slot in range(context._slots)]
+    return [states(context, kv.Span(slot, slot + 1)) for slot in range(context.backend.length)]
 
 
 def changed(before, after):
@@ -184,7 +183,7 @@ def test_steering_without_repair_writes_the_spans_cells_only(pair, cache):
     receipt = context.erase(span, "kveraser:repair=0")
     after = [states(context, part) for part in (prefix, span, suffix)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-    assert receipt.bytes_written == 8 * context._cells.bytes_per_token
+    assert receipt.bytes_written == 8 * context.backend.cells.bytes_per_token
     assert receipt.positions_kept
 
 
@@ -198,7 +197,7 @@ def test_repair_changes_just_so_many_cells_more_and_no_other_bit(pair, cache):
     context.erase(span)
     after = [states(context, part) for part in (prefix, behind, rest)]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-    assert context._marks.approximate_from == span.start
+    assert context.backend.marks.approximate_from == span.start
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -258,7 +257,7 @@ def test_spans_stay_valid_whatever_was_erased_before_them(pair):
     context.erase(spans[3], "delete-and-shift")
     assert context.live_ids == [*ids[14:24], *ids[28:]]
     assert context.erased == (spans[0], spans[1], spans[3])
-    assert context._slots == len(context.live_ids) + 4
+    assert context.backend.length == len(context.live_ids) + 4
 
 
 def test_an_emptied_context_goes_on(pair):
@@ -313,8 +312,8 @@ def test_any_sequence_of_edits_keeps_ledger_and_cells_in_step(pair, operations):
             gone[receipt.id] = receipt
         erased = {position for receipt in gone.values() for span in receipt.spans for position in span}
         assert context.live_ids == [everything[i] for i in range(live) if i not in erased]
-        assert context._cells.end(LIVE) == context._slots
-        assert context._cells.end(WORK) == 0
+        assert context.backend.cells.end(LIVE) == context.backend.length
+        assert context.backend.cells.end(WORK) == 0
     if context.live_ids and context.exact:
         fresh = pair.context()
         fresh.append(context.live_ids)
@@ -377,7 +376,7 @@ def test_states_that_had_read_a_span_are_not_put_back_once_it_is_erased(pair):
     report = context.restore(older)
     assert (report.bit_exact, report.exact) == (False, True)
     assert context.erased == (spans[1],)
-    assert context._slots == 76
+    assert context.backend.length == 76
 
 
 def test_an_older_edit_is_put_back_when_the_later_ones_are_behind_it_or_erased_nothing(pair):
@@ -434,7 +433,7 @@ def test_the_mark_of_an_edit_records_every_slot_that_it_wrote(pair, monkeypatch,
     context.erase(spans[3])
     before = each_slot(context)
     context.erase([spans[1], spans[5]], method)
-    mark = context._marks.edits[-1]
+    mark = context.backend.marks.edits[-1]
     found, written = changed(before, each_slot(context)), {slot for span in mark.written for slot in span}
     assert bool(written) == (method != "no-erase")
     assert written <= found
@@ -446,7 +445,7 @@ def test_nothing_is_kept_when_undo_is_not_wanted_and_restore_recomputes(pair):
     span = read(context)[1]
     logits = context.logits_ids(QUESTION)
     receipt = context.erase(span, undo=False)
-    assert receipt.kept is None
+    assert receipt.undo is None
     report = context.restore(receipt)
     assert (report.bit_exact, report.exact) == (False, True)
     assert torch.allclose(context.logits_ids(QUESTION), logits, atol=2e-3)
@@ -464,7 +463,7 @@ def test_a_failing_forward_leaves_cells_and_ledger_as_they_were(pair, monkeypatc
     context = pair.context()
     span = read(context)[1]
     before, logits = bits(context), context.logits_ids(QUESTION)
-    calls, decode = [], context._cells._decode
+    calls, decode = [], context.backend.cells._decode
 
     def failing(*arguments):
         calls.append(1)
@@ -472,15 +471,15 @@ def test_a_failing_forward_leaves_cells_and_ledger_as_they_were(pair, monkeypatc
             raise error("stop")
         decode(*arguments)
 
-    monkeypatch.setattr(context._cells, "_decode", failing)
+    monkeypatch.setattr(context.backend.cells, "_decode", failing)
     try:
         context.erase(span, method)
     except error:
-        monkeypatch.setattr(context._cells, "_decode", decode)
+        monkeypatch.setattr(context.backend.cells, "_decode", decode)
         assert equal(bits(context), before)
         assert context.erased == ()
         assert context.exact
-    monkeypatch.setattr(context._cells, "_decode", decode)
+    monkeypatch.setattr(context.backend.cells, "_decode", decode)
     if not context.erased:
         assert torch.equal(context.logits_ids(QUESTION), logits)
         context.erase(span, method)
@@ -495,8 +494,8 @@ def test_a_failing_restore_of_an_older_edit_leaves_it_erased_and_every_cell_as_i
     spans = read(context, (20, 4, 20, 4, 30))
     older = context.erase(spans[first])
     context.erase(spans[second])
-    before, marks, erased = bits(context), context._marks, context.erased
-    calls, real = [], getattr(context._cells, call)
+    before, marks, erased = bits(context), context.backend.marks, context.erased
+    calls, real = [], getattr(context.backend.cells, call)
 
     def failing(*arguments):
         calls.append(1)
@@ -504,18 +503,18 @@ def test_a_failing_restore_of_an_older_edit_leaves_it_erased_and_every_cell_as_i
             raise error("stop")
         return real(*arguments)
 
-    monkeypatch.setattr(context._cells, call, failing)
+    monkeypatch.setattr(context.backend.cells, call, failing)
     with pytest.raises(error):
         context.restore(older)
     assert equal(bits(context), before)
-    assert (context._marks, context.erased) == (marks, erased)
+    assert (context.backend.marks, context.erased) == (marks, erased)
     assert context.restore(older).bit_exact == bit_exact
 
 
 def test_a_failing_append_leaves_the_context_as_it_was(pair, monkeypatch):
     context = pair.context(length=2000)
     read(context)
-    before, decode, calls = bits(context), context._cells._decode, []
+    before, decode, calls = bits(context), context.backend.cells._decode, []
 
     def failing(*arguments):
         calls.append(1)
@@ -523,7 +522,7 @@ def test_a_failing_append_leaves_the_context_as_it_was(pair, monkeypatch):
             raise RuntimeError("stop")
         decode(*arguments)
 
-    monkeypatch.setattr(context._cells, "_decode", failing)
+    monkeypatch.setattr(context.backend.cells, "_decode", failing)
     with pytest.raises(RuntimeError):
         context.append(ids_of(700))
     assert bits(context) == before
@@ -536,7 +535,9 @@ BAD_ERASES = [
     (lambda c: c.erase([kv.Span(1, 4), kv.Span(3, 6)]), kv.SpanError, "overlap"),
     (lambda c: c.erase("nowhere to be found"), kv.SpanError, "not in the context"),
     (lambda c: c.erase(3), TypeError, ""),
-    (lambda c: c.erase(kv.Span(1, 3), "local-suffix-repair"), kv.OptionError, "llama.cpp"),
+    (lambda c: c.erase(kv.Span(1, 3), "attention-guided-repair"), kv.OptionError, "llama.cpp"),
+    (lambda c: c.erase(kv.Span(1, 3), "kveraser:choose=readers"), kv.OptionError, "llama.cpp"),
+    (lambda c: c.readers(kv.Span(1, 3)), kv.OptionError, "llama.cpp"),
     (lambda c: c.erase(kv.Span(1, 3), "forget"), kv.OptionError, "there is no"),
     (lambda c: c.erase(kv.Span(5, 9), "kveraser:window=2,0"), kv.OptionError, "local"),
     (lambda c: c.append([]), kv.ContextError, "nothing"),
@@ -549,9 +550,9 @@ BAD_ERASES = [
     (lambda c: c.generate_ids([1], max_new_tokens=600), kv.ContextError, "do not fit"),
     (lambda c: c.generate_ids([1], max_new_tokens=0), kv.OptionError, "at least 1"),
     (lambda c: c.generate_ids([1], top_p=0), kv.OptionError, "top_p"),
-    (lambda c: c._cells.run([1], 3, LIVE), EngineError, "gaps"),
-    (lambda c: c._cells.share(0, 7, kv.Span(0, 1)), EngineError, "no sequence 7"),
-    (lambda c: c._cells.move(LIVE, kv.Span(0, 4), -2), EngineError, "before position 0"),
+    (lambda c: c.backend.cells.run([1], 3, LIVE), EngineError, "gaps"),
+    (lambda c: c.backend.cells.share(0, 7, kv.Span(0, 1)), EngineError, "no sequence 7"),
+    (lambda c: c.backend.cells.move(LIVE, kv.Span(0, 4), -2), EngineError, "before position 0"),
 ]
 
 
@@ -609,7 +610,7 @@ def test_moving_quantised_keys_makes_the_whole_cache_approximate(pair):
     context = pair.context("q8_0")
     span = read(context)[1]
     context.erase(span, "delete-and-shift")
-    assert context._marks.approximate_from == 0
+    assert context.backend.marks.approximate_from == 0
     receipt = context.erase(kv.Span(60, 63), "full-recompute")
     assert receipt.tokens_recomputed == 67
 

@@ -1,10 +1,12 @@
-"""Surgery on transformers caches, in place.
+"""Caches whose slots can be edited in place, and what that takes of transformers' caches.
 
-`support` says what can be edited, `growable` is a cache layer that grows without copies, `surgery` reads and writes
-slots, `passes` runs tokens again inside their slots, `repair` as if others had never been there, `closing` runs new ones as if
-these had left no gap, `marks` is what an edited cache remembers of itself.
+`backend` is what methods and contexts act on, `transformers` that over a transformers cache. For it, `support` says what can be
+edited, `growable` is a cache layer that grows without copies, `surgery` reads and writes slots, `deleting` moves them, `passes` runs
+tokens again inside their slots, `repair` as if others had never been there, `closing` runs new ones as if these had left no gap.
+`marks` is what an edited cache remembers of itself, `tokens` what a pass must know of the tokens in it.
 """
 
+from kveraser.cache.backend import Backend, Can, Eraser, Kept
 from kveraser.cache.closing import closing_gaps
 from kveraser.cache.growable import GrowableLayer, growable_cache
 from kveraser.cache.marks import EditMark, Marks, Steered, get_marks, set_marks
@@ -35,17 +37,23 @@ from kveraser.cache.surgery import (
     write_all,
 )
 from kveraser.cache.tokens import Tokens, count_positions, slots_of
+from kveraser.cache.transformers import TransformersBackend
 
 __all__ = [
     "PREFILL_CHUNK",
+    "Backend",
+    "Can",
     "EditMark",
+    "Eraser",
     "GrowableLayer",
+    "Kept",
     "Marks",
     "Repair",
     "Rewrite",
     "States",
     "Steered",
     "Tokens",
+    "TransformersBackend",
     "Window",
     "append",
     "cache_length",

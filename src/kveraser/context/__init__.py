@@ -1,26 +1,36 @@
 """Live contexts: what a model has read, from which spans can be taken out again, and everything that happens to it later.
 
-Knows: models, caches, the ledger, erasing methods; and, in files of their own, text, chat messages and session files. Does not
+Knows: backends, the ledger, erasing methods; and, in files of their own, text, chat messages and session files. Does not
 know about tasks, servers or engines.
 
     token_context   state, erasing, restoring, repairing, running: a context of ids, one file for each thing it can do
-    erasable        what people have instead of ids, on top of it: text.py, chat.py, session_file.py
+    live            what people have instead of ids, on top of it: text.py, chat.py and messages.py, session_file.py
+    backend         what both ask of a cache and the model that fills it
+    erasable        all that over transformers (transformers.py); engines have theirs
 """
 
 from __future__ import annotations
 
+from kveraser.context.backend import Keep, LiveBackend, Run
 from kveraser.context.erasable import ErasableContext
+from kveraser.context.live import LiveContext
 from kveraser.context.repairing import RepairProgress
 from kveraser.context.restoring import RestoreReport
 from kveraser.context.state import PURGED, ContextState, EditRecord
 from kveraser.context.token_context import TokenContext
+from kveraser.context.transformers import LiveTransformers
 
 __all__ = [
     "PURGED",
     "ContextState",
     "EditRecord",
     "ErasableContext",
+    "Keep",
+    "LiveBackend",
+    "LiveContext",
+    "LiveTransformers",
     "RepairProgress",
     "RestoreReport",
+    "Run",
     "TokenContext",
 ]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kveraser.cache import Tokens, cache_length
+from kveraser.cache import Tokens
 from kveraser.context.ids import IdBuffer
 from kveraser.context.state import ContextState, EditRecord
 from kveraser.edit import run_edit, run_readers
@@ -40,7 +41,8 @@ class Erasing(ContextState):
                 final.append(entered)
 
             tokens = Tokens(self._slots.view[None])
-            run_edit(self.model, self.cache, tokens, slots, chosen, self.eraser, undo, commit, self._calibration_text())
+            find = partial(self.backend.find_eraser, self.eraser)
+            run_edit(self.backend, tokens, slots, chosen, find, undo, commit, self._calibration_text())
             return final[0]
 
     def readers_of(self, spans: Span | Iterable[Span]) -> Tensor:
@@ -48,9 +50,10 @@ class Erasing(ContextState):
         with self._lock:
             _, slots = self._located(spans)
             tokens = Tokens(self._slots.view[None])
-            masses = run_readers(self.model, self.cache, tokens, slots, self.eraser, self._calibration_text())[0]
+            find = partial(self.backend.find_eraser, self.eraser)
+            masses = run_readers(self.backend, tokens, slots, find, self._calibration_text())[0]
             found = torch.zeros(self._ledger.length, device=masses.device)
-            for run in self._ledger.from_cache(Span(slots[0].start, cache_length(self.cache))):
+            for run in self._ledger.from_cache(Span(slots[0].start, self.backend.length)):
                 first = self._ledger.to_cache(run.start)
                 found[run.slice] = masses[first : first + len(run)]
             return found
@@ -60,7 +63,7 @@ class Erasing(ContextState):
         wanted = merge_spans([spans] if isinstance(spans, Span) else spans, self._ledger.length)
         for span in wanted:
             self._ledger.check_live(span)
-        return wanted, merge_spans((self._ledger.span_to_cache(span) for span in wanted), cache_length(self.cache))
+        return wanted, merge_spans((self._ledger.span_to_cache(span) for span in wanted), self.backend.length)
 
     def _commit(self, receipt: EraseReceipt, removes: bool) -> None:
         dropped: tuple[Span, ...] = ()

@@ -10,22 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kveraser.cache import (
-    PREFILL_CHUNK,
-    GrowableLayer,
-    Tokens,
-    append,
-    cache_length,
-    extend,
-    get_marks,
-    growable_cache,
-    snapshot,
-)
+from kveraser.cache import PREFILL_CHUNK
 from kveraser.context.state import PURGED, ContextState, Repair
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt
-from kveraser.model.view import model_device
 from kveraser.spans import Span
 
 
@@ -73,7 +62,7 @@ class Repairing(ContextState):
         progress: Callable[[RepairProgress], None] | None = None,
         wipe: bool = False,
     ) -> RepairProgress:
-        marks = get_marks(self.cache)
+        backend, marks = self.backend, self.backend.marks
         if marks.exact:
             return RepairProgress(0, 0)
         ledger = self._ledger.copy()
@@ -81,29 +70,22 @@ class Repairing(ContextState):
         ids = self._slot_ids(ledger)
         if self._repair is None or self._repair.chunk != chunk:
             start = marks.approximate_from or 0
-            beside = growable_cache()
+            beside = backend.fresh()
             if start:
-                prefix = snapshot(self.cache, Span(0, start))
-                beside.layers.extend(GrowableLayer() for _ in prefix)
-                append(beside, prefix)
+                beside.put(Span(0, start), backend.take(Span(0, start)))
             self._repair = Repair(beside, start, chunk)
-        work = self._repair
-        state = RepairProgress(cache_length(work.cache) - work.start, len(ids) - work.start)
+        work, beside = self._repair, self._repair.beside
+        state = RepairProgress(beside.length - work.start, len(ids) - work.start)
         while not state.finished and (max_chunks is None or max_chunks > 0):
-            end = min(cache_length(work.cache) + chunk, len(ids))
-            device = model_device(self.model)
-            extend(self.model, work.cache, Tokens(torch.tensor([ids[:end]], device=device)), chunk)
+            end = min(beside.length + chunk, len(ids))
+            beside.extend(self._tokens_of(ids[:end]), chunk)
             max_chunks = None if max_chunks is None else max_chunks - 1
-            state = RepairProgress(cache_length(work.cache) - work.start, len(ids) - work.start)
+            state = RepairProgress(beside.length - work.start, len(ids) - work.start)
             if progress:
                 progress(state)
         if state.finished:
             with uninterrupted():
-                for layer, new in zip(self.cache.layers, work.cache.layers, strict=True):
-                    layer.take_over(new)
-                    if wipe:
-                        new.crop(-new.get_seq_length())
-                        new.wipe_spare()
+                backend.take_over(beside, wipe=wipe)
                 self._became_exact(ledger)
         return state
 
@@ -127,8 +109,7 @@ class Repairing(ContextState):
                         undo.clear()
                 for span in record.erased:
                     self._ids.view[span.slice] = PURGED
-                for layer in self.cache.layers:
-                    layer.wipe_spare()
+                self.backend.wipe_spare()
                 record.purged = True
                 self._became_exact(self._ledger)
                 self._forget(record.erased)

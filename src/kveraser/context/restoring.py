@@ -1,6 +1,7 @@
 """Undoing erases.
 
-Knows: receipts, what can be put back and what has to be recomputed. Does not know how the erases were made.
+Knows: receipts, what can be put back and what has to be recomputed. Does not know how the erases were made. A backend that cannot
+repair single tokens gets everything behind the span recomputed instead.
 
 An older edit's kept states may have read what a later one erased. Such states are not put back: their tokens are computed
 anew without it. They are handed on to the later edit, whose own restoring then brings them back, so that restoring all
@@ -15,24 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kveraser.cache import (
-    EditMark,
-    Repair,
-    Tokens,
-    cache_length,
-    get_marks,
-    repair_slots,
-    set_marks,
-    slots_of,
-    truncate,
-    write_all,
-)
+from kveraser.cache import Can, EditMark, Repair, slots_of
 from kveraser.context.state import ContextState, EditRecord
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo, put_back
-from kveraser.methods.putting_back import stale_from
-from kveraser.model.view import finish
+from kveraser.methods.putting_back import check_put_back, stale_from
 from kveraser.spans import Span, SpanLedger, gaps, union_spans
 
 
@@ -70,34 +59,36 @@ class Restoring(ContextState):
             RestoreError: a receipt of another context, restored before, or made final by `purge`. Nothing is changed.
         """
         with self._lock:
-            finish(self.device)
+            self.backend.finish()
             started = time.perf_counter()
             record = self._record(receipt)
-            marks = get_marks(self.cache)
+            backend, marks = self.backend, self.backend.marks
             undo = record.undo()
             place = next((index for index, edit in enumerate(marks.edits) if edit.id == receipt.id), None)
             if undo is None or undo.cleared or place is None:
                 recomputed = self._restore_by_recomputing(record)
                 return RestoreReport(False, self.exact, recomputed, self._since(started))
             mark, later = marks.edits[place], marks.edits[place + 1 :]
-            steady = mark.in_place and all(edit.in_place for edit in later)
-            if later and steady and undo.kept and cache_length(self.cache) == mark.length_after:
+            steady = mark.in_place and all(edit.in_place for edit in later) and backend.length == mark.length_after
+            if later and steady and undo.kept and Can.REPAIR in backend.can:
                 recomputed = self._restore_in_place(record, undo, stale_from(later))
                 return RestoreReport(not recomputed, self.exact, recomputed, self._since(started))
-            tail = self._slots.view[mark.length_after :].clone()
-            saved = Undo.take(self.cache, marks, undo.layout_from, undo.kept)
+            whole = replace(receipt, undo=undo)
             try:
-                put_back(self.cache, replace(receipt, undo=undo))
+                check_put_back(backend, whole)
             except RestoreError:
                 recomputed = self._restore_by_recomputing(record)
                 return RestoreReport(False, self.exact, recomputed, self._since(started))
+            tail = self._slots.view[mark.length_after :].clone()
+            saved = Undo.take(backend, marks, undo.layout_from, undo.kept)
             try:
+                put_back(backend, whole)
                 if len(tail):
-                    truncate(self.cache, undo.length)
-                    self._extend_cache([*self._ids_of_slots_before(record), *tail.tolist()])
+                    backend.crop(undo.length)
+                    backend.extend(self._tokens_of([*self._ids_of_slots_before(record), *tail.tolist()]))
             except BaseException:
                 with uninterrupted():
-                    saved.put_back(self.cache)
+                    saved.put_back(backend)
                 raise
             with uninterrupted():
                 self._unmark(record)
@@ -106,7 +97,7 @@ class Restoring(ContextState):
 
     def _since(self, started: float) -> float:
         """Seconds since then, when all is done."""
-        finish(self.device)
+        self.backend.finish()
         return time.perf_counter() - started
 
     def _restore_in_place(self, record: EditRecord, undo: Undo, stale: float) -> int:
@@ -115,7 +106,7 @@ class Restoring(ContextState):
         Args:
             stale: the first slot whose kept state must not come back.
         """
-        marks = get_marks(self.cache)
+        backend, marks = self.backend, self.backend.marks
         ids = [edit.id for edit in marks.edits]
         later = marks.edits[ids.index(record.receipt.id) + 1 :]
         others = [entry for entry in marks.steered if entry.span not in record.receipt.steered]
@@ -131,24 +122,23 @@ class Restoring(ContextState):
             for run in _outside(hidden, Span(max(span.start, first), span.end))
         ]
         touched = union_spans((*undo.kept, *again))
-        saved = Undo.take(self.cache, marks, cache_length(self.cache), touched)
+        saved = Undo.take(backend, marks, backend.length, touched)
         ledger = self._ledger_without(record)
         try:
-            write_all(self.cache, [(part, undo.states_of(part)) for _, part, _ in kept if part is not None])
+            backend.put_all([(part, undo.states_of(part)) for _, part, _ in kept if part is not None])
             if again:
                 slots = slots_of(again, self.device)
-                sees = slots_of(gaps(hidden, cache_length(self.cache)), self.device)
-                tokens = Tokens(torch.tensor([self._slot_ids(ledger)], device=self.device))
-                repair_slots(self.model, self.cache, tokens, [Repair(slots, sees, hidden)])
+                sees = slots_of(gaps(hidden, backend.length), self.device)
+                backend.rewrite(self._tokens_of(self._slot_ids(ledger)), (), [Repair(slots, sees, hidden)])
         except BaseException:
             with uninterrupted():
-                saved.put_back(self.cache)
+                saved.put_back(backend)
             raise
         with uninterrupted():
             for _, _, part in kept:
                 if part is not None:
                     self._hand_on(undo, part, later)
-            set_marks(self.cache, replace(marks, steered=tuple(others)).without_edits({record.receipt.id}))
+            backend.marks = replace(marks, steered=tuple(others)).without_edits({record.receipt.id})
             self._unmark(record)
             self._rebuild_slots()
         return sum(map(len, again))
@@ -188,17 +178,22 @@ class Restoring(ContextState):
         """Bring a span back from its ids: everything from it on is recomputed exactly; returns the number of tokens."""
         ledger = self._ledger_without(record)
         slot = ledger.to_cache(record.receipt.spans[0].start)
-        marks = get_marks(self.cache)
-        start = min(slot, cache_length(self.cache) if marks.exact else marks.approximate_from or 0)
+        backend, marks = self.backend, self.backend.marks
+        start = min(slot, backend.length if marks.exact else marks.approximate_from or 0)
         ledger.set_in_cache([entry.span for entry in ledger.erased], False)
         ids = self._slot_ids(ledger)
-        saved = Undo.take(self.cache, marks, start)
+        if backend.capacity is not None and len(ids) > backend.capacity:
+            raise RestoreError(
+                f"the context with {record.receipt.span} in it would have {len(ids)} tokens, and has room for "
+                f"{backend.capacity}; erase something else first"
+            )
+        saved = Undo.take(backend, marks, start)
         try:
-            truncate(self.cache, start)
-            self._extend_cache(ids)
+            backend.crop(start)
+            backend.extend(self._tokens_of(ids))
         except BaseException:
             with uninterrupted():
-                saved.put_back(self.cache)
+                saved.put_back(backend)
             raise
         with uninterrupted():
             self._records.pop(record.receipt.id)

@@ -1,4 +1,4 @@
-"""What a context consists of: cache, ledger, ids, records of edits; and growing it.
+"""What a context consists of: backend, ledger, ids, records of edits; and growing it.
 
 Knows: how these stay in step. Does not know how spans are erased or tokens generated.
 """
@@ -6,32 +6,19 @@ Knows: how these stay in step. Does not know how spans are erased or tokens gene
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from torch import Tensor
 
-from kveraser.cache import (
-    Marks,
-    Tokens,
-    check_model,
-    closing_gaps,
-    extend,
-    get_marks,
-    growable_cache,
-    set_marks,
-)
+from kveraser.cache import Marks, Tokens
+from kveraser.context.backend import LiveBackend
 from kveraser.context.ids import IdBuffer
-from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo
-from kveraser.model.view import causal_lm, model_device
 from kveraser.readers import Text
 from kveraser.spans import Span, SpanLedger
 
@@ -58,7 +45,7 @@ class EditRecord:
 class Repair:
     """An exact copy in the making, beside the cache that goes on being used."""
 
-    cache: DynamicCache
+    beside: LiveBackend
     start: int
     chunk: int
 
@@ -66,26 +53,28 @@ class Repair:
 class ContextState:
     """The parts of a live context, and what every operation on them shares. Guarded by one lock."""
 
-    def __init__(self, model: PreTrainedModel, eraser: KVEraser | None = None) -> None:
-        check_model(model)
+    def __init__(self, backend: LiveBackend, eraser: Any = None) -> None:
         if eraser is not None:
-            eraser.check_model(model)
-        self.model = model
+            backend.find_eraser(eraser)
+        self.backend = backend
         self.eraser = eraser
-        self.cache = growable_cache()
+        self._lock = threading.RLock()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start an empty ledger."""
         self._ledger = SpanLedger()
         self._ids = IdBuffer()
-        self._slots = IdBuffer(device=model_device(model))
+        self._slots = IdBuffer(device=self.device)
         self._records: dict[str, EditRecord] = {}
         self._repair: Repair | None = None
-        self._lock = threading.RLock()
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return model_device(self.model)
+        return self.backend.device
 
     def __len__(self) -> int:
         """Tokens ever appended: the end of the ledger."""
@@ -104,7 +93,7 @@ class ContextState:
     @property
     def exact(self) -> bool:
         """Whether the whole cache equals a fresh prefill of the live ids."""
-        return get_marks(self.cache).exact
+        return self.backend.marks.exact
 
     @property
     def erased(self) -> tuple[Span, ...]:
@@ -127,7 +116,7 @@ class ContextState:
         """Process tokens at the end of the context; returns their ledger span.
 
         Raises:
-            ContextError: no token, or an id outside the vocabulary.
+            ContextError: no token, an id outside the vocabulary, or no room.
         """
         with self._lock:
             new = self._checked_ids(ids)
@@ -138,27 +127,21 @@ class ContextState:
 
     def _checked_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
         new = torch.as_tensor(ids, dtype=torch.long, device="cpu").reshape(-1)
-        vocabulary = causal_lm(self.model).get_input_embeddings().num_embeddings
+        vocabulary = self.backend.vocabulary
         if len(new) and not (int(new.min()) >= 0 and int(new.max()) < vocabulary):
             bad = next(int(token) for token in new if not 0 <= int(token) < vocabulary)
             raise ContextError(f"token id {bad} is outside the model's vocabulary of {vocabulary}")
         return new
 
-    @contextmanager
-    def _reading(self, otherwise: nn.Module | None = None) -> Iterator[Any]:
-        """The model that new tokens are to be run with: across the gaps of steered spans as if there were none.
-
-        Args:
-            otherwise: given where there is no gap; None for the context's model.
-        """
-        with closing_gaps(self.model, get_marks(self.cache).steered, otherwise or self.model) as model:
-            yield model
-
     @torch.no_grad()
     def _extend(self, new: Tensor) -> None:
+        self.backend.check_room(len(new))
+        self.backend.extend(self._tokens(new))
+
+    def _tokens(self, new: Tensor) -> Tokens:
+        """The tokens of all slots, and new ones behind them."""
         slots = self._slots.view
-        with self._reading() as model:
-            extend(model, self.cache, Tokens(torch.cat([slots, new.to(slots.device)])[None]))
+        return Tokens(torch.cat([slots, new.to(slots.device)])[None])
 
     def _register(self, new: Tensor) -> Span:
         """Enter tokens whose states are in the cache already."""
@@ -186,13 +169,12 @@ class ContextState:
 
     # -- slots
 
-    def _extend_cache(self, ids: list[int]) -> None:
-        with self._reading() as model:
-            extend(model, self.cache, Tokens(torch.tensor([ids], device=model_device(self.model))))
+    def _tokens_of(self, ids: list[int]) -> Tokens:
+        return Tokens(torch.tensor([ids], dtype=torch.long, device=self.device))
 
     def _became_exact(self, ledger: SpanLedger) -> None:
         """Enter that the cache now holds exactly the live tokens; states kept for undoing older edits are freed."""
-        set_marks(self.cache, Marks())
+        self.backend.marks = Marks()
         self._ledger = ledger
         self._repair = None
         for record in self._records.values():

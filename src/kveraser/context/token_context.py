@@ -1,6 +1,6 @@
-"""A live context of token ids: a cache, the ledger of what was appended, and what was erased from it.
+"""A live context of token ids: a backend, the ledger of what was appended, and what was erased from it.
 
-Knows: models, caches, ledger spans, erasing methods. Does not know about text, chat or files (`erasable.py` adds those).
+Knows: backends, ledger spans, erasing methods. Does not know about text, chat or files (`live.py` adds those), or engines.
 
 Every token that is appended keeps its ledger position for ever. Where its states are in the cache is looked up when
 needed, so a method that moves the suffix does not make older spans stale.
@@ -18,10 +18,9 @@ class TokenContext(Erasing, Restoring, Repairing, Running):
     """A context of token ids whose spans can be erased, restored, repaired and purged. One row; thread-safe.
 
     Args:
-        model: a causal language model, used and left as it is.
-        eraser: for `kveraser` and `auto`; None takes the one that ships for the model, if any.
+        backend: an empty one.
+        eraser: for the methods that need one; None takes the one that the backend finds for its model.
 
     Raises:
-        UnsupportedCacheError: a model whose cache cannot be edited.
         EraserMismatchError: an eraser of another model.
     """

@@ -4,7 +4,7 @@ All are made from the eraser's own folder, so that one file serves every engine:
 checksum, and is read back and compared before it appears under its name.
 """
 
-from kveraser.export.adapter import GgufEraser, read_gguf_eraser, write_gguf_eraser
+from kveraser.export.adapter import GgufEraser, exported_gguf, read_gguf_eraser, write_gguf_eraser
 from kveraser.export.backbone import write_gguf_backbone
 from kveraser.export.folder import write_peft_folder
 from kveraser.export.source import EraserFiles
@@ -12,6 +12,7 @@ from kveraser.export.source import EraserFiles
 __all__ = [
     "EraserFiles",
     "GgufEraser",
+    "exported_gguf",
     "read_gguf_eraser",
     "write_gguf_backbone",
     "write_gguf_eraser",

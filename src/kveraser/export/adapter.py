@@ -8,7 +8,9 @@ the PEFT file it was made from.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,10 +21,11 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from kveraser.eraser import EraserConfig
+from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
-from kveraser.export.source import EraserFiles
-from kveraser.files import appearing_whole
+from kveraser.export.source import LORA_CONFIG, EraserFiles
+from kveraser.files import appearing_whole, cache_folder
 from kveraser.model.fingerprint import Fingerprint
 
 FORMAT = 1
@@ -69,6 +72,24 @@ def write_gguf_eraser(
         _write(files, partial, _NUMPY[dtype])
         _compare(files, partial, dtype)
     return read_gguf_eraser(target)
+
+
+def exported_gguf(folder: Path) -> GgufEraser:
+    """The GGUF form of an eraser's folder, made once and kept in the cache folder under the checksum of its files.
+
+    Raises:
+        EraserMismatchError: the folder holds no eraser, or a damaged one.
+    """
+    files = EraserFiles.read(folder)
+    texts = [(folder / name).read_bytes() for name in (FILE_NAME, LORA_CONFIG)]
+    key = hashlib.sha256(b"\0".join([files.sha256.encode(), *texts])).hexdigest()
+    file = cache_folder() / "gguf-erasers" / f"{key[:16]}.gguf"
+    if file.exists():
+        with suppress(EraserMismatchError):  # damaged: made anew
+            found = read_gguf_eraser(file)
+            if found.source_sha256 == files.sha256:
+                return found
+    return write_gguf_eraser(folder, file)
 
 
 def _write(files: EraserFiles, file: Path, dtype: Any) -> None:

@@ -11,12 +11,11 @@ from typing import ClassVar
 
 import torch
 
-from kveraser.cache import cache_length, recompute, repair_slots
-from kveraser.eraser import default_eraser
+from kveraser.cache import Can
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choosing import Wish, choose_readers
-from kveraser.methods.delete_and_shift import check_movable, delete_spans
+from kveraser.methods.delete_and_shift import moving_plan
 from kveraser.spans import Span
 
 
@@ -38,6 +37,7 @@ class AttentionGuidedRepair(EraseMethod):
 
     name: ClassVar[str] = "attention-guided-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
+    needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
     timed: ClassVar[bool] = False
     moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
@@ -51,19 +51,18 @@ class AttentionGuidedRepair(EraseMethod):
         return Wish(self.tokens, self.coverage, self.block, self.keys)
 
     def plan(self, edit: Edit) -> Plan:
-        check_movable(edit)
-        given = (edit.eraser or default_eraser(edit.model)).calibration
-        return Plan(edit.spans[0].start, choice=choose_readers(edit, self._wish(), given))
+        plan = moving_plan(edit)
+        return replace(plan, choice=choose_readers(edit, self._wish(), edit.find_eraser().calibration))
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        choice, start = plan.choice, edit.spans[0].start
+        choice, start = plan.choice, plan.layout_from
         assert choice is not None  # there are tokens behind the spans, or they would have been cropped
-        tokens, written = delete_spans(edit)
+        tokens, written = edit.backend.delete(edit.tokens, edit.spans)
         left = edit.marks.cut(edit.spans)
         marks = left.contaminated(start)
-        suffix = Span(start, cache_length(edit.cache))
+        suffix = Span(edit.spans[0].start, tokens.length)
         if len(choice.slots) == len(suffix) and len(choice.sees) == len(edit.kept):  # nothing is left out
-            written += recompute(edit.model, edit.cache, tokens, suffix)
+            written += edit.backend.recompute(tokens, suffix)
             if marks.approximate_from == start:
                 marks = replace(marks, approximate_from=None)
         else:
@@ -71,7 +70,7 @@ class AttentionGuidedRepair(EraseMethod):
             for span in edit.spans:
                 keep[span.slice] = 0
             place = keep.cumsum(0) - 1
-            written += repair_slots(edit.model, edit.cache, tokens, [choice.repair(left.steered_spans, place)])
+            written += edit.backend.rewrite(tokens, (), [choice.repair(left.steered_spans, place)])
         return Outcome(
             marks,
             removed=edit.spans,

@@ -7,8 +7,9 @@ measured once per machine tells which is which; the receipt names the method tha
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
+from kveraser.cache import Can
 from kveraser.eraser import KVEraser
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choosing import calibration_of, most_shown
@@ -34,6 +35,7 @@ class Auto(EraseMethod):
 
     name: ClassVar[str] = "auto"
     summary: ClassVar[str] = "full-recompute where it is as cheap as kveraser, else kveraser"
+    needs: ClassVar[frozenset[Can]] = frozenset({Can.STEER, Can.READ})
     timed: ClassVar[bool] = False
     needs_eraser: ClassVar[bool] = True
     compared: ClassVar[bool] = False
@@ -43,12 +45,11 @@ class Auto(EraseMethod):
         rest, _ = split_tail(edit.spans, edit.marks.steered_spans, edit.length)
         if not rest:  # only to be cropped, which is free; mending what earlier edits left is not
             return FullRecompute() if edit.marks.exact else steering
-        eraser = steering.using(edit)
-        eraser.check_model(edit.model)
+        eraser, model = steering.using(edit), edit.backend.model
         inner = replace(edit, spans=rest)
         calibration = calibration_of(inner, eraser.calibration)
-        attached = edit.model if eraser.is_neutral else eraser.attached(edit.model)
-        costs = self.costs or cost_model(edit.model, attached, calibration)
+        attached = model if eraser.is_neutral else cast("KVEraser", eraser).attached(model)
+        costs = self.costs or cost_model(model, attached, calibration)
         start = min(edit.spans[0].start, edit.length if edit.marks.exact else edit.marks.approximate_from or 0)
         removed = sum(len(span) for span in (*edit.spans, *edit.marks.steered_spans))
         exact = costs.recompute(start, max(edit.length - removed, start))

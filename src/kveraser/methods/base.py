@@ -1,6 +1,6 @@
 """What the author of an erasing method writes against: the edit it is given, the plan and the outcome it gives back.
 
-Knows: caches, spans, token ids. Does not know about text, ledgers, undoing, or how any method works.
+Knows: backends, spans, token ids. Does not know about text, ledgers, undoing, or how any method works.
 
 A method is one small frozen dataclass. It says beforehand which slots it will overwrite (`plan`), and then overwrites
 them (`apply`). What all of them share is around them: checks, undo, roll-back and the receipt (`transaction.py`).
@@ -9,20 +9,17 @@ them (`apply`). What all of them share is around them: checks, undo, roll-back a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import Tensor
 
-from kveraser.cache import Marks, Repair, Tokens
+from kveraser.cache import Backend, Can, Eraser, Marks, Repair, Tokens
 from kveraser.methods.slots import neighbors, runs_of
 from kveraser.readers import Text
 from kveraser.spans import Span
-
-if TYPE_CHECKING:
-    from kveraser.eraser import KVEraser
 
 
 @dataclass(frozen=True)
@@ -30,22 +27,20 @@ class Edit:
     """An erase to be done.
 
     Attributes:
-        model: the user's model.
-        cache: its cache, `tokens.length` slots; edited in place.
+        backend: the cache, `tokens.length` slots, and what runs its tokens; edited in place.
         tokens: ids, positions and mask of the slots.
         spans: slots to erase: sorted, disjoint, none of them steered, none at the very end of the cache. May be empty
             for a method that also mends what earlier edits left.
         marks: the cache's marks before the edit.
-        eraser: the eraser, for the methods that need one; None leaves them to find the model's own.
+        find_eraser: gives the eraser, for the methods that need one: the caller's, or the model's own.
         text: gives ids of some text to calibrate the model on, should that be needed; None takes what is in the cache.
     """
 
-    model: nn.Module
-    cache: Cache
+    backend: Backend
     tokens: Tokens
     spans: tuple[Span, ...]
     marks: Marks
-    eraser: KVEraser | None = None
+    find_eraser: Callable[[], Eraser]
     text: Text | None = None
 
     @property
@@ -149,6 +144,8 @@ class EraseMethod(ABC):
     """The name in the registry, in tables and plots."""
     summary: ClassVar[str]
     """One line for tables and `--help`."""
+    needs: ClassVar[frozenset[Can]] = frozenset()
+    """What a backend must be able to do for it, besides keeping, cropping and growing."""
     exact: ClassVar[bool] = False
     """Whether the result always equals a fresh prefill."""
     needs_eraser: ClassVar[bool] = False

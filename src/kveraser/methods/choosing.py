@@ -57,7 +57,7 @@ class Wish:
 def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
     """The calibration for an edit: the eraser's, the one in the cache folder, or one that is made now."""
     if given is not None:
-        given.check(edit.model)
+        given.check(edit.backend.model)
         return given
 
     def own() -> Tensor:
@@ -65,7 +65,7 @@ def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
         kept = edit.kept if edit.tokens.mask is None else edit.kept[edit.tokens.mask[0, edit.kept] != 0]
         return row[kept]
 
-    return calibration_for(edit.model, edit.text or own)
+    return calibration_for(edit.backend.model, edit.text or own)
 
 
 def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> Choice | None:
@@ -99,7 +99,8 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     except (CalibrationError, UnsupportedCacheError) as error:
         note = f"readers of the span could not be told, the next tokens were recomputed instead: {error}"
         return next_tokens(edit, budget, note)
-    scene = Scene.of(edit.model, edit.cache, edit.tokens, edit.spans, edit.marks.steered_spans, calibration)
+    backend = edit.backend
+    scene = Scene.of(backend.model, backend.cache, edit.tokens, edit.spans, edit.marks.steered_spans, calibration)
     slots = scene.suffix
     scores = scene.thin().amax(0)
     always = first_behind(edit.spans, slots, budget)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kveraser.cache import PREFILL_CHUNK, cut, recompute
+from kveraser.cache import PREFILL_CHUNK
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.spans import Span, merge_spans
+from kveraser.spans import merge_spans
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,11 @@ class FullRecompute(EraseMethod):
         start = self._start(edit)
         gone = (*edit.spans, *edit.marks.steered_spans)
         removed = merge_spans(gone, edit.length) if gone else ()  # nothing: only to mend what an earlier edit left
-        cut(edit.cache, removed)
         tokens = edit.tokens.without(removed)
-        suffix = Span(start, tokens.length) if start < tokens.length else None
-        written = recompute(edit.model, edit.cache, tokens, suffix, self.chunk) if suffix else 0
+        written = edit.backend.rebuild(tokens, removed, start, self.chunk)
         return Outcome(
             marks=replace(edit.marks, approximate_from=None, steered=()),
             removed=removed,
-            tokens_recomputed=len(suffix) if suffix else 0,
+            tokens_recomputed=tokens.length - start,
             bytes_written=written,
         )

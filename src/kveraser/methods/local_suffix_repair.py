@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kveraser.cache import cache_length, recompute
+from kveraser.cache import Can
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.methods.delete_and_shift import check_movable, delete_spans
+from kveraser.methods.delete_and_shift import moving_plan
 from kveraser.spans import merge_spans, remap
 
 
@@ -27,6 +27,7 @@ class LocalSuffixRepair(EraseMethod):
 
     name: ClassVar[str] = "local-suffix-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the next 32 tokens"
+    needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE, Can.RECOMPUTE})
     moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
 
@@ -35,17 +36,15 @@ class LocalSuffixRepair(EraseMethod):
             raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
 
     def plan(self, edit: Edit) -> Plan:
-        check_movable(edit)
-        return Plan(edit.spans[0].start)
+        return moving_plan(edit)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         repaired = merge_spans((remap(run, edit.spans) for run in edit.runs_behind(self.tokens)), edit.length)
-        start = edit.spans[0].start
-        tokens, written = delete_spans(edit)
+        tokens, written = edit.backend.delete(edit.tokens, edit.spans)
         for run in repaired:
-            written += recompute(edit.model, edit.cache, tokens, run)
-        marks = edit.marks.cut(edit.spans).contaminated(start)
-        if repaired[0].start == marks.approximate_from and repaired[0].end == cache_length(edit.cache):
+            written += edit.backend.recompute(tokens, run)
+        marks = edit.marks.cut(edit.spans).contaminated(plan.layout_from)
+        if repaired[0].start == marks.approximate_from and repaired[0].end == tokens.length:
             marks = replace(marks, approximate_from=None)
         return Outcome(
             marks,

@@ -1,6 +1,6 @@
 """Undoing an edit by the states that its receipt kept.
 
-Knows: receipts, marks, what a kept state may have read. Does not know about models: nothing is recomputed here.
+Knows: receipts, marks, what a kept state may have read. Does not know what the states look like; nothing is recomputed here.
 """
 
 from __future__ import annotations
@@ -9,25 +9,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from transformers.cache_utils import Cache
-
-from kveraser.cache import EditMark, cache_length, get_marks, set_marks, write_all
+from kveraser.cache import Backend, EditMark
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods.receipt import EraseReceipt
+from kveraser.methods.undo import Undo
 
 
-def put_back(cache: Cache, receipt: EraseReceipt) -> int:
-    """Undo an edit by the states its receipt kept; returns the length the cache had right after the edit.
+def check_put_back(backend: Backend, receipt: EraseReceipt) -> Undo:
+    """The states by which an edit can be undone now.
 
-    Allowed for the newest edit, and for an older one when it and all later ones left every slot in its place, and all that
+    That is so for the newest edit, and for an older one when it and all later ones left every slot in its place, and all that
     it kept lies before what the later ones wrote.
 
     Raises:
         RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped since, or
             later edits are in the way.
     """
-    marks = get_marks(cache)
+    marks, length = backend.marks, backend.length
     ids = [mark.id for mark in marks.edits]
     if receipt.id not in ids:
         raise RestoreError(
@@ -43,29 +42,40 @@ def put_back(cache: Cache, receipt: EraseReceipt) -> int:
             f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
             "restore the later ones first, newest to oldest"
         )
-    if cache_length(cache) < mark.length_after:
+    if length < mark.length_after:
         raise RestoreError(
-            f"the cache was cropped to {cache_length(cache)} tokens after the edit left {mark.length_after}; "
+            f"the cache was cropped to {length} tokens after the edit left {mark.length_after}; "
             "what was cropped cannot be put back"
         )
     if not later:
-        with uninterrupted():
-            receipt.undo.put_back(cache)
-            undone = {edit.id for edit in receipt.undo.marks.edits} - set(ids)
-            set_marks(cache, receipt.undo.marks.without_edits(undone))
-        return mark.length_after
-    if stale_from(later) < max(span.end for span in receipt.undo.kept):
+        return receipt.undo
+    if stale_from(later) < max((span.end for span in receipt.undo.kept), default=0):
         raise RestoreError(  # the kept states may hold what a later edit has erased
             f"a later edit erased something before slots that the {receipt.method} edit of {receipt.span} kept the states of, "
             "which had read it; restore the later one first"
         )
-    if cache_length(cache) != mark.length_after:
+    if length != mark.length_after:
         raise RestoreError("tokens were appended between this edit and a later one; restore the later one first")
+    return receipt.undo
+
+
+def put_back(backend: Backend, receipt: EraseReceipt) -> None:
+    """Undo an edit by the states its receipt kept.
+
+    Raises:
+        RestoreError: as `check_put_back`; nothing was changed.
+    """
+    undo, marks = check_put_back(backend, receipt), backend.marks
+    ids = [mark.id for mark in marks.edits]
     with uninterrupted():
+        if ids[-1] == receipt.id:
+            undo.put_back(backend)
+            undone = {edit.id for edit in undo.marks.edits} - set(ids)
+            backend.marks = undo.marks.without_edits(undone)
+            return
         steered = [entry for entry in marks.steered if entry.span not in receipt.steered]
-        write_all(cache, receipt.undo.regions)
-        set_marks(cache, replace(marks, steered=tuple(steered)).without_edits({receipt.id}))
-    return mark.length_after
+        backend.put_all(undo.regions)
+        backend.marks = replace(marks, steered=tuple(steered)).without_edits({receipt.id})
 
 
 def stale_from(later: Sequence[EditMark]) -> float:

@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kveraser.cache import Repair, Tokens, cache_length, look, recompute, repair_slots
+from kveraser.cache import Can, Repair, Tokens
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.methods.delete_and_shift import check_movable, delete_spans
+from kveraser.methods.delete_and_shift import moving_plan
 from kveraser.spans import Span, gaps
 
 
@@ -38,6 +38,7 @@ class SelectiveRecompute(EraseMethod):
 
     name: ClassVar[str] = "selective-recompute"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
+    needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
     timed: ClassVar[bool] = False
     moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"
@@ -49,36 +50,36 @@ class SelectiveRecompute(EraseMethod):
             raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
 
     def plan(self, edit: Edit) -> Plan:
-        check_movable(edit)
-        return Plan(edit.spans[0].start)
+        return moving_plan(edit)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = edit.spans[0].start
-        tokens, written = delete_spans(edit)
-        suffix = Span(start, cache_length(edit.cache))
+        tokens, written = edit.backend.delete(edit.tokens, edit.spans)
+        suffix = Span(start, tokens.length)
         left = edit.marks.cut(edit.spans)
         steered = tuple(span for span in left.steered_spans if span.start >= start)
         live = torch.cat([torch.arange(run.start, run.end) for run in gaps(steered, suffix.end, start)])
         wanted = math.ceil(self.ratio * len(live)) if self.tokens is None else self.tokens * len(edit.spans)
         count = min(wanted, len(live))
-        marks = left.contaminated(start)
+        marks = left.contaminated(plan.layout_from)
         if count == len(suffix):
-            written += recompute(edit.model, edit.cache, tokens, suffix)
+            written += edit.backend.recompute(tokens, suffix)
             if marks.approximate_from == start:
                 marks = replace(marks, approximate_from=None)
         else:
             chosen = self._choose(edit, tokens, suffix, live, count).to(tokens.ids.device)
             seen = [torch.arange(run.start, run.end) for run in gaps(left.steered_spans, suffix.end)]
             repair = Repair(chosen, torch.cat(seen).to(chosen), left.steered_spans)
-            written += repair_slots(edit.model, edit.cache, tokens, [repair])
+            written += edit.backend.rewrite(tokens, (), [repair])
         return Outcome(marks, removed=edit.spans, tokens_recomputed=count, bytes_written=written)
 
     @staticmethod
     def _choose(edit: Edit, tokens: Tokens, suffix: Span, live: Tensor, count: int) -> Tensor:
         """The slots to recompute, sorted, `(count,)`: the mean over the batch of ||new - cached||, keys plus values."""
-        layer = min(1, len(edit.cache.layers) - 1)
-        fresh = look(edit.model, edit.cache, tokens, suffix, layer)
-        held = (edit.cache.layers[layer].keys, edit.cache.layers[layer].values)
+        layers = edit.backend.cache.layers
+        layer = min(1, len(layers) - 1)
+        fresh = edit.backend.look(tokens, suffix, layer)
+        held = (layers[layer].keys, layers[layer].values)
         deviation = sum(
             (new.float() - old[:, :, suffix.slice].float()).pow(2).sum((1, 3)).mean(0)
             for new, old in zip(fresh, held, strict=True)

@@ -15,17 +15,15 @@ from typing import ClassVar
 
 from kveraser.cache import (
     PREFILL_CHUNK,
+    Can,
+    Eraser,
     Repair,
     Rewrite,
-    Steered,
     Window,
-    can_close_gaps,
-    repair_slots,
-    rewrite_runs,
     slots_of,
     window_spans,
 )
-from kveraser.eraser import CHOICES, Choose, KVEraser, default_eraser, write_neutral
+from kveraser.eraser import CHOICES, Choose, KVEraser, write_neutral
 from kveraser.errors import OptionError
 from kveraser.methods.base import Choice, Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choosing import Wish, calibration_of, choose_readers
@@ -83,6 +81,13 @@ class SteeringPass:
 
 
 @dataclass(frozen=True)
+class SteeringPlan(Plan):
+    """A plan that says in which forwards the tokens will run."""
+
+    passes: tuple[SteeringPass, ...] = ()
+
+
+@dataclass(frozen=True)
 class Steering(EraseMethod):
     """Write steering states into the spans' own slots, and recompute the tokens that have read the spans.
 
@@ -112,6 +117,7 @@ class Steering(EraseMethod):
 
     name: ClassVar[str] = "kveraser"
     summary: ClassVar[str] = "replace the span's states, recompute the tokens that have read it"
+    needs: ClassVar[frozenset[Can]] = frozenset({Can.STEER})
     needs_eraser: ClassVar[bool] = True
     compared_at_nothing: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "repair"
@@ -131,9 +137,15 @@ class Steering(EraseMethod):
     def _wish(self, repair: int) -> Wish:
         return Wish(repair, self.coverage, self.block, self.keys)
 
-    def using(self, edit: Edit) -> KVEraser:
-        """The eraser that an edit will use."""
-        return self.eraser or edit.eraser or default_eraser(edit.model)
+    def using(self, edit: Edit) -> Eraser:
+        """The eraser that an edit will use.
+
+        Raises:
+            EraserMismatchError: it was made for another model.
+        """
+        found = self.eraser or edit.find_eraser()
+        edit.backend.check_eraser(found)
+        return found
 
     def _repair(self, edit: Edit) -> int:
         return self.using(edit).repair if self.repair is None else self.repair
@@ -143,16 +155,26 @@ class Steering(EraseMethod):
         return self._repair(edit) * len(edit.spans)
 
     def chooses(self, edit: Edit) -> Choose:
-        """Which tokens it recomputes."""
-        return self.choose or self.using(edit).choose
+        """Which tokens it recomputes.
 
-    def plan(self, edit: Edit) -> Plan:
-        eraser = self.using(edit)
-        eraser.check_model(edit.model)
+        Raises:
+            OptionError: readers were asked for, and the backend cannot tell them.
+        """
+        found: Choose = self.choose or self.using(edit).choose
+        if found == "readers" and not edit.backend.can >= {Can.READ, Can.REPAIR}:
+            raise OptionError(f"choose='readers' cannot be done in {edit.backend.name}'s cache; use choose='next'")
+        return found
+
+    def plan(self, edit: Edit) -> SteeringPlan:
+        choice = None
         if self.chooses(edit) == "next":
-            return Plan(edit.length, (*edit.spans, *edit.runs_behind(self._repair(edit))))
-        choice = choose_readers(edit, self._wish(self._repair(edit)), eraser.calibration)
-        return Plan(edit.length, (*edit.spans, *(choice.runs if choice else ())), choice)
+            written = edit.runs_behind(self._repair(edit))
+        else:
+            choice = choose_readers(edit, self._wish(self._repair(edit)), self.using(edit).calibration)
+            written = choice.runs if choice else ()
+        passes = tuple(self.passes(edit, choice))
+        changed = [edit.backend.check_rewrite(turn.steered, turn.repaired) for turn in passes]
+        return SteeringPlan(min([edit.length, *changed]), (*edit.spans, *written), choice, passes)
 
     def passes(self, edit: Edit, choice: Choice | None = None) -> list[SteeringPass]:
         """The forwards that `apply` runs. Spans are steered from left to right: each sees what is before it as it is then.
@@ -180,32 +202,24 @@ class Steering(EraseMethod):
         return passes
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        eraser, choice = self.using(edit), plan.choice
-        written = recomputed = 0
+        assert isinstance(plan, SteeringPlan)
+        eraser, choice, backend = self.using(edit), plan.choice, edit.backend
+        written = 0
         if not eraser.steers_spans:
             keys = calibration_of(edit, eraser.calibration).neutral
-            written += write_neutral(edit.model, edit.cache, edit.tokens, edit.spans, keys)
-        for turn in self.passes(edit, choice):
-            model = edit.model
-            if turn.steered:
-                model = eraser.attached(edit.model, first=turn.tokens_steered if turn.repaired else None)
-            elif eraser.steers_readers:
-                model = eraser.attached(edit.model)
-            if turn.repaired:
-                written += repair_slots(model, edit.cache, edit.tokens, turn.repaired, turn.steered)
-            else:
-                written += rewrite_runs(model, edit.cache, edit.tokens, turn.steered)
-            recomputed += turn.tokens
-        steered = tuple(Steered.mark(edit.cache, span) for span in edit.spans)
+            written += write_neutral(backend.model, backend.cache, edit.tokens, edit.spans, keys)
+        for turn in plan.passes:
+            written += backend.rewrite(edit.tokens, turn.steered, turn.repaired, eraser)
         runs = tuple(run for run in plan.in_place if run not in edit.spans)
         notes = choice.notes if choice else ()
-        if runs and not can_close_gaps(edit.model):
+        if runs and not backend.closes_gaps:
             notes = (*notes, _GAP_OPEN)
+        changed_from = min(edit.spans[0].start, plan.layout_from)
         return Outcome(
-            marks=edit.marks.contaminated(edit.spans[0].start).steer(steered),
+            marks=edit.marks.contaminated(changed_from).steer(tuple(map(backend.steered, edit.spans))),
             steered=edit.spans,
             recomputed=runs,
-            tokens_recomputed=recomputed,
+            tokens_recomputed=sum(turn.tokens for turn in plan.passes),
             bytes_written=written,
             residual=choice.residual if choice else None,
             eraser=eraser.kind,

@@ -1,6 +1,6 @@
 """The transaction around every erase: the cache and the caller's records change together, or not at all.
 
-Knows: plans, outcomes, undoing, receipts. Does not know how any method works, or what the caller's records are.
+Knows: backends, plans, outcomes, undoing, receipts. Does not know how any method works, or what the caller's records are.
 
 Checks come before anything is touched; spans that end the context are cropped; the states that the plan names are kept
 first, and put back when the method fails or is interrupted.
@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from kveraser.cache import EditMark, cache_length, set_marks, truncate, writing
-from kveraser.errors import SpanError
+from kveraser.cache import EditMark
+from kveraser.errors import OptionError, SpanError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.receipt import EraseReceipt
 from kveraser.methods.slots import find_stand_ins, split_tail
 from kveraser.methods.undo import Undo
-from kveraser.model.view import finish
 from kveraser.spans import Span
 
 
@@ -34,10 +33,11 @@ def transact(
 
     Raises:
         SpanError: a span holds slots that are erased already.
+        OptionError: the backend cannot do what the method needs.
     """
-    _check(edit)
-    method, device = method.chosen(edit), edit.tokens.ids.device
-    finish(device)
+    _check(method, edit)
+    method, backend = method.chosen(edit), edit.backend
+    backend.finish()
     started = time.perf_counter()
     rest, end = (
         split_tail(edit.spans, edit.marks.steered_spans, edit.length) if method.removes else (edit.spans, edit.length)
@@ -45,33 +45,38 @@ def transact(
     inner = replace(edit, spans=rest, tokens=edit.tokens.head(end), marks=edit.marks.truncate(end))
     busy = bool(rest) or (method.mends and not inner.marks.exact)
     plan = method.plan(inner) if busy else Plan(end)
-    saved = Undo.take(edit.cache, edit.marks, plan.layout_from, plan.in_place)
+    saved = Undo.take(backend, edit.marks, plan.layout_from, plan.in_place)
     committed = False
     try:
-        truncate(edit.cache, end)
-        with writing(edit.cache):
+        backend.crop(end)
+        with backend.writing():
             outcome = method.apply(inner, plan) if busy else Outcome(inner.marks)
-        finish(device)
+        backend.finish()
         receipt = _receipt(method, edit, end, outcome, time.perf_counter() - started, saved if undo else None)
         in_place = plan.layout_from >= edit.length
         before, after = edit.marks.approximate_from, outcome.marks.approximate_from
-        mark = EditMark(receipt.id, cache_length(edit.cache), in_place, before, after, plan.in_place)
+        mark = EditMark(receipt.id, backend.length, in_place, before, after, plan.in_place)
         with uninterrupted():
             if commit is not None:
                 commit(receipt)
-            set_marks(edit.cache, replace(outcome.marks, edits=(*edit.marks.edits, mark)))
+            backend.marks = replace(outcome.marks, edits=(*edit.marks.edits, mark))
             committed = True
     except BaseException:
         if not committed:
             with uninterrupted():
-                saved.put_back(edit.cache)
+                saved.put_back(backend)
         raise
     if not undo:
         saved.clear()
     return receipt
 
 
-def _check(edit: Edit) -> None:
+def _check(method: EraseMethod, edit: Edit) -> None:
+    if missing := method.needs - edit.backend.can:
+        which = " or ".join(sorted(what.value for what in missing))
+        raise OptionError(
+            f"{method.name} cannot be done in {edit.backend.name}'s cache, which cannot {which}; full-recompute can"
+        )
     for span in edit.spans:
         for steered in edit.marks.steered_spans:
             if span.overlaps(steered):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.cache import Marks, Tokens, can_close_gaps
+from kveraser.cache import Marks, Tokens, TransformersBackend, can_close_gaps
+from kveraser.eraser import default_eraser
 from kveraser.methods.base import Edit
 from kveraser.methods.choosing import Wish, choose_readers
 from kveraser.model.rope import Rotation, frequencies, rotary_layout
@@ -104,7 +105,8 @@ def readers_of(model: nn.Module, prefilled: Prefilled, case: Case, repairing: Re
         layer.keys, layer.values = keys, values
         layers.append(layer)
     tokens = Tokens(case.ids[None].to(device))
-    edit = Edit(model, Cache(layers=layers), tokens, case.erase.spans, Marks())
+    backend = TransformersBackend(model, Cache(layers=layers))
+    edit = Edit(backend, tokens, case.erase.spans, Marks(), lambda: default_eraser(model))
     choice = choose_readers(edit, Wish(repairing.tokens, keys=None), repairing.calibration)
     return choice.slots.cpu() if choice is not None else slot_range(0, 0)
 

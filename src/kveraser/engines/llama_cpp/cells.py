@@ -185,6 +185,8 @@ class Cells:
         Raises:
             RestoreError: llama.cpp does not take them; nothing was changed.
         """
+        if not len(states):
+            return
         pointer = states.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         with captured() as messages:
             taken = int(lib.llama_state_seq_set_data(self._handle, pointer, len(states), WORK))
@@ -194,11 +196,18 @@ class Cells:
         lib.llama_memory_seq_cp(self._memory, WORK, LIVE, -1, -1)
         self.remove(WORK)
 
+    def wipe(self) -> None:
+        """Free all cells and overwrite their memory."""
+        lib.llama_memory_clear(self._memory, True)
+
     # -- running -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def adapter(self, adapter: Any) -> Iterator[None]:
-        """Run with a LoRA while the block runs."""
+        """Run with a LoRA, if one is given, while the block runs."""
+        if adapter is None:
+            yield
+            return
         self._set_adapters([adapter])
         try:
             yield

@@ -6,10 +6,8 @@ Knows: llama.cpp's models and adapters. Does not know about caches.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import weakref
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,7 @@ from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.eraser import EraserConfig, shipped_erasers
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import BackboneError, EraserMismatchError, UnsupportedCacheError
-from kveraser.export import EraserFiles, GgufEraser, read_gguf_eraser, write_gguf_eraser
-from kveraser.export.source import LORA_CONFIG
-from kveraser.files import cache_folder
+from kveraser.export import GgufEraser, exported_gguf, read_gguf_eraser
 from kveraser.model.backbone import embedded_gguf
 
 _ROPES = (0, 2)  # neighboring and half-split dimensions; multi-dimensional positions and none are not moved here
@@ -58,7 +54,9 @@ class LlamaCppModel:
         self.close = weakref.finalize(self, _free, self.handle)
         try:
             self._check()
-            self.tokenizer = LlamaCppTokenizer(lib.llama_model_get_vocab(self.handle))
+            self.tokenizer = LlamaCppTokenizer(
+                lib.llama_model_get_vocab(self.handle), lib.llama_model_chat_template(self.handle, None)
+            )
         except BaseException:
             self.close()
             raise
@@ -140,8 +138,13 @@ class LlamaCppModel:
         if source is None:
             return self._shipped(check_weights)
         place = Path(source)
-        found = read_gguf_eraser(place) if place.is_file() else exported(place)
-        self._check_eraser(found.config, str(place), check_weights)
+        found = read_gguf_eraser(place) if place.is_file() else exported_gguf(place)
+        difference = self._difference(found.config)
+        if difference is not None and (check_weights or "weights" not in difference):
+            raise EraserMismatchError(
+                f"the eraser in {place} was made for another model than {self.file.name}: {difference}; "
+                "use method='full-recompute', or check_weights=False for another quantisation of its backbone"
+            )
         return found
 
     def _shipped(self, check_weights: bool) -> GgufEraser:
@@ -149,7 +152,7 @@ class LlamaCppModel:
         for name, folder in shipped_erasers().items():
             difference = self._difference(EraserConfig.read(folder / FILE_NAME))
             if difference is None or (not check_weights and "weights" in difference):
-                return exported(folder)
+                return exported_gguf(folder)
             differences.append(f"{name}: {difference}")
         raise EraserMismatchError(
             f"no eraser ships for {self.file.name} ({'; '.join(differences) or 'there is none'}); "
@@ -159,14 +162,6 @@ class LlamaCppModel:
     def _difference(self, config: EraserConfig) -> str | None:
         model_type = str(config.fingerprint.shape["model_type"])
         return config.fingerprint.difference_to(gguf_fingerprint(self.file, model_type))
-
-    def _check_eraser(self, config: EraserConfig, source: str, check_weights: bool) -> None:
-        difference = self._difference(config)
-        if difference is not None and (check_weights or "weights" not in difference):
-            raise EraserMismatchError(
-                f"the eraser in {source} was made for another model than {self.file.name}: {difference}; "
-                "use method='full-recompute', or check_weights=False for another quantisation of its backbone"
-            )
 
     def load_adapter(self, eraser: GgufEraser) -> Any:
         """An eraser's matrices, loaded once; they belong to the model and are freed with it.
@@ -182,24 +177,6 @@ class LlamaCppModel:
                 raise EraserMismatchError(f"llama.cpp cannot load {eraser.file}: {said(messages)}")
             self._adapters[key] = adapter
         return self._adapters[key]
-
-
-def exported(folder: Path) -> GgufEraser:
-    """The GGUF form of an eraser's folder, made once and kept in the cache folder under the checksum of its files.
-
-    Raises:
-        EraserMismatchError: the folder holds no eraser, or a damaged one.
-    """
-    files = EraserFiles.read(folder)
-    texts = [(folder / name).read_bytes() for name in (FILE_NAME, LORA_CONFIG)]
-    key = hashlib.sha256(b"\0".join([files.sha256.encode(), *texts])).hexdigest()
-    file = cache_folder() / "gguf-erasers" / f"{key[:16]}.gguf"
-    if file.exists():
-        with suppress(EraserMismatchError):  # damaged: made anew
-            found = read_gguf_eraser(file)
-            if found.source_sha256 == files.sha256:
-                return found
-    return write_gguf_eraser(folder, file)
 
 
 def _free(handle: Any) -> None:

@@ -1,47 +1,34 @@
-"""What is done to cells: steering a span, recomputing behind it, deleting, recomputing all.
+"""What is done to cells: running a stretch again, recomputing behind a gap, deleting.
 
 Knows: cells, spans of positions, ids. Does not know about ledgers, receipts or undoing; a failure leaves cells missing,
 which the caller puts back.
 
 Position and slot are the same here: the live cells are at positions 0, 1, ..., whatever was erased.
 
-    steer           WORK: [window before the span)[span)      adapter on; the new cells become the span's
-    rewrite behind  WORK: [window before the gap)[run)        adapter off, at the positions the run would have without the
-                                                              gap; then its cells are moved to where the old ones were
+    rewrite         WORK: [what is shown before the span)[span)      with an adapter or without; the new cells become the span's
+    rewrite behind  WORK: [what is shown before the gap)[run)        at the positions the run would have without the gap;
+                                                                     then its cells are moved to where the old ones were
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from kveraser.cache import Window, window_spans
-from kveraser.engines.llama_cpp.cells import BATCH, LIVE, WORK, Cells
-from kveraser.errors import OptionError
+from kveraser.engines.llama_cpp.cells import LIVE, WORK, Cells
 from kveraser.spans import Span
 
-IdsOf = Callable[[Span], list[int]]
-"""The ids of live or just erased slots."""
 
-
-def check_window(window: Window | None) -> None:
-    """Refuse a window that ends before the span: llama.cpp takes no gap right before the tokens it runs."""
-    if window is not None and window[0] > 0 and window[1] == 0:
-        raise OptionError(
-            f"window={window}: llama.cpp needs at least 1 local slot beside the sink, as in ({window[0]}, 1)"
-        )
-
-
-def _show(cells: Cells, window: Window | None, start: int) -> None:
-    """Let `WORK` consist of the window's cells before `start`."""
+def _show(cells: Cells, shown: Sequence[Span]) -> None:
+    """Let `WORK` consist of some live cells."""
     cells.remove(WORK)
-    for run in window_spans(window, start):
+    for run in shown:
         cells.share(LIVE, WORK, run)
 
 
-def steer(cells: Cells, adapter: Any, ids: Sequence[int], span: Span, window: Window | None) -> None:
-    """Re-encode the tokens of `span` with the adapter, into their own positions."""
-    _show(cells, window, span.start)
+def rewrite(cells: Cells, adapter: Any, ids: Sequence[int], span: Span, shown: Sequence[Span]) -> None:
+    """Run the tokens of `span` again, with an adapter or (None) without, into their own positions."""
+    _show(cells, shown)
     cells.remove(LIVE, span)  # first, so that the new cells take the very places of the old ones
     with cells.adapter(adapter):
         cells.run(ids, span.start, WORK)
@@ -49,22 +36,27 @@ def steer(cells: Cells, adapter: Any, ids: Sequence[int], span: Span, window: Wi
     cells.remove(WORK)
 
 
-def rewrite_behind(cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span], window: Window | None) -> None:
+def rewrite_behind(cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span], shown: Sequence[Span]) -> None:
     """Run the tokens of `runs` again as if the gap before them (and older gaps between them) were not there.
 
     Their keys are rotated to their positions at the next `settle`.
     """
-    _show(cells, window, gap.start)
+    _show(cells, shown)
     for run in runs:
         cells.remove(LIVE, run)
-    cells.run(ids, gap.start, WORK)
-    at = gap.start + len(ids)
-    for run in reversed(runs):  # from behind, so that moved cells never share a position with others
-        at -= len(run)
-        cells.move(WORK, Span(at, at + len(run)), run.start - at)
+    _run_closed(cells, WORK, ids, gap, runs)
     for run in runs:
         cells.share(WORK, LIVE, run)
     cells.remove(WORK)
+
+
+def _run_closed(cells: Cells, sequence: int, ids: Sequence[int], gap: Span, runs: Sequence[Span]) -> None:
+    """Run tokens from where a gap begins, and move their cells to where `runs` are."""
+    cells.run(ids, gap.start, sequence)
+    at = gap.start + len(ids)
+    for run in reversed(runs):  # from behind, so that moved cells never share a position with others
+        at -= len(run)
+        cells.move(sequence, Span(at, at + len(run)), run.start - at)
 
 
 def delete(cells: Cells, spans: Sequence[Span], length: int) -> None:
@@ -76,14 +68,6 @@ def delete(cells: Cells, spans: Sequence[Span], length: int) -> None:
         length -= len(span)
 
 
-def recompute(cells: Cells, ids: Sequence[int], start: int, length: int, chunk: int = BATCH) -> None:
-    """Replace everything from position `start` on (the cells now end at `length`) by freshly run tokens."""
-    if start < length:
-        cells.remove(LIVE, Span(start, length))
-    if ids:
-        cells.run(ids, start, LIVE, chunk=min(chunk, BATCH))
-
-
 class Bench:
     """A small cache beside, of constant size, for passes that see a window only.
 
@@ -93,52 +77,36 @@ class Bench:
 
     Args:
         cells: the user's cache, whose model and types it has.
-        window: `(sink, local)` cells before the span.
+        shown: cells before the span.
         repair: tokens behind the span.
     """
 
     SPAN = 448
     """Tokens of the longest span it takes; longer ones are steered in the user's cache."""
 
-    def __init__(self, cells: Cells, window: Window, repair: int) -> None:
-        self.window, self.repair = window, repair
-        self.cells = cells.beside(sum(window) + self.SPAN + repair)
+    def __init__(self, cells: Cells, shown: int, repair: int) -> None:
+        self.shown, self.repair = shown, repair
+        self.cells = cells.beside(shown + self.SPAN + repair)
 
-    def fits(self, window: Window | None, span: Span, repair: int) -> bool:
-        """Whether a span can be steered here."""
-        return (
-            window is not None
-            and sum(window) <= sum(self.window)
-            and len(span) <= self.SPAN
-            and repair <= self.repair
-            and (span.start == 0 or sum(window) > 0)
-        )
-
-    def steer(self, cells: Cells, adapter: Any, ids: Sequence[int], span: Span, window: Window | None) -> None:
-        """As `steer`, with the window copied here and the span's cells copied back."""
-        self._clear()
-        if before := window_spans(window, span.start):
-            self.cells.write(cells.read(before))
+    def rewrite(self, cells: Cells, adapter: Any, ids: Sequence[int], span: Span, shown: Sequence[Span]) -> None:
+        """As `rewrite`, with what is shown copied here and the span's cells copied back."""
+        self.cells.remove(LIVE)
+        self.cells.remove(WORK)
+        if shown:
+            self.cells.write(cells.read(shown))
         with self.cells.adapter(adapter):
             self.cells.run(ids, span.start, LIVE)
-        states = self.cells.read([span])
-        cells.remove(LIVE, span)
-        cells.write(states)
+        self._hand_over(cells, [span])
 
-    def rewrite_behind(self, cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span]) -> None:
-        """As `rewrite_behind`, right after `steer` of the gap, in the same window."""
+    def rewrite_behind(self, cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span], _: Any) -> None:
+        """As `rewrite_behind`, right after `rewrite` of the gap's end, whose window is shown."""
         self.cells.remove(LIVE, gap)
-        self.cells.run(ids, gap.start, LIVE)
-        at = gap.start + len(ids)
-        for run in reversed(runs):
-            at -= len(run)
-            self.cells.move(LIVE, Span(at, at + len(run)), run.start - at)
+        _run_closed(self.cells, LIVE, ids, gap, runs)
         self.cells.settle(0)
+        self._hand_over(cells, runs)
+
+    def _hand_over(self, cells: Cells, runs: Sequence[Span]) -> None:
         states = self.cells.read(runs)
         for run in runs:
             cells.remove(LIVE, run)
         cells.write(states)
-
-    def _clear(self) -> None:
-        self.cells.remove(LIVE)
-        self.cells.remove(WORK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 from gguf import GGUFWriter
@@ -15,10 +17,11 @@ VOCABULARY = 320
 LETTERS = [chr(code) for code in range(33, 127)]
 
 
-def tiny_pair(file, family="llama", heads=4, kv_heads=2, head=64, layers=3, **changes):
-    """A random transformers model, and its GGUF file at `file`."""
+def tiny_pair(file, family="llama", heads=4, kv_heads=2, head=64, layers=3, tokenizer=None, **changes):
+    """A random transformers model, and its GGUF file at `file`; with the vocabulary of a byte-level tokenizer, if one is given."""
+    vocabulary = VOCABULARY if tokenizer is None else len(tokenizer)
     config = make_config(
-        family, kv_heads, vocab_size=VOCABULARY, hidden_size=heads * head, intermediate_size=96,
+        family, kv_heads, vocab_size=vocabulary, hidden_size=heads * head, intermediate_size=96,
         num_attention_heads=heads, num_hidden_layers=layers, max_position_embeddings=2048, tie_word_embeddings=True,
         **changes,
     )  # fmt: skip
@@ -40,16 +43,25 @@ def tiny_pair(file, family="llama", heads=4, kv_heads=2, head=64, layers=3, **ch
     writer.add_rope_dimension_count(head)
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_vocab_size(VOCABULARY)
-    tokens = [*LETTERS, "Ġ", "Ċ", "th"]
-    tokens += [f"[unused{n}]" for n in range(VOCABULARY - len(tokens) - 1)] + ["</s>"]
+    writer.add_vocab_size(vocabulary)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * (VOCABULARY - 1) + [3])
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(VOCABULARY - 1)
     writer.add_add_bos_token(False)
+    if tokenizer is None:
+        tokens = [*LETTERS, "Ġ", "Ċ", "th"]
+        tokens += [f"[unused{n}]" for n in range(VOCABULARY - len(tokens) - 1)] + ["</s>"]
+        special, merges, end = {"</s>"}, ["t h"], VOCABULARY - 1
+    else:
+        core = json.loads(tokenizer.backend_tokenizer.to_str())
+        tokens = tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
+        special, end = set(tokenizer.all_special_tokens), tokenizer.eos_token_id
+        merges = [" ".join(pair) for pair in core["model"]["merges"]]
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(end)
     for name, weight in model.state_dict().items():
         module, _, kind = name.rpartition(".")
         if module == "lm_head":

@@ -1,0 +1,66 @@
+"""Cutting slots out of a transformers cache and moving up what follows, keys turned back to their new positions.
+
+Knows: rotary embeddings, the first layer's keys. Does not know why slots are deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+from kveraser.cache.passes import PREFILL_CHUNK, look
+from kveraser.cache.surgery import cut, read, state_bytes
+from kveraser.cache.tokens import Tokens
+from kveraser.model.rope import frequencies, rotary_layout, rotate
+from kveraser.model.view import causal_lm
+from kveraser.spans import Span, gaps
+
+
+def check_movable(model: nn.Module) -> None:
+    """Raise `UnsupportedCacheError` unless the model's keys can be moved."""
+    frequencies(causal_lm(model))
+    rotary_layout(model)
+
+
+def delete_slots(
+    model: nn.Module, cache: Cache, tokens: Tokens, spans: tuple[Span, ...], steered: Sequence[Span]
+) -> tuple[Tokens, int]:
+    """Cut slots out and re-rotate the keys behind them.
+
+    Args:
+        tokens: of all slots.
+        steered: slots that hold steering states, where they are afterwards.
+
+    Returns:
+        The tokens that are left, and the bytes of keys and values that were moved.
+    """
+    left = tokens.without(spans)
+    layout, inv_freq = rotary_layout(model), frequencies(model)
+    before = tokens.position(Span(0, tokens.length))
+    before = Tokens(before.expand(tokens.ids.shape)).without(spans).ids
+    suffix = Span(spans[0].start, left.length)
+    delta = left.position(suffix) - before[:, suffix.slice]
+    if bool((delta == delta[:1, :1]).all()):
+        delta = delta[0, 0]
+    cut(cache, spans)
+    for rotary, layer in zip(layout.rotary, cache.layers, strict=True):
+        if rotary:
+            layer.keys[:, :, suffix.slice] = rotate(layer.keys[:, :, suffix.slice], delta, inv_freq, layout.pairing)
+    _remake_layer_0(model, cache, left, suffix, tuple(span for span in steered if span.end > suffix.start))
+    return left, state_bytes(read(cache, suffix))
+
+
+def _remake_layer_0(model: nn.Module, cache: Cache, tokens: Tokens, suffix: Span, steered: tuple[Span, ...]) -> None:
+    """Compute layer 0's keys of live tokens anew where they are now.
+
+    They depend on token and position alone. A rounded key that was rotated and rounded again is not what the model would
+    compute, which wrecks models with large key biases in layer 0 (Qwen2.5: 354); the other layers' are much smaller. Steered
+    slots have ids that stand in for others, so their keys stay as they were moved.
+    """
+    layer = cache.layers[0]
+    for run in gaps(steered, suffix.end, suffix.start):
+        for start in range(run.start, run.end, PREFILL_CHUNK):
+            part = Span(start, min(start + PREFILL_CHUNK, run.end))
+            layer.keys[:, :, part.slice] = look(model, cache, tokens, part, 0)[0]

@@ -1,0 +1,260 @@
+"""`LiveContext`: a live context of text and chat messages over any backend, from which spans can be erased.
+
+Knows: tokenizers, chat messages, session files, on top of `TokenContext`. Does not know how erasing works, or which engine it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kveraser.context.backend import LiveBackend
+from kveraser.context.chat import Message
+from kveraser.context.messages import Conversation
+from kveraser.context.session_file import Session, write_session
+from kveraser.context.text import any_text, decode, find_text, located
+from kveraser.context.token_context import TokenContext
+from kveraser.eraser import KVEraser
+from kveraser.errors import ContextError
+from kveraser.methods import EraseMethod, EraseReceipt
+from kveraser.readers import Text
+from kveraser.spans import Span
+
+What = Span | str | Iterable[Span | str]
+
+
+class LiveContext(TokenContext):
+    """A context that a model has read, from which spans can be taken out again.
+
+    Args:
+        backend: an empty one.
+        tokenizer: of its model, transformers' own or one that quacks like it; None for a context of token ids only.
+        eraser: as of `TokenContext`.
+    """
+
+    def __init__(self, backend: LiveBackend, tokenizer: Any = None, eraser: Any = None) -> None:
+        super().__init__(backend, eraser)
+        self.tokenizer = tokenizer
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._chat = Conversation()
+        self._folders: set[Path] = set()
+
+    # -- growing -------------------------------------------------------------------------------------------------
+
+    def append(self, text: str | Sequence[int] | Tensor) -> Span:
+        """Process text (or token ids) at the end of the context; returns its span, valid for ever.
+
+        A model's beginning-of-text token is put before the first text when its tokenizer does so.
+
+        Raises:
+            ContextError: empty text, no tokenizer, an id outside the vocabulary, or no room. Nothing was changed.
+        """
+        if not isinstance(text, str):
+            return self.append_ids(text)
+        with self._lock:
+            ids = self._encode(text, first=len(self) == 0)
+            added = len(ids) - len(self._encode(text))
+            span = self.append_ids(ids)
+            return Span(span.start + added, span.end) if 0 < added < len(span) else span
+
+    def append_message(self, role: str, content: str, *, id: str | None = None) -> Span:
+        """Process one chat message; returns the span of its content alone (the template's markup stays out of it).
+
+        Args:
+            id: a name by which the message can be erased.
+
+        Raises:
+            ContextError: an id that is taken, no chat template, or one that is not prefix-stable.
+        """
+        with self._lock:
+            message = self._chat.new(role, content, id)
+            ids, inside = self._chat.ids_of(self._require_tokenizer(), message)
+            return self._chat.enter(message, inside.shift(self.append_ids(ids).start))
+
+    # -- erasing -------------------------------------------------------------------------------------------------
+
+    def erase(
+        self, what: What, method: str | EraseMethod | KVEraser = "kveraser", *, undo: bool = True
+    ) -> EraseReceipt:
+        """Take spans out of the context.
+
+        Args:
+            what: a span (ledger positions, as `append` returned them), a message id, a text that occurs once, or
+                several of these.
+            method: a name (see `kveraser.methods()`), an `EraseMethod` or a `KVEraser`.
+            undo: keep what `restore` needs in the receipt.
+
+        Raises:
+            SpanError: out of range, empty, reversed, overlapping an erased span, text not found or found twice.
+            EraserMismatchError: no eraser for this model. In every case nothing was changed.
+        """
+        with self._lock:
+            wanted = [what] if isinstance(what, Span | str) else list(what)
+            return self.erase_spans([self.locate(entry) for entry in wanted], method, undo=undo)
+
+    def readers(self, what: What) -> Tensor:
+        """How much each token has attended to something: who would have to be recomputed to erase it.
+
+        Args:
+            what: as for `erase`.
+
+        Returns:
+            `(positions,)` float32, one for each ledger position: a share of its attention, the largest of any head, mean
+            over layers; 0 before the first span, in the spans, and for what is erased.
+
+        Raises:
+            SpanError: as for `erase`.
+            CalibrationError: keys and values tell too little.
+        """
+        with self._lock:
+            wanted = [what] if isinstance(what, Span | str) else list(what)
+            return self.readers_of([self.locate(entry) for entry in wanted])
+
+    def locate(self, what: Span | str) -> Span:
+        """The ledger span meant by a span, a message id, or a text that occurs once.
+
+        Raises:
+            SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
+        """
+        return located(what, self._chat.named, self._find)
+
+    def _calibration_text(self) -> Text | None:
+        tokenizer = self.tokenizer
+        return None if tokenizer is None else lambda: tokenizer.encode(any_text(), add_special_tokens=False)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        """The text that is in the context: appended and not erased."""
+        return decode(self._require_tokenizer(), self.live_ids)
+
+    @property
+    def messages(self) -> tuple[tuple[Message, Span], ...]:
+        """The chat messages in order, also erased ones, each with the ledger span of its content."""
+        return tuple(self._chat)
+
+    def text_of(self, span: Span) -> str:
+        """The text of a span, also of an erased one; of a purged one nothing is left."""
+        return decode(self._require_tokenizer(), self.ids_of(span))
+
+    def ids_of(self, span: Span) -> list[int]:
+        """The ids of a span, also of an erased one; of a purged one nothing is left."""
+        return [token for token in self._ids.view[span.slice].tolist() if token >= 0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens around it."""
+        return self._encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated ids, without special tokens."""
+        return str(self._require_tokenizer().decode(ids, skip_special_tokens=True))
+
+    def logits(self, text_or_ids: str | Sequence[int] | Tensor) -> Tensor:
+        """Logits after each token of a text, float32 `(tokens, vocab)`; the context stays as it is."""
+        return self.logits_ids(self._encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Tensor | None = None,
+        *,
+        max_new_tokens: int = 64,
+        keep: bool = False,
+        chat: bool | None = None,
+        **options: Any,
+    ) -> str:
+        """Continue the context and return the new text.
+
+        Args:
+            prompt: text or ids to put behind the context first; None continues as it is (the last token runs again).
+            max_new_tokens: at most so many.
+            keep: append prompt and answer to the context; otherwise it stays as it is.
+            chat: whether the prompt is a user's message to be answered; None: if the context has messages.
+            options: as of `generate_ids`.
+
+        Raises:
+            ContextError: an emptied context without a prompt, a user's message without content, or no room.
+        """
+        with self._lock:
+            tokenizer = self._require_tokenizer()
+            chat = (
+                bool(self._chat) and not (prompt is not None and not isinstance(prompt, str)) if chat is None else chat
+            )
+            ids: list[int] | Tensor | Sequence[int] = []
+            user: Message | None = None
+            text = ""
+            if chat:
+                if isinstance(prompt, str):
+                    user = self._chat.question(prompt)
+                    text = self._chat.text_of(tokenizer, user)
+                ids = self._encode(text + self._chat.reply_prompt(tokenizer, user))
+            elif isinstance(prompt, str):
+                ids = self._encode(prompt, first=len(self) == 0)
+            elif prompt is not None:
+                ids = prompt
+            start = len(self)
+            answer = self.generate_ids(ids, max_new_tokens=max_new_tokens, keep=keep, **options)
+            reply = self.decode(answer)
+            if keep and chat:
+                self._keep_reply(user, reply, start, len(ids), answer)
+            return reply
+
+    def _keep_reply(self, user: Message | None, reply: str, start: int, prompt_length: int, answer: list[int]) -> None:
+        """Enter a kept exchange into the messages and close it as the template does."""
+        tokenizer = self._require_tokenizer()
+        if user:
+            _, inside = self._chat.ids_of(tokenizer, user)
+            self._chat.enter(user, inside.shift(start))
+        ended = bool(answer) and self.backend.ends(answer[-1])
+        closing = self._chat.enter_reply(tokenizer, reply, start + prompt_length, answer, ended=ended)
+        if closing:
+            self.append_ids(self._encode(closing))
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write the context to a folder (safetensors and JSON), whole or not at all; an older one there is replaced.
+
+        What `restore` would need bit-exactly is not saved: a loaded context restores by recomputing.
+        """
+        with self._lock:
+            target = Path(folder)
+            write_session(target, Session.of(self, self._chat))
+            self._folders.add(target.resolve())
+            return target
+
+    def _install(self, session: Session, folder: str | PathLike[str]) -> None:
+        """Put a session that was read from a folder into this empty context."""
+        self._chat = session.install(self, str(folder))
+        self._folders.add(Path(folder).resolve())
+
+    def _forget(self, spans: tuple[Span, ...]) -> None:
+        self._chat.forget(spans)
+        for folder in self._folders:
+            if folder.exists():
+                write_session(folder, Session.of(self, self._chat), overwrite=True)
+
+    # -- tokenizer -----------------------------------------------------------------------------------------------
+
+    def _find(self, text: str) -> Span:
+        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
+        return find_text(self._require_tokenizer(), runs, text)
+
+    def _require_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ContextError(
+                "this context has no tokenizer; give one to ErasableContext(model, tokenizer), or use token ids"
+            )
+        return self.tokenizer
+
+    def _encode(self, text: str, *, first: bool = False) -> list[int]:
+        ids = self._require_tokenizer().encode(text, add_special_tokens=first)
+        while first and len(ids) > 1 and self.backend.ends(ids[-1]):  # some tokenizers also close the text
+            ids = ids[:-1]
+        return [int(token) for token in ids]

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kveraser.cache import growable_cache
 from kveraser.evaluation.provenance import environment, placement
 from kveraser.evaluation.report import markdown_table
-from kveraser.model.view import decoder, finish, model_device, model_dtype, text_config
+from kveraser.model.view import decoder, finish, kv_shape, model_device, model_dtype, text_config
 
 Result = TypeVar("Result")
 
@@ -38,12 +38,10 @@ def wait(model: nn.Module) -> None:
 
 def random_cache(model: nn.Module, tokens: int, *, growable: bool = True, seed: int = 0) -> Cache:
     """A cache with random states of the model's shape: for time and memory, a context's content does not matter."""
-    config, device = text_config(model), model_device(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    (layers, heads, head_dim), device = kv_shape(model), model_device(model)
     cache = growable_cache() if growable else DynamicCache()
     generator = torch.Generator().manual_seed(seed)
-    for index in range(config.num_hidden_layers):
+    for index in range(layers):
         pair = torch.randn(2, 1, heads, tokens, head_dim, generator=generator, dtype=torch.float32)
         keys, values = pair.to(device, model_dtype(model))
         cache.update(keys, values, index)

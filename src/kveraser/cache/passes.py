@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kveraser.cache.support import writing
+from kveraser.cache.surgery import truncate
 from kveraser.cache.tokens import Tokens
 from kveraser.interrupts import uninterrupted
 from kveraser.model.attention import for_masks
@@ -236,8 +237,7 @@ def extend(model: nn.Module, cache: Cache, tokens: Tokens, chunk: int = PREFILL_
                 _forward(model, tokens.ids[:, span.slice], tokens.position(span), cache, mask)
     except BaseException:
         with uninterrupted():
-            for layer in cache.layers:  # the interrupted pass may have reached only some of the layers
-                layer.crop(start - int(layer.get_seq_length()))
+            truncate(cache, start)
         raise
 
 

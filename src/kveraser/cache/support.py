@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 
 from kveraser.cache.growable import GrowableLayer
 from kveraser.errors import CacheMismatchError, UnsupportedCacheError
-from kveraser.model.view import causal_lm, model_device, text_config
+from kveraser.model.view import causal_lm, kv_shape, model_device, text_config
 
 _RECOMPUTE = "process the shortened context from the start instead"
 _RESCALED_ROPE = {"dynamic": "dynamic-NTK", "longrope": "LongRoPE"}
@@ -105,14 +105,12 @@ def check_cache(cache: Any) -> None:
 
 def check_belongs(model: nn.Module, cache: Cache) -> None:
     """Raise `CacheMismatchError` unless the cache has the model's layers, K/V shape, device and type."""
-    config = text_config(model)
+    layers, heads, head_dim = kv_shape(model)
     keys = cache.layers[0].keys
-    if len(cache.layers) != config.num_hidden_layers:
+    if len(cache.layers) != layers:
         raise CacheMismatchError(
-            f"the cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}; is it of another model?"
+            f"the cache has {len(cache.layers)} layers and the model {layers}; is it of another model?"
         )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (keys.shape[1], keys.shape[-1]) != (heads, head_dim):
         raise CacheMismatchError(
             f"the cache holds {keys.shape[1]} KV heads of size {keys.shape[-1]}, the model has {heads} of size {head_dim}"

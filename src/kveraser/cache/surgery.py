@@ -117,12 +117,10 @@ def cut(cache: Cache, spans: tuple[Span, ...]) -> None:
 
 
 def truncate(cache: Cache, length: int) -> None:
-    """Keep the first `length` slots; nothing is copied."""
-    drop = cache_length(cache) - length
-    if drop <= 0:
-        return
+    """Keep the first `length` slots; nothing is copied. A pass that was interrupted may have reached only some of the layers."""
     for layer in cache.layers:
-        layer.crop(-drop)
+        if (drop := int(layer.get_seq_length()) - length) > 0:
+            layer.crop(-drop)
 
 
 def state_bytes(states: States) -> int:

@@ -88,7 +88,7 @@ class LiveTransformers(TransformersBackend, LiveBackend):
             return self._run(tokens.ids[0, length:], self.cache, False)[-1]
         except BaseException:
             with uninterrupted():
-                self._drop_behind(length)
+                self.crop(length)
             raise
 
     def _run(self, ids: Tensor, cache: DynamicCache, every: bool) -> Tensor:
@@ -112,13 +112,9 @@ class LiveTransformers(TransformersBackend, LiveBackend):
             yield self.cache
         finally:
             with uninterrupted():
-                self._drop_behind(length - drop_last)
+                self.crop(length - drop_last)
                 if last is not None:
                     append(self.cache, last)
-
-    def _drop_behind(self, length: int) -> None:
-        for layer in self.cache.layers:  # an interrupted pass may have reached only some of them
-            layer.crop(min(length - int(layer.get_seq_length()), 0))
 
     def generate(
         self, slots: Tensor, new: Tensor, *, max_new_tokens: int, keep: Keep | None, **options: Any

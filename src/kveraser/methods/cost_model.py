@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
 from kveraser.files import cache_folder, write_atomically
-from kveraser.model.view import causal_lm, finish, model_device, model_dtype, text_config
+from kveraser.model.view import causal_lm, finish, kv_shape, model_device, model_dtype, text_config
 from kveraser.readers import Calibration, Scene
 from kveraser.spans import Span
 
@@ -92,11 +92,9 @@ def fit(samples: list[tuple[int, int, float]]) -> PassCost:
 
 
 def _empty_cache(model: nn.Module, length: int) -> Cache:
-    config, device, dtype = text_config(model), model_device(model), model_dtype(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    states = torch.zeros(1, heads, length, head_dim, device=device, dtype=dtype)
-    return DynamicCache([(states.clone(), states.clone()) for _ in range(config.num_hidden_layers)])
+    layers, heads, head_dim = kv_shape(model)
+    states = torch.zeros(1, heads, length, head_dim, device=model_device(model), dtype=model_dtype(model))
+    return DynamicCache([(states.clone(), states.clone()) for _ in range(layers)])
 
 
 def _best_time(work: Callable[[], object], device: torch.device) -> float:

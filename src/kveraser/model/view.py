@@ -48,6 +48,14 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def kv_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Layers, key heads and their dimensions, of a model's cache."""
+    config = text_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, size
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Where the model's input embedding is."""
     weight: Tensor = causal_lm(model).get_input_embeddings().weight

@@ -14,7 +14,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kveraser.cache import Window
-from kveraser.context.chat import Message, added_by, new_message, reply_prompt
+from kveraser.context.chat import Message
+from kveraser.context.messages import Conversation
 from kveraser.context.text import decode, find_text, located
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
@@ -103,8 +104,7 @@ class VLLMSession:
             raise OptionError(f"repair={repair} must be at least 0 tokens")
         self._special = set(self.tokenizer.all_special_ids)
         self._state = State((), SpanLedger(), None)
-        self._messages: list[Message] = []
-        self._message_spans: list[Span] = []
+        self._chat = Conversation()
         self._last: VLLMReceipt | None = None
         self._lock = RLock()
 
@@ -139,12 +139,9 @@ class VLLMSession:
             ContextError: no content, an id that is taken, or a chat template that is not prefix-stable.
         """
         with self._lock:
-            message = new_message(self._messages, role, content, id)
-            ids, inside = self._rendered(message)
-            span = self.append(ids)
-            self._messages.append(message)
-            self._message_spans.append(inside.shift(span.start))
-            return self._message_spans[-1]
+            message = self._chat.new(role, content, id)
+            ids, inside = self._chat.ids_of(self.tokenizer, message)
+            return self._chat.enter(message, inside.shift(self.append(ids).start))
 
     # -- erasing -------------------------------------------------------------------------------------------------
 
@@ -186,7 +183,7 @@ class VLLMSession:
             )
             self._state, self._last = after, receipt
             if not undo:
-                self._forget(spans)
+                self._chat.forget(spans)
             return receipt
 
     def restore(self, receipt: VLLMReceipt) -> None:
@@ -212,8 +209,7 @@ class VLLMSession:
         Raises:
             SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
         """
-        named = zip((message.id for message in self._messages), self._message_spans, strict=True)
-        return located(what, named, self._find)
+        return located(what, self._chat.named, self._find)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -277,11 +273,9 @@ class VLLMSession:
             keep: put message and answer behind the context; otherwise it stays as it is.
         """
         with self._lock:
-            user = Message("user", content)
-            if not content.strip():
-                raise ContextError("the user's message has no content")
-            ids, inside = self._rendered(user)
-            opening = self._encode(reply_prompt(self.tokenizer, [*self._messages, user]))
+            user = self._chat.question(content)
+            ids, inside = self._chat.ids_of(self.tokenizer, user)
+            opening = self._encode(self._chat.reply_prompt(self.tokenizer, user))
             done = self.complete([*ids, *opening], max_new_tokens=max_new_tokens, **options)
             if keep:
                 self._keep_exchange(user, ids, inside, opening, done)
@@ -296,7 +290,7 @@ class VLLMSession:
             if edits:
                 self._client.complete(self.model, [0], max_tokens=1, demand=Demand(drop=tuple(edits)))
             self._state, self._last = State((), SpanLedger(), None), None
-            self._messages, self._message_spans = [], []
+            self._chat = Conversation()
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -314,39 +308,16 @@ class VLLMSession:
     def _ids_of(self, run: Span) -> list[int]:
         return list(self._state.ids[self._state.ledger.span_to_cache(run).slice])
 
-    def _rendered(self, message: Message) -> tuple[list[int], Span]:
-        """Ids that a message adds, and where in them its content is."""
-        added = added_by(self.tokenizer, self._messages, message)
-        encoded = self.tokenizer(added.text, add_special_tokens=False, return_offsets_mapping=True)
-        inside = [
-            number
-            for number, (start, end) in enumerate(encoded["offset_mapping"])
-            if end > added.content_start and start < added.content_end and end > start
-        ]
-        return list(encoded["input_ids"]), Span(inside[0], inside[-1] + 1)
-
     def _keep_exchange(self, user: Message, ids: list[int], inside: Span, opening: list[int], done: Completion) -> None:
         asked = self.append([*ids, *opening])
-        self._messages.append(user)
-        self._message_spans.append(inside.shift(asked.start))
+        self._chat.enter(user, inside.shift(asked.start))
         if not done.text.strip():
             return
-        said = Message("assistant", done.text)
-        added = added_by(self.tokenizer, self._messages, said)
         ended = done.ids[-1] in self._special
-        answer = self.append(done.ids)
-        self._messages.append(said)
-        self._message_spans.append(Span(answer.start, max(answer.end - ended, answer.start + 1)))
-        closing = added.text[added.content_end :]
-        if ended:
-            closing = closing.removeprefix(str(self.tokenizer.decode([done.ids[-1]])))
+        closing = self._chat.enter_reply(self.tokenizer, done.text, len(self), done.ids, ended=ended)
+        self.append(done.ids)
         if closing:
             self.append(self._encode(closing))
-
-    def _forget(self, spans: tuple[Span, ...]) -> None:
-        for number, (message, span) in enumerate(zip(self._messages, self._message_spans, strict=True)):
-            if any(span.overlaps(gone) for gone in spans):
-                self._messages[number] = Message(message.role, "(removed)", message.id)
 
 
 def _checked_window(window: Window | str) -> Window | None:

@@ -5,28 +5,37 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kveraser as kv
+from kveraser.evaluation import leaks
 from kveraser.tasks import (
     Filler,
     Sizes,
+    agent_trace,
     as_task,
     ask,
     coreference,
+    derived,
     document_qa,
     facts,
     in_context,
     injection,
+    many_needles,
     needle,
     preference,
     read_passages,
     tasks,
     tool_observation,
     tool_selection,
+    variable_tracking,
     words,
 )
+from kveraser.tasks.base import asked
 
 
 def filler():
@@ -74,6 +83,81 @@ def test_contexts_have_about_the_length_that_was_asked_for(name, tokens):
         assert 0.6 * tokens - 40 < found < 1.7 * tokens + 80
 
 
+GENERATED = ["derived", "derived-direct", "variable-tracking", "needle-multikey", "needle-multivalue", "agent-trace"]
+
+
+@settings(max_examples=10)
+@given(
+    name=st.sampled_from(GENERATED),
+    split=st.sampled_from(["train", "eval"]),
+    seed=st.integers(0, 10_000),
+    tokens=st.sampled_from([100, 500, 2500]),
+)
+def test_whatever_the_seed_the_erased_answer_is_only_in_the_spans_and_the_gold_one_is_not_in_them(
+    name, split, seed, tokens
+):
+    for example in take(name, split, 5, seed, Sizes.context(tokens)):
+        spans = " ".join(text for text, erased in example.parts if erased)
+        kept = " ".join(text for text, erased in example.parts if not erased)
+        assert leaks(spans, example.erased)
+        assert not leaks(kept, example.erased)
+        assert not leaks(example.question, example.erased)
+        for value in (example.gold or "").split(" and "):
+            assert not leaks(spans, value)
+            assert leaks(kept, value) == bool(value)
+
+
+def test_what_follows_from_a_fact_is_said_at_one_of_three_distances_as_far_as_the_context_reaches():
+    for tokens, wanted in ((100, {0}), (800, {0, 250}), (4000, {0, 250, 1500})):
+        found = set()
+        for example in take("derived", "eval", 60, sizes=Sizes.context(tokens)):
+            conclusion = next(rule.split("|")[1] for rule in derived._RULES("eval")
+                              if rule.split("|")[2].split("{")[0] in example.question)  # fmt: skip
+            before = example.suffix[: example.suffix.index(max(conclusion.format(firm="|", place="|", person="|").split("|"), key=len))]
+            words_between = len(before.split())
+            found.add(min(derived.DISTANCES, key=lambda distance: abs(distance - words_between)))
+        assert found == wanted
+
+
+def test_the_fact_and_what_follows_from_it_are_asked_for_in_the_same_contexts():
+    pairs = list(zip(take("derived", "eval"), take("derived-direct", "eval"), strict=True))
+    for follows, direct in pairs:
+        assert follows.question != direct.question
+        assert replace(follows, question="") == replace(direct, question="")
+
+
+def test_chains_have_more_links_and_needles_more_company_in_longer_contexts():
+    for name, sign in (("variable-tracking", " = VAR "), ("needle-multikey", " number of ")):
+        short, long = (max("".join(text for text, _ in example.parts).count(sign)
+                           for example in take(name, "train", 20, sizes=Sizes.context(tokens))) for tokens in (100, 1000))  # fmt: skip
+        assert short < long
+
+
+def test_all_numbers_of_a_key_but_the_erased_one_are_asked_for_in_the_order_of_the_text():
+    for example in take("needle-multivalue", "train"):
+        kept = example.prefix + example.suffix
+        places = [kept.index(value) for value in example.gold.split(" and ")]
+        assert len(places) in (2, 3)
+        assert places == sorted(places)
+
+
+def test_an_agent_works_on_with_a_wrong_result_and_what_repeats_it_is_erased_with_it():
+    examples = take("agent-trace", "train", 60)
+    assert {len(example.further) for example in examples} == {0, 1}
+    for example in examples:
+        roles = [turn.role for turn in example.turns]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert len(roles) >= 12
+        told = "".join(text for turn in example.turns for text, _ in turn.pieces)
+        assert all(text.strip() in told for text, erased in example.parts if erased)
+
+
+def test_a_framed_question_can_be_taken_apart():
+    assert asked(ask("Who?")) == ("Who?", "")
+    assert asked(ask("Who?", "It was")) == ("Who?", "It was")
+    assert asked("\n\nand the town") == ("and the town", "")
+
+
 def test_in_context_demonstrations_are_mislabelled_in_the_span_and_right_behind_it():
     for example in take("in-context", "train", 30):
         form = example.question.strip().split("\n")[-1]
@@ -95,7 +179,8 @@ def test_questions_may_begin_the_answer():
 
 @pytest.mark.parametrize(
     "source",
-    [words, facts, needle, tool_observation, preference, injection, coreference, tool_selection, document_qa],
+    [words, facts, needle, tool_observation, preference, injection, coreference, tool_selection, document_qa, derived,
+     variable_tracking, many_needles, agent_trace],
 )
 def test_templates_names_and_values_of_the_two_splits_are_disjoint(source):
     pools = [

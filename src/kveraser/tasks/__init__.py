@@ -10,12 +10,16 @@ from pathlib import Path
 
 from kveraser.errors import OptionError
 from kveraser.extensions import with_extensions
+from kveraser.tasks.agent_trace import AgentTrace
 from kveraser.tasks.base import EraseExample, Sizes, Task, ask
+from kveraser.tasks.chat import ChatForm
 from kveraser.tasks.coreference import Coreference
+from kveraser.tasks.derived import Derived, DerivedDirect
 from kveraser.tasks.document_qa import DocumentQA
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.in_context import InContext
 from kveraser.tasks.injection import Injection
+from kveraser.tasks.many_needles import MultiKeyNeedle, MultiValueNeedle
 from kveraser.tasks.needle import Needle
 from kveraser.tasks.preference import Preference
 from kveraser.tasks.sources import read_passages
@@ -23,6 +27,7 @@ from kveraser.tasks.span_neighbor import SpanNeighbor
 from kveraser.tasks.splits import Split
 from kveraser.tasks.tool_observation import ToolObservation
 from kveraser.tasks.tool_selection import ToolSelection
+from kveraser.tasks.variable_tracking import VariableTracking
 
 GROUP = "kveraser.tasks"
 """Of the entry points by which other packages add tasks."""
@@ -36,6 +41,12 @@ _TASKS: tuple[type[Task], ...] = (
     Coreference,
     ToolSelection,
     DocumentQA,
+    Derived,
+    DerivedDirect,
+    VariableTracking,
+    MultiKeyNeedle,
+    MultiValueNeedle,
+    AgentTrace,
 )
 
 
@@ -56,4 +67,4 @@ def as_task(name: str) -> Task:
     return tasks()[name](Path(source) if source else None)
 
 
-__all__ = ["EraseExample", "Filler", "Sizes", "Split", "Task", "as_task", "ask", "read_passages", "tasks"]
+__all__ = ["ChatForm", "EraseExample", "Filler", "Sizes", "Split", "Task", "as_task", "ask", "read_passages", "tasks"]

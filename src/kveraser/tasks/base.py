@@ -9,14 +9,45 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from kveraser.errors import OptionError
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
+
+
+Piece = tuple[str, bool]
+"""A text of the context, with whether it is to be erased."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation, in pieces."""
+
+    role: Literal["user", "assistant"]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How a question is written behind an example's context in a chat.
+
+    Attributes:
+        opening: what comes before the user's words.
+        closing: what comes behind them: the end of the message, and what the assistant's reply begins with.
+        between: what comes before the user's words if a question was asked already: it ends the reply that was begun.
+        words: the user's words of the example's own question.
+        lead: the beginning of the reply; may be empty.
+    """
+
+    opening: str
+    closing: str
+    between: str
+    words: str
+    lead: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,11 @@ class EraseExample:
         continuation: text that goes on naturally after the suffix.
         further: more spans to erase together with the first, each with the text that follows it; they stand behind
             `suffix`.
+        turns: the context as a conversation, for the chat form: user and assistant in turns, the assistant last; none
+            where it is one text that a user gives to read.
+        request: the question as a user's message, for the chat form, where it is no question that `ask` framed.
+        gap: what stands between the question and its answer.
+        chat: how questions are written if the texts are a chat's, its template's markup included (see `chat.py`); else None.
     """
 
     prefix: str
@@ -41,6 +77,10 @@ class EraseExample:
     erased: str | None
     continuation: str = ""
     further: tuple[tuple[str, str], ...] = ()
+    turns: tuple[Turn, ...] = ()
+    request: str | None = None
+    gap: str = " "
+    chat: Markup | None = None
 
     @property
     def answer(self) -> str:
@@ -48,7 +88,7 @@ class EraseExample:
         return self.gold or self.erased or ""
 
     @property
-    def parts(self) -> list[tuple[str, bool]]:
+    def parts(self) -> list[Piece]:
         """The context's texts in order, each with whether it is to be erased."""
         found = [(self.prefix, False), (self.span, True), (self.suffix, False)]
         for span, text in self.further:
@@ -86,9 +126,43 @@ class Sizes:
         return int(before), int(total - before)
 
 
+_QUESTION, _ANSWER = "\n\nQuestion: ", "\nAnswer:"
+
+
 def ask(question: str, lead: str = "") -> str:
     """The form in which questions are put behind a context; `lead` begins the answer, for models that only continue."""
-    return f"\n\nQuestion: {question}\nAnswer:" + (f" {lead}" if lead else "")
+    return f"{_QUESTION}{question}{_ANSWER}" + (f" {lead}" if lead else "")
+
+
+def asked(question: str) -> tuple[str, str]:
+    """The question and the lead that `ask` framed; a text of another form is a question without a lead."""
+    words, answer, lead = question.removeprefix(_QUESTION).rpartition(_ANSWER)
+    return (words, lead.strip()) if answer else (question.strip(), "")
+
+
+def transcript(turns: Sequence[Turn]) -> list[Piece]:
+    """A conversation as plain text, a paragraph for each message, in alternating pieces."""
+    lines = [((f"{turn.role.capitalize()}: ", False), *turn.pieces, ("\n", False)) for turn in turns]
+    return alternating(piece for line in lines for piece in line)
+
+
+def alternating(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same text in as few pieces as can be, the first and the last kept (and perhaps empty)."""
+    found: list[Piece] = [("", False)]
+    for text, erased in (*pieces, ("", False)):
+        if erased == found[-1][1]:
+            found[-1] = (found[-1][0] + text, erased)
+        elif text or not erased:
+            found.append((text, erased))
+    return found
+
+
+def in_fields(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Alternating pieces, at least one of them erased, as the fields of an `EraseExample`."""
+    (prefix, _), (span, _), (suffix, _), *more = pieces
+    further = tuple((text, behind) for (text, _), (behind, _) in zip(more[::2], more[1::2], strict=True))
+    return {"prefix": prefix, "span": span, "suffix": suffix, "further": further}
+
 
 
 class Task(ABC):
@@ -102,6 +176,8 @@ class Task(ABC):
     summary: ClassVar[str]
     """One line for tables and `--help`."""
     takes_source: ClassVar[bool] = False
+    series: ClassVar[str] = ""
+    """Tasks of one series draw the same contexts from the same seed; empty for a task of its own."""
 
     def __init__(self, source: Path | None = None) -> None:
         if source is not None and not self.takes_source:
@@ -109,7 +185,7 @@ class Task(ABC):
 
     def examples(self, filler: Filler, sizes: Sizes, split: Split, seed: int) -> Iterator[EraseExample]:
         """Examples of a split, endless unless they come from a file; the same seed gives the same ones."""
-        rng = random.Random(f"{self.name}/{split}/{seed}")
+        rng = random.Random(f"{self.series or self.name}/{split}/{seed}")
         while True:
             yield self.make(rng, filler, sizes, split)
 

@@ -6,6 +6,7 @@ Knows: templates `sentence|question|values`. Does not know which task uses them.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from kveraser.tasks.splits import Split
 NOTES = halves(
     ["", "Note: ", "", "", "Update: ", "According to the handbook, ", "Please remember: ", "", "As of today, "]
 )
+_SENTENCES = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 NEIGHBOR = 24
 """Tokens of text between the two statements of a fact, and of natural continuation."""
 
@@ -94,3 +96,12 @@ def surround(rng: random.Random, filler: Filler, sizes: Sizes, split: Split, rig
         else:
             suffix = f"{filler.text(rng, NEIGHBOR, split)} {right} {suffix}"
     return Surroundings(f"{prefix} ", suffix, " " + filler.text(rng, NEIGHBOR, split))
+
+
+def scatter(rng: random.Random, text: str, sentences: Sequence[str]) -> str:
+    """A text with sentences put in at random places between its own, in the order given."""
+    own = _SENTENCES.split(text)
+    places = sorted(rng.randint(0, len(own)) for _ in sentences)
+    for place, sentence in reversed(list(zip(places, sentences, strict=True))):
+        own.insert(place, sentence)
+    return " ".join(own)

@@ -86,4 +86,5 @@ class InContext(Task):
             question=asked,
             gold=label,
             erased=labels[(labels.index(label) + 1) % len(labels)],
+            request=f"What comes next here, as in the examples? Answer with that one word.\n\n{asked}",
         )

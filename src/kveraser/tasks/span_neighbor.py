@@ -37,12 +37,14 @@ class SpanNeighbor(Task):
         gold, erased = (" ".join(text.split(" ")[:_GOAL]) for text in (right, span))
         if gold == erased:
             return self.make(rng, filler, sizes, split)
+        cue = " ".join(left.split(" ")[-_CUE:])
         return EraseExample(
             prefix=f"{left} ",
             span=f"{span} ",
             suffix=right,
-            question="\n\n" + " ".join(left.split(" ")[-_CUE:]),
+            question=f"\n\n{cue}",
             gold=gold,
             erased=erased,
             continuation=" " + filler.text(rng, 24, split),
+            request=f"Which words follow in the text right behind these? Answer with these words alone.\n\n{cue}",
         )

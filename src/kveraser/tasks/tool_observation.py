@@ -6,7 +6,7 @@ import random
 from typing import ClassVar
 
 from kveraser.tasks import words
-from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.base import EraseExample, Sizes, Task, Turn, halves
 from kveraser.tasks.facts import NEIGHBOR, make_fact
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
@@ -48,8 +48,12 @@ class ToolObservation(Task):
         lead = rng.choice(_LEADS(split))
         repeated = rng.random() < 0.75
         suffix = "Assistant: Thank you, that is noted.\n"
+        again: tuple[Turn, ...] = ()
         if repeated:
-            suffix = f"{rng.choice(_AGAIN(split))}{lead}{fact.right}\n"
+            doubt = rng.choice(_AGAIN(split))
+            suffix = f"{doubt}{lead}{fact.right}\n"
+            said = doubt.removeprefix("Assistant: ")
+            again = (Turn("assistant", ((said, False),)), Turn("user", ((f"{lead}{fact.right}", False),)))
         before, behind = sizes.draw(rng)
         page, more = filler.text(rng, before, split), filler.text(rng, behind, split)
         person = rng.choice(words.PEOPLE(split))
@@ -61,4 +65,13 @@ class ToolObservation(Task):
             gold=fact.gold if repeated else None,
             erased=fact.wrong_value,
             continuation=filler.text(rng, NEIGHBOR, split),
+            turns=(
+                Turn("user", ((f"I am {person}. Read this page first.\n{lead}page: {page}", False),)),
+                Turn("assistant", (("Now I call the service.", False),)),
+                Turn("user", ((f"{lead}{fact.wrong}", True),)),
+                *again,
+                Turn("assistant", (("Thank you, that is noted.", False),)),
+                Turn("user", ((f"Please read this page too.\n{lead}page: {more}", False),)),
+                Turn("assistant", (("I have read it.", False),)),
+            ),
         )

@@ -104,20 +104,21 @@ test-llama-cpp: .venv-llama-cpp/.engine
 # DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.
 LIMIT ?= 12
 SHORT_LIMIT ?= 4
-LONG_LIMIT ?= 1
+LONG_LIMIT ?= 2
 QUESTIONS ?= 100
 BACKBONE_LIMIT ?= 12
 LARGER ?= qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct
 DOCUMENTS ?= qwen2.5-coder-0.5b-instruct
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
+TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 results: $(STAMP)
-	$(EVAL) --limit $(SHORT_LIMIT) --lengths 256 --output $(RESULTS)/short
-	$(EVAL) --limit $(LIMIT) --lengths 1024 --output $(RESULTS)/tasks
-	$(EVAL) --limit $(LONG_LIMIT) --lengths 4096 --output $(RESULTS)/long
-	$(EVAL) --limit $(LONG_LIMIT) --lengths 1024 --tokens 16 --tokens 64 --tokens 256 --output $(RESULTS)/curve
+	$(EVAL) --limit $(SHORT_LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short
+	$(EVAL) --limit $(LIMIT) --lengths 1024 $(TASKS:%=-t %) --output $(RESULTS)/tasks
+	$(EVAL) --limit $(LONG_LIMIT) --lengths 4096 $(TASKS:%=-t %) --output $(RESULTS)/long
+	$(EVAL) --limit $(LONG_LIMIT) --lengths 1024 --tokens 16 --tokens 64 --tokens 256 $(TASKS:%=-t %) --output $(RESULTS)/curve
 	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
 	@set -e; for name in $(LARGER); do test -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$$name" || continue; \
 		$(EVAL) --model $$name --limit $(BACKBONE_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa --output $(RESULTS)/$$name; done

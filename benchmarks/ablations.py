@@ -61,6 +61,9 @@ ABLATIONS = {
     "repair-16": Ablation("steer and repair 16", ("eraser.repair=16",)),
     "repair-32": Ablation("steer and repair 32", ("eraser.repair=32",)),
     "repair-64": Ablation("steer and repair 64", ("eraser.repair=64",)),
+    "learned-16": Ablation(
+        "neutral spans, the LoRA on 16 readers", ("eraser.repair=16", "eraser.acts_on=readers"), from_start=False
+    ),
     "suffix-aware": Ablation("the span sees the suffix", variant=Variant(suffix_aware=True)),
     "content-blind": Ablation("newlines in place of the span's tokens", variant=Variant(placeholder=198)),
     "answers-only": Ablation("no dense supervision", ONLY_ANSWERS),
@@ -99,6 +102,7 @@ def main(
             alpha=options.alpha,
             window=options.window,
             repair=options.repair,
+            acts_on=options.acts_on,
             seed=config.seed,
         )
         if ablation.from_start and start is not None:

@@ -18,7 +18,6 @@ from kveraser.errors import OptionError
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
 
-
 Piece = tuple[str, bool]
 """A text of the context, with whether it is to be erased."""
 
@@ -162,7 +161,6 @@ def in_fields(pieces: Sequence[Piece]) -> dict[str, Any]:
     (prefix, _), (span, _), (suffix, _), *more = pieces
     further = tuple((text, behind) for (text, _), (behind, _) in zip(more[::2], more[1::2], strict=True))
     return {"prefix": prefix, "span": span, "suffix": suffix, "further": further}
-
 
 
 class Task(ABC):

@@ -80,9 +80,15 @@ class ChatForm:
             chat = Markup(opening, rest, self._between, words, lead)
             found.append(
                 replace(
-                    example, **in_fields(alternating(pieces)), question=f"{opening}{words}{rest}{lead}", chat=chat,
-                    gap=" " if lead else "", continuation="", turns=(), request=None,
-                )  # fmt: skip
+                    example,
+                    **in_fields(alternating(pieces)),
+                    question=f"{opening}{words}{rest}{lead}",
+                    chat=chat,
+                    gap=" " if lead else "",
+                    continuation="",
+                    turns=(),
+                    request=None,
+                )
             )
         self._check(turns, found)
         return found
@@ -95,7 +101,9 @@ class ChatForm:
         for mark in marks:
             before, there, left = left.partition(mark)
             if not there:
-                raise OptionError("the chat template does not show every message as it is, so spans cannot be told in it")
+                raise OptionError(
+                    "the chat template does not show every message as it is, so spans cannot be told in it"
+                )
             found.append(before)
         return [*found, left]
 

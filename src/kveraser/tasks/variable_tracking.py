@@ -8,6 +8,7 @@ an erased assignment takes away.
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import ClassVar
 
 from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
@@ -37,7 +38,7 @@ class VariableTracking(Task):
         known = rng.random() < 0.7
 
         def steps(variables: list[str]) -> list[str]:
-            pairs = zip(variables, variables[1:], strict=False)
+            pairs = pairwise(variables)
             return [f"VAR {new} = VAR {old}." for old, new in pairs]
 
         assignment = f"VAR {chain[0]} = {right}."

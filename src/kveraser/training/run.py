@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
-from kveraser.readers import calibrate
 from kveraser.tasks import Filler
 from kveraser.training.config import STAGES, StageName, TrainConfig
 from kveraser.training.lessons import encoder, read_filler
@@ -29,7 +28,6 @@ from kveraser.training.progress import Report
 from kveraser.training.stage import StageRun
 
 _TEXTS, _TEXT_TOKENS = 4, 256
-_CALIBRATION_TOKENS = 2000
 
 
 def train_eraser(
@@ -102,10 +100,6 @@ def _first_eraser(
     texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
     if start is None and options.hidden and eraser.steers_spans:
         hide(eraser, model, texts, options.hidden)
-    if options.repair or any(repair for name in STAGES for repair in config.stage(name).repair):
-        eraser.calibration = calibrate(
-            model, encode(filler.text(rng, _CALIBRATION_TOKENS, "train"))[:_CALIBRATION_TOKENS]
-        )
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
         rank = found.lora_config.r if found.lora_config else 0

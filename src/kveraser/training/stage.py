@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
 from kveraser.model.attention import for_packing
+from kveraser.readers import calibrate
 from kveraser.tasks import Filler, Split, as_task
 from kveraser.training.card import write_card
 from kveraser.training.cases import prefill
@@ -36,6 +37,8 @@ from kveraser.training.losses import distillation_loss
 from kveraser.training.progress import Progress, Report, Sums, Validation
 from kveraser.training.rereading import Repairing
 from kveraser.training.stage_log import StageLog
+
+_CALIBRATION_TOKENS = 2000
 
 
 class StageRun:
@@ -74,6 +77,9 @@ class StageRun:
         self.encode = encoder(tokenizer)
         self.filler = filler or read_filler(tokenizer, config.text)
         self.plan = _lesson_plan(self.stage)
+        if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
+            text = self.encode(self.filler.text(random.Random(config.seed), _CALIBRATION_TOKENS, "train"))
+            eraser.calibration = calibrate(model, text[:_CALIBRATION_TOKENS])
         self.backbone = for_packing(model)
         self.most = pack_tokens(self.accelerator.device)
         self.eraser = eraser.train()

@@ -534,7 +534,7 @@ BAD_ERASES = [
     (lambda c: c.erase([]), kv.SpanError, "no span"),
     (lambda c: c.erase([kv.Span(1, 4), kv.Span(3, 6)]), kv.SpanError, "overlap"),
     (lambda c: c.erase("nowhere to be found"), kv.SpanError, "not in the context"),
-    (lambda c: c.erase(3), TypeError, ""),
+    (lambda c: c.erase(3), TypeError, "int"),
     (lambda c: c.erase(kv.Span(1, 3), "attention-guided-repair"), kv.OptionError, "llama.cpp"),
     (lambda c: c.erase(kv.Span(1, 3), "kveraser:choose=readers"), kv.OptionError, "llama.cpp"),
     (lambda c: c.readers(kv.Span(1, 3)), kv.OptionError, "llama.cpp"),

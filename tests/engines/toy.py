@@ -24,9 +24,7 @@ SIZE = 16
 class ToyEraser:
     window: tuple[int, int] | None = None
     repair: int = 0
-    is_neutral = False
-    steers_spans = True
-    steers_readers = False
+    is_neutral, steers_spans, steers_readers = False, True, False
     kind = "trained"
     choose = "next"
     calibration = None
@@ -36,9 +34,7 @@ class KeptRows(Kept):
     def __init__(self, rows):
         self.rows = rows
 
-    @property
-    def nbytes(self):
-        return self.rows.nbytes
+    nbytes = property(lambda kept: kept.rows.nbytes)
 
     def clear(self):
         self.rows.zero_()

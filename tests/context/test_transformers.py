@@ -131,3 +131,13 @@ def test_a_session_of_another_model_or_type_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(kv.SessionFileError, match="is a file"):
         ctx.save(tmp_path / "file")
+
+
+def test_a_context_that_was_erased_whole_is_restored():
+    context = kv.ErasableContext(text_model(), make_tokenizer())
+    span = context.append("the code is 1234. ")
+    receipt = context.erase(span)
+    assert context.live_ids == []
+    context.restore(receipt)
+    assert context.live_ids == context.encode("the code is 1234. ")
+    assert context.exact

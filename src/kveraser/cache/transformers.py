@@ -122,9 +122,12 @@ class TransformersBackend(Backend):
                 append(self.cache, cast("KeptTensors", kept).states)
 
     def finish(self) -> None:
-        finish(self.cache.layers[0].keys.device)
+        if self.length:
+            finish(self.cache.layers[0].keys.device)
 
     def check_rounding(self) -> None:
+        if not self.length:
+            return
         layer = self.cache.layers[0]
         if torch.is_autocast_enabled(layer.keys.device.type):
             raise CacheMismatchError(

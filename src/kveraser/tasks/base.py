@@ -63,7 +63,8 @@ class EraseExample:
             `suffix`.
         turns: the context as a conversation, for the chat form: user and assistant in turns, the assistant last; none
             where it is one text that a user gives to read.
-        request: the question as a user's message, for the chat form, where it is no question that `ask` framed.
+        request: the question as a user's message and the beginning of the reply (or nothing), for the chat form, where it is
+            no question that `ask` framed.
         gap: what stands between the question and its answer.
         chat: how questions are written if the texts are a chat's, its template's markup included (see `chat.py`); else None.
     """
@@ -77,7 +78,7 @@ class EraseExample:
     continuation: str = ""
     further: tuple[tuple[str, str], ...] = ()
     turns: tuple[Turn, ...] = ()
-    request: str | None = None
+    request: tuple[str, str] | None = None
     gap: str = " "
     chat: Markup | None = None
 

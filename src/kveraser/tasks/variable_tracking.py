@@ -7,8 +7,8 @@ an erased assignment takes away.
 
 from __future__ import annotations
 
+import itertools
 import random
-from itertools import pairwise
 from typing import ClassVar
 
 from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
@@ -38,8 +38,7 @@ class VariableTracking(Task):
         known = rng.random() < 0.7
 
         def steps(variables: list[str]) -> list[str]:
-            pairs = pairwise(variables)
-            return [f"VAR {new} = VAR {old}." for old, new in pairs]
+            return [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(variables)]
 
         assignment = f"VAR {chain[0]} = {right}."
         early = known and rng.random() < 0.5

@@ -8,9 +8,8 @@ from __future__ import annotations
 import random
 from typing import ClassVar
 
-from kveraser.tasks import words
 from kveraser.tasks.base import EraseExample, Sizes, Task, Turn, ask, halves, in_fields, transcript
-from kveraser.tasks.facts import NEIGHBOR
+from kveraser.tasks.facts import NEIGHBOR, draw_words
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
 
@@ -66,13 +65,7 @@ class AgentTrace(Task):
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         call, result, question, lead, kind = rng.choice(_CALLS(split)).split("|")
-        names = {
-            "firm": rng.choice(words.FIRMS(split)),
-            "place": rng.choice(words.PLACES(split)),
-            "person": rng.choice(words.PEOPLE(split)),
-        }
-        pool = [value for value in getattr(words, kind)(split) if value not in names.values()]
-        right, wrong = rng.sample(pool, 2)
+        names, (right, wrong) = draw_words(rng, kind, split)
         call = f"call {call.format(**names)}"
         form, repeat = rng.choice(_RESULTS(split)), rng.random() < 0.35
         known = rng.random() < 0.7

@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 from typing import ClassVar
 
-from kveraser.tasks import words
 from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.facts import NEIGHBOR, NOTES
+from kveraser.tasks.facts import NEIGHBOR, NOTES, draw_words
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
 
@@ -47,13 +46,7 @@ class Derived(Task):
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact, conclusion, *questions, kind = rng.choice(_RULES(split)).split("|")
-        names = {
-            "firm": rng.choice(words.FIRMS(split)),
-            "place": rng.choice(words.PLACES(split)),
-            "person": rng.choice(words.PEOPLE(split)),
-        }
-        pool = [value for value in getattr(words, kind)(split) if value not in names.values()]
-        right, wrong = rng.sample(pool, 2)
+        names, (right, wrong) = draw_words(rng, kind, split)
         note = rng.choice(NOTES(split))
         before, behind = sizes.draw(rng)
         distance = rng.choice([tokens for tokens in DISTANCES if tokens <= behind])

@@ -42,6 +42,21 @@ class Fact:
     wrong_value: str
 
 
+def draw_words(rng: random.Random, kind: str, split: Split) -> tuple[dict[str, str], list[str]]:
+    """Names for a template (`firm`, `place`, `person`), and two different values, none of them a name.
+
+    Args:
+        kind: of the values, as `tasks/words.py` has them.
+    """
+    names = {
+        "firm": rng.choice(words.FIRMS(split)),
+        "place": rng.choice(words.PLACES(split)),
+        "person": rng.choice(words.PEOPLE(split)),
+    }
+    pool = [value for value in getattr(words, kind)(split) if value not in names.values()]
+    return names, rng.sample(pool, 2)
+
+
 def make_fact(
     rng: random.Random,
     templates: Callable[[Split], Sequence[str]],
@@ -57,13 +72,7 @@ def make_fact(
         notes: whether the sentences may have an introduction.
     """
     sentence, question, kind = rng.choice(templates(split)).split("|")
-    names = {
-        "firm": rng.choice(words.FIRMS(split)),
-        "place": rng.choice(words.PLACES(split)),
-        "person": rng.choice(words.PEOPLE(split)),
-    }
-    pool = [value for value in getattr(words, kind)(split) if value not in names.values()]
-    right, wrong = rng.sample(pool, 2)
+    names, (right, wrong) = draw_words(rng, kind, split)
     note = rng.choice(NOTES(split)) if notes else ""
     before, after = sentence.split("{value}")
     begin = before.format(**names).strip() if rng.random() < lead else ""

@@ -31,6 +31,8 @@ import kveraser as kv
 from kveraser.cache import growable_cache
 from kveraser.training import EraserOptions, Stage, TrainConfig
 
+pytest_plugins = ["serving_helpers"]  # its fixtures
+
 settings.register_profile(
     "kveraser",
     deadline=None,

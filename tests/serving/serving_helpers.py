@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 
 import httpx
+import pytest
 import uvicorn
 
 from conftest import make_tokenizer, random_eraser, text_model
@@ -60,6 +61,11 @@ def ask(service, messages, policy="exact", owner="", **sampling):
     prompt = Prompt(owner, chat_ids(messages), policy, Sampling(**sampling))
     service.check(prompt)
     return service.submit(lambda job: service.complete(prompt, job)).future.result(30)
+
+
+def fresh(make_service, messages, **sampling):
+    """The reply of a service that has never seen the conversation."""
+    return ask(make_service(), messages, **sampling)
 
 
 class Server:
@@ -149,6 +155,13 @@ def services():
     finally:
         for service in made:
             service.close()
+
+
+@pytest.fixture
+def make_service():
+    """`services` for one test."""
+    with services() as make:
+        yield make
 
 
 def settle(service):

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from serving_helpers import TALK, ask, chat_ids, services
+from serving_helpers import TALK, ask, chat_ids, fresh
 
 from kveraser.errors import JobCancelledError, JobTimeoutError
 from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
-
-
-def fresh(make_service, messages, **sampling):
-    return ask(make_service(), messages, **sampling)
 
 
 def test_a_cancelled_request_leaves_a_context_that_goes_on(make_service):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serving_helpers import PARTS, services
+from serving_helpers import PARTS
 
 from conftest import same, states
 from kveraser.errors import JobCancelledError, JobTimeoutError
@@ -12,12 +12,6 @@ from kveraser.serving.sessions.sessions import Sessions
 from kveraser.serving.sessions.showing import show
 from kveraser.serving.stopping import stoppable
 from kveraser.serving.worker import Job
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
 
 
 class Leaving(Job):

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from serving_helpers import TALK, ask, chat_ids, only_context, services, settle, with_placeholder, without
+from serving_helpers import TALK, ask, chat_ids, only_context, settle, with_placeholder, without
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.view import View
 from kveraser.spans import Span
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
 
 
 @pytest.fixture

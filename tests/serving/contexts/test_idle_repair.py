@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-from serving_helpers import TALK, ask, only_context, services, settle, with_placeholder, without
+from serving_helpers import TALK, ask, fresh, only_context, settle, with_placeholder, without
 
 import kveraser as kv
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
-
-
-def fresh(make_service, messages, **sampling):
-    return ask(make_service(), messages, **sampling)
 
 
 def test_auto_steers_at_once_and_the_next_turn_is_exact(make_service):

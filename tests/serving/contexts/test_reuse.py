@@ -6,21 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_helpers import TALK, ask, chat_ids, only_context, services, with_placeholder, without
+from serving_helpers import TALK, ask, chat_ids, fresh, only_context, with_placeholder, without
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.serving.service import Service, ServiceOptions
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
-
-
-def fresh(make_service, messages, **sampling):
-    return ask(make_service(), messages, **sampling)
 
 
 def test_a_second_turn_reuses_the_whole_first_one(make_service):

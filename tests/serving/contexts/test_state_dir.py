@@ -10,16 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving_helpers import TALK, ask, services, without
+from serving_helpers import TALK, ask, without
 
 import kveraser as kv
 from kveraser.serving.sessions.sessions import Sessions
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
 
 
 def session(service, text="the code is 1234", owner="me"):

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from serving_helpers import TALK, ask, services, with_placeholder
+from serving_helpers import TALK, ask, with_placeholder
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.serving.service import Service, ServiceOptions
 from kveraser.serving.sessions.sessions import Sessions
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
 
 
 def test_memory_stays_within_the_budget_and_spilled_conversations_come_back(make_service):

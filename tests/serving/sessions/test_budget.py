@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from serving_helpers import services
 
 import kveraser as kv
 from kveraser.errors import JobCancelledError
@@ -13,12 +12,6 @@ from kveraser.serving.sessions.sessions import Sessions
 from kveraser.serving.worker import Job
 
 PART = "the color of the car is blue, the color of the door is blue, it is fast. "
-
-
-@pytest.fixture
-def make_service():
-    with services() as make:
-        yield make
 
 
 def session(service, parts):

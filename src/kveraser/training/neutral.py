@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kveraser.eraser import KVEraser
 from kveraser.model.rope import frequencies, rotary_layout
-from kveraser.model.view import causal_lm, decoder, model_device, text_config, view
+from kveraser.model.view import causal_lm, decoder, kv_shape, model_device, text_config, view
 
 _REACH = 2048
 """Positions over which a dimension must turn by less than `_SLOW` radians to count as slow."""
@@ -70,8 +70,7 @@ def hide(eraser: KVEraser, model: nn.Module, texts: Iterable[Sequence[int]], nat
     recording = decoder(view(base, recorders))
     for ids in texts:
         recording(input_ids=torch.tensor([list(ids)], device=model_device(model)), use_cache=False)
-    config = text_config(model)
-    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    heads, groups = text_config(model).num_attention_heads, kv_shape(model)[1]
     slow = _slow_dimensions(model)
     for index, name in enumerate(sorted(names, key=lambda entry: [int(p) for p in entry.split(".") if p.isdigit()])):
         recorder = recorders[f"{name}.q_proj"]
@@ -112,8 +111,7 @@ def _against(means: Tensor, nats: float) -> Tensor:
 
 def _slow_dimensions(model: nn.Module) -> list[Tensor]:
     """Per layer, `(head_dim,)` ones where a dimension of the keys hardly turns over `_REACH` positions (the slowest do)."""
-    config = text_config(model)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = kv_shape(model)[2]
     layout, speed = rotary_layout(model), frequencies(model).double().cpu()
     pairs = (speed <= max(_SLOW / _REACH, float(speed.min()))).double()
     turning = torch.cat([pairs, pairs]) if layout.pairing == "halves" else pairs.repeat_interleave(2)

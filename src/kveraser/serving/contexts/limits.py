@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.errors import ContextError, ContextLengthError
-from kveraser.model.view import model_dtype, text_config
+from kveraser.model.view import kv_shape, model_dtype, text_config
 
 _GROWTH = 1.5  # a cache layer that grows takes up to this much more than it needs
 _COMPOSED = 4  # characters that a tokenizer may compose to one before it looks for tokens
@@ -36,9 +36,8 @@ class Limits:
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, budget: int) -> Limits:
         """The limits of a model."""
         config = text_config(model)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token_bytes = int(2 * config.num_hidden_layers * heads * size * model_dtype(model).itemsize)
+        layers, heads, size = kv_shape(model)
+        token_bytes = int(2 * layers * heads * size * model_dtype(model).itemsize)
         longest = max(map(len, tokenizer.get_vocab()))
         return cls(int(config.max_position_embeddings), token_bytes, budget, longest * _COMPOSED)
 

@@ -10,7 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import kveraser as kv
 from conftest import build, make_config, prefill, random_eraser, same, states, tiny, token_ids
-from kveraser.eraser.eraser import _lora_layers
+from kveraser.eraser.injection import lora_layers
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -75,7 +75,7 @@ def test_the_names_and_shapes_of_the_published_adapter_are_those_of_qwen3_8b():
     )  # fmt: skip
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config)
-        layers = _lora_layers(model, LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS))
+        layers = lora_layers(model, LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS))
     assert len(layers) == 36 * 7
     assert sum(layer.down.numel() + layer.up.numel() for layer in layers.values()) == 43_646_976
     first = layers["model.layers.0.mlp.down_proj"]

@@ -2,7 +2,8 @@
 erasers that ship (`shipped`)."""
 
 from kveraser.eraser.config import CHOICES, Choose, EraserConfig
-from kveraser.eraser.eraser import KVEraser, target_linears
+from kveraser.eraser.eraser import KVEraser
+from kveraser.eraser.injection import target_linears
 from kveraser.eraser.neutral import write_neutral
 from kveraser.eraser.shipped import default_eraser, shipped_eraser, shipped_erasers
 

@@ -17,26 +17,24 @@ from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kveraser.cache import Window, check_model
 from kveraser.eraser.adapter_files import CONFIG, KEY_PREFIX, WEIGHTS, find_folder, read_lora_config, read_weights, tidy
 from kveraser.eraser.config import FILE_NAME, ActsOn, Choose, EraserConfig
+from kveraser.eraser.injection import lora_layers, target_linears
 from kveraser.eraser.lora import LoraLinear
 from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
 from kveraser.model.fingerprint import Fingerprint
-from kveraser.model.view import causal_lm, frozen, model_device, model_dtype, view
+from kveraser.model.view import causal_lm, model_device, model_dtype, view
 from kveraser.readers import FILE_NAME as READERS
 from kveraser.readers import Calibration, calibrate, read_calibration, write_calibration
 
 if TYPE_CHECKING:
     from os import PathLike
 
-_ADAPTER = "eraser"
 _REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
 _UNVERIFIED = (
     "{path} has no {file}, so nothing says which model it was made for: it is taken as an eraser of this {model} that sees the "
@@ -123,7 +121,7 @@ class KVEraser:
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also sets every accelerator's
-            layers = _lora_layers(model, lora_config)
+            layers = lora_layers(model, lora_config)
         return cls(EraserConfig(Fingerprint.of(model), window, repair, choose, acts_on), lora_config, layers)
 
     @classmethod
@@ -178,7 +176,7 @@ class KVEraser:
                 f"the eraser in {path} was made for another model than this {name}: {difference}; {_REMEDY}"
             )
         lora_config = read_lora_config(folder, str(path))
-        eraser = cls(config, lora_config, _lora_layers(model, lora_config), _calibration(folder, config))
+        eraser = cls(config, lora_config, lora_layers(model, lora_config), _calibration(folder, config))
         eraser.load_weights(folder, causal_lm(model).base_model_prefix)
         if not check_weights:
             eraser._checked = ref(causal_lm(model))
@@ -369,42 +367,3 @@ def _calibration(folder: Path, config: EraserConfig) -> Calibration | None:
     if difference is not None:
         raise EraserMismatchError(f"{file} was made for another model than the eraser beside it: {difference}")
     return found
-
-
-def target_linears(model: nn.Module) -> list[str]:
-    """The names of all linear layers of attention and MLP (seven on Llama)."""
-    found = set()
-    for name, module in causal_lm(model).named_modules():
-        parts = name.split(".")
-        if isinstance(module, nn.Linear) and any(part.isdigit() for part in parts) and "lora_" not in name:
-            found.add(parts[-2] if parts[-1] == "base_layer" else parts[-1])
-    return sorted(found)
-
-
-def _lora_layers(model: nn.Module, lora_config: LoraConfig) -> dict[str, LoraLinear]:
-    """The LoRA at every adapted module, by its name, as PEFT makes it on a skeleton of the model that shares its weights."""
-    skeleton = frozen(causal_lm(model))
-    skeleton.__dict__.pop("peft_config", None)
-    _without_adapters(skeleton)
-    inject_adapter_in_model(lora_config, skeleton, adapter_name=_ADAPTER)
-    layers = {}
-    for name, module in skeleton.named_modules():
-        if isinstance(module, LoraLayer) and _ADAPTER in module.lora_A:
-            parts: Any = (module.lora_A[_ADAPTER], module.lora_B[_ADAPTER])
-            down, up = (part.weight.requires_grad_(False) for part in parts)
-            layers[name] = LoraLinear(down, up, float(module.scaling[_ADAPTER]))
-    if not layers:
-        raise EraserMismatchError(
-            f"the adapter's target modules {lora_config.target_modules} do not occur in this model"
-        )
-    return layers
-
-
-def _without_adapters(module: nn.Module) -> None:
-    """Take the user's own adapters out of a view."""
-    for name, child in module._modules.items():
-        while isinstance(child, BaseTunerLayer):
-            child = child.get_base_layer()
-        module._modules[name] = child
-        if child is not None:
-            _without_adapters(child)

@@ -113,7 +113,9 @@ def test_what_follows_from_a_fact_is_said_at_one_of_three_distances_as_far_as_th
         for example in take("derived", "eval", 60, sizes=Sizes.context(tokens)):
             conclusion = next(rule.split("|")[1] for rule in derived._RULES("eval")
                               if rule.split("|")[2].split("{")[0] in example.question)  # fmt: skip
-            before = example.suffix[: example.suffix.index(max(conclusion.format(firm="|", place="|", person="|").split("|"), key=len))]
+            before = example.suffix[
+                : example.suffix.index(max(conclusion.format(firm="|", place="|", person="|").split("|"), key=len))
+            ]
             words_between = len(before.split())
             found.add(min(derived.DISTANCES, key=lambda distance: abs(distance - words_between)))
         assert found == wanted
@@ -179,8 +181,21 @@ def test_questions_may_begin_the_answer():
 
 @pytest.mark.parametrize(
     "source",
-    [words, facts, needle, tool_observation, preference, injection, coreference, tool_selection, document_qa, derived,
-     variable_tracking, many_needles, agent_trace],
+    [
+        words,
+        facts,
+        needle,
+        tool_observation,
+        preference,
+        injection,
+        coreference,
+        tool_selection,
+        document_qa,
+        derived,
+        variable_tracking,
+        many_needles,
+        agent_trace,
+    ],
 )
 def test_templates_names_and_values_of_the_two_splits_are_disjoint(source):
     pools = [

@@ -11,7 +11,7 @@ from pathlib import Path
 from kveraser.errors import OptionError
 from kveraser.extensions import with_extensions
 from kveraser.tasks.agent_trace import AgentTrace
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask
+from kveraser.tasks.base import EraseExample, Sizes, Task, Turn, ask
 from kveraser.tasks.chat import ChatForm
 from kveraser.tasks.coreference import Coreference
 from kveraser.tasks.derived import Derived, DerivedDirect
@@ -67,4 +67,16 @@ def as_task(name: str) -> Task:
     return tasks()[name](Path(source) if source else None)
 
 
-__all__ = ["ChatForm", "EraseExample", "Filler", "Sizes", "Split", "Task", "as_task", "ask", "read_passages", "tasks"]
+__all__ = [
+    "ChatForm",
+    "EraseExample",
+    "Filler",
+    "Sizes",
+    "Split",
+    "Task",
+    "Turn",
+    "as_task",
+    "ask",
+    "read_passages",
+    "tasks",
+]

@@ -17,7 +17,7 @@ from kveraser.tasks.splits import Split
 _CALLS = halves(
     [
         "find_gate(flight to {place})|gate {value}|At which gate is the flight to {place}?|The flight to {place} is at gate|NUMBERS",
-        "read_setting({firm}, color)|color={value}|Which color is set for {firm}?|The color that is set for {firm} is|COLORS",
+        "read_setting({firm}, color)|the color is {value}|Which color is set for {firm}?|The color that is set for {firm} is|COLORS",
         "who_is_on_call({firm})|{value} is on call|Who is on call at {firm}?|The one on call at {firm} is|PEOPLE",
         "get_warehouse({firm})|stored in {value}|In which city are the goods of {firm} stored?|The goods of {firm} are stored in|PLACES",
         "count_errors({firm})|{value} errors|How many errors does {firm} have?|The number of errors of {firm} is|NUMBERS",

@@ -18,7 +18,6 @@ from kveraser.errors import OptionError
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
 
-
 Piece = tuple[str, bool]
 """A text of the context, with whether it is to be erased."""
 
@@ -64,7 +63,8 @@ class EraseExample:
             `suffix`.
         turns: the context as a conversation, for the chat form: user and assistant in turns, the assistant last; none
             where it is one text that a user gives to read.
-        request: the question as a user's message, for the chat form, where it is no question that `ask` framed.
+        request: the question as a user's message and the beginning of the reply (or nothing), for the chat form, where it is
+            no question that `ask` framed.
         gap: what stands between the question and its answer.
         chat: how questions are written if the texts are a chat's, its template's markup included (see `chat.py`); else None.
     """
@@ -78,7 +78,7 @@ class EraseExample:
     continuation: str = ""
     further: tuple[tuple[str, str], ...] = ()
     turns: tuple[Turn, ...] = ()
-    request: str | None = None
+    request: tuple[str, str] | None = None
     gap: str = " "
     chat: Markup | None = None
 
@@ -162,7 +162,6 @@ def in_fields(pieces: Sequence[Piece]) -> dict[str, Any]:
     (prefix, _), (span, _), (suffix, _), *more = pieces
     further = tuple((text, behind) for (text, _), (behind, _) in zip(more[::2], more[1::2], strict=True))
     return {"prefix": prefix, "span": span, "suffix": suffix, "further": further}
-
 
 
 class Task(ABC):

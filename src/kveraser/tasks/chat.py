@@ -8,7 +8,7 @@ leaves an empty one.
 
     kept    <|im_start|>user\\nThe town hall is old.
     erased  The door code is 1234.
-    kept    It has a tower.<|im_end|>\\n<|im_start|>assistant\\nI have read it.<|im_end|>\\n
+    kept    It has a tower.<|im_end|>\\n<|im_start|>assistant\\nOK.<|im_end|>\\n
     asked   <|im_start|>user\\nWhat is the door code?<|im_end|>\\n<|im_start|>assistant\\nThe door code is
 """
 
@@ -23,7 +23,7 @@ from kveraser.context.chat import Message, render
 from kveraser.errors import OptionError
 from kveraser.tasks.base import EraseExample, Markup, Piece, Turn, alternating, asked, in_fields
 
-_READ = Turn("assistant", (("I have read it. What is your question?", False),))
+_READ = Turn("assistant", (("OK.", False),))
 _BRIEFLY = "Answer with as few words as possible."
 _MARK = "kveraser-{}-here"
 
@@ -80,9 +80,15 @@ class ChatForm:
             chat = Markup(opening, rest, self._between, words, lead)
             found.append(
                 replace(
-                    example, **in_fields(alternating(pieces)), question=f"{opening}{words}{rest}{lead}", chat=chat,
-                    gap=" " if lead else "", continuation="", turns=(), request=None,
-                )  # fmt: skip
+                    example,
+                    **in_fields(alternating(pieces)),
+                    question=f"{opening}{words}{rest}{lead}",
+                    chat=chat,
+                    gap=" " if lead else "",
+                    continuation="",
+                    turns=(),
+                    request=None,
+                )
             )
         self._check(turns, found)
         return found
@@ -95,7 +101,9 @@ class ChatForm:
         for mark in marks:
             before, there, left = left.partition(mark)
             if not there:
-                raise OptionError("the chat template does not show every message as it is, so spans cannot be told in it")
+                raise OptionError(
+                    "the chat template does not show every message as it is, so spans cannot be told in it"
+                )
             found.append(before)
         return [*found, left]
 
@@ -124,7 +132,7 @@ def _request(example: EraseExample) -> tuple[str, str]:
     """The question as a user's message, and how the reply begins."""
     words, lead = asked(example.question)
     if example.request is not None:
-        return example.request, ""
+        return example.request
     return (words, lead) if lead else (f"{words}\n{_BRIEFLY}", "")
 
 

@@ -86,5 +86,5 @@ class InContext(Task):
             question=asked,
             gold=label,
             erased=labels[(labels.index(label) + 1) % len(labels)],
-            request=f"What comes next here, as in the examples? Answer with that one word.\n\n{asked}",
+            request=(f"Complete the last line as in the examples:\n\n{asked}", asked.split("\n")[-1]),
         )

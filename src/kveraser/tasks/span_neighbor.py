@@ -46,5 +46,5 @@ class SpanNeighbor(Task):
             gold=gold,
             erased=erased,
             continuation=" " + filler.text(rng, 24, split),
-            request=f"Which words follow in the text right behind these? Answer with these words alone.\n\n{cue}",
+            request=(f"Which words follow in the text right behind these? Answer with them alone.\n\n{cue}", ""),
         )

@@ -7,6 +7,7 @@ an erased assignment takes away.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import ClassVar
 
@@ -37,8 +38,7 @@ class VariableTracking(Task):
         known = rng.random() < 0.7
 
         def steps(variables: list[str]) -> list[str]:
-            pairs = zip(variables, variables[1:], strict=False)
-            return [f"VAR {new} = VAR {old}." for old, new in pairs]
+            return [f"VAR {new} = VAR {old}." for old, new in itertools.pairwise(variables)]
 
         assignment = f"VAR {chain[0]} = {right}."
         early = known and rng.random() < 0.5

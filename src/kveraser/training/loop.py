@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
 from kveraser.model.attention import for_packing
-from kveraser.tasks import Filler, Split, as_task
+from kveraser.tasks import ChatForm, Filler, Split, as_task
 from kveraser.training.card import write_card
 from kveraser.training.cases import prefill
 from kveraser.training.checkpoint import State, load_state
@@ -73,7 +73,7 @@ class StageRun:
         self.report = report
         self.encode = encoder(tokenizer)
         self.filler = filler or read_filler(tokenizer, config.text)
-        self.plan = _lesson_plan(self.stage)
+        self.plan = _lesson_plan(self.stage, tokenizer)
         self.backbone = for_packing(model)
         self.most = pack_tokens(self.accelerator.device)
         self.eraser = eraser.train()
@@ -271,10 +271,10 @@ class StageRun:
                 self.report(Progress(stage, self.step, steps, sums.loss, kl, matched, validation, self.best, speed))
 
 
-def _lesson_plan(stage: Stage) -> LessonPlan:
+def _lesson_plan(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> LessonPlan:
     return LessonPlan(
         tuple(as_task(name) for name in stage.tasks), stage.tokens, stage.spacing, stage.spans, stage.together,
-        stage.weights,
+        stage.weights, ChatForm(tokenizer) if stage.chat else None,
     )  # fmt: skip
 
 

@@ -43,8 +43,14 @@ def filler():
                    for n in range(40)], lambda text: len(text.split()))  # fmt: skip
 
 
-def take(name, split, count=20, seed=0, sizes=Sizes()):  # noqa: B008
-    return list(itertools.islice(as_task(name).examples(filler(), sizes, split, seed), count))
+def wordy():
+    """Running text in which no value of a task can occur by chance."""
+    return Filler(["The river went past the old mill. Nobody could say how long it had done so. It was quiet in the valley then."] * 9,
+                  lambda text: len(text.split()))  # fmt: skip
+
+
+def take(name, split, count=20, seed=0, sizes=Sizes(), text=None):  # noqa: B008
+    return list(itertools.islice(as_task(name).examples(text or filler(), sizes, split, seed), count))
 
 
 @pytest.mark.parametrize("name", tasks())
@@ -86,7 +92,7 @@ def test_contexts_have_about_the_length_that_was_asked_for(name, tokens):
 GENERATED = ["derived", "derived-direct", "variable-tracking", "needle-multikey", "needle-multivalue", "agent-trace"]
 
 
-@settings(max_examples=10)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(GENERATED),
     split=st.sampled_from(["train", "eval"]),
@@ -96,7 +102,7 @@ GENERATED = ["derived", "derived-direct", "variable-tracking", "needle-multikey"
 def test_whatever_the_seed_the_erased_answer_is_only_in_the_spans_and_the_gold_one_is_not_in_them(
     name, split, seed, tokens
 ):
-    for example in take(name, split, 5, seed, Sizes.context(tokens)):
+    for example in take(name, split, 5, seed, Sizes.context(tokens), wordy()):
         spans = " ".join(text for text, erased in example.parts if erased)
         kept = " ".join(text for text, erased in example.parts if not erased)
         assert leaks(spans, example.erased)

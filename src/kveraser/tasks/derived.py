@@ -19,17 +19,17 @@ from kveraser.tasks.splits import Split
 _RULES = halves(
     [
         "The team color of {person} is {value}.|The badge of {person} always has the color of the team.|What color is the badge of {person}?|The color of the badge is|What is the team color of {person}?|The team color is|COLORS",
-        "The order of {person} ships from {value}.|The return parcel of {person} goes back to where the order was shipped from.|To which place does the return parcel of {person} go?|The return parcel goes to|Where does the order of {person} ship from?|The order ships from|PLACES",
-        "The {firm} launch was moved to {value}.|The {firm} party is held in the same month as the launch.|In which month is the {firm} party held?|The party is held in|In which month is the {firm} launch?|The launch is in|MONTHS",
-        "The head of the {place} office is {value}.|Whoever is the head of the {place} office also signs the contracts there.|Who signs the contracts in {place}?|The contracts are signed by|Who is the head of the {place} office?|The head of the office is|PEOPLE",
-        "The {firm} safe opens with {value}.|The back door of {firm} opens with the same number as the safe.|Which number opens the back door of {firm}?|The back door opens with|Which number opens the {firm} safe?|The safe opens with|PINS",
-        "In the canteen of {firm} the dish of the day is {value}.|{person} eats the dish of the day in the canteen of {firm}.|What does {person} eat at {firm}?|The food that {person} eats there is|What is the dish of the day at {firm}?|The dish of the day is|FOODS",
-        "{person} was trained as a {value}.|{person} now teaches young people that very trade.|Which trade does {person} teach?|{person} teaches young people to be a|What was {person} trained as?|{person} was trained as a|JOBS",
-        "Gate {value} is the gate of the flight to {place}.|{person} is waiting at the gate of the flight to {place}.|At which gate is {person} waiting?|{person} is waiting at gate|Which gate is the gate of the flight to {place}?|It is gate|NUMBERS",
-        "The headquarters of {firm} are in {value}.|{person} works at the headquarters of {firm}.|In which city does {person} work?|{person} works in|Where are the headquarters of {firm}?|The headquarters are in|PLACES",
+        "The order of {person} ships from {value}.|The return parcel of {person} goes back to where the order was shipped from.|To which place does the return parcel of {person} go?|The name of that place is|Where does the order of {person} ship from?|The order ships from|PLACES",
+        "The {firm} launch was moved to {value}.|The {firm} party is held in the same month as the launch.|In which month is the {firm} party held?|The month of the party is|In which month is the {firm} launch?|The launch is in|MONTHS",
+        "The head of the {place} office is {value}.|Whoever is the head of the {place} office also signs the contracts there.|Who signs the contracts in {place}?|The name of that person is|Who is the head of the {place} office?|The head of the office is|PEOPLE",
+        "The {firm} safe opens with {value}.|The back door of {firm} opens with the same number as the safe.|Which number opens the back door of {firm}?|The number of the back door is|Which number opens the {firm} safe?|The safe opens with|PINS",
+        "In the canteen of {firm} the dish of the day is {value}.|{person} eats the dish of the day in the canteen of {firm}.|What does {person} eat at {firm}?|The name of that food is|What is the dish of the day at {firm}?|The dish of the day is|FOODS",
+        "{person} was trained as a {value}.|{person} now teaches young people that very trade.|Which trade does {person} teach?|The name of that trade is|What was {person} trained as?|{person} was trained as a|JOBS",
+        "Gate {value} is the gate of the flight to {place}.|{person} is waiting at the gate of the flight to {place}.|At which gate is {person} waiting?|The number of that gate is|Which gate is the gate of the flight to {place}?|It is gate|NUMBERS",
+        "The headquarters of {firm} are in {value}.|{person} works at the headquarters of {firm}.|In which city does {person} work?|The name of that city is|Where are the headquarters of {firm}?|The headquarters are in|PLACES",
         "The locker code of {person} is {value}.|The bicycle lock of {person} has the same code as the locker.|What is the code of {person}'s bicycle lock?|The code of the bicycle lock is|What is the locker code of {person}?|The locker code is|CODES",
-        "The host of the {place} dinner serves {value}.|The guests of the {place} dinner only drink what the host serves.|What do the guests of the {place} dinner drink?|The guests drink|What does the host of the {place} dinner serve?|The host serves|DRINKS",
-        "The mentor of {person} is {value}.|The report of {person} has to be read by the mentor first.|Who has to read the report of {person} first?|The report has to be read by|Who is the mentor of {person}?|The mentor is|PEOPLE",
+        "The host of the {place} dinner serves {value}.|The guests of the {place} dinner only drink what the host serves.|What do the guests of the {place} dinner drink?|The name of that drink is|What does the host of the {place} dinner serve?|The host serves|DRINKS",
+        "The mentor of {person} is {value}.|The report of {person} has to be read by the mentor first.|Who has to read the report of {person} first?|The name of that person is|Who is the mentor of {person}?|The mentor is|PEOPLE",
     ]
 )  # fmt: skip
 DISTANCES = (0, 250, 1500)

@@ -12,8 +12,6 @@ import kveraser as kv
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed here; run: make test-llama-cpp")
 
-from llama_cpp_helpers import without_effect
-
 from kveraser.cli import app
 from kveraser.demo.stories import stories
 from kveraser.demo.tell import tell
@@ -28,6 +26,7 @@ from kveraser.methods import NoErase, as_method
 from kveraser.model.backbone import embedded_gguf
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.tasks import Filler, read_passages
+from llama_cpp_helpers import without_effect
 
 pytestmark = pytest.mark.model
 QUESTION = "\nQuestion: What would Maria like to have for dinner?\nAnswer:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -207,15 +208,31 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     data = json.loads(result.stdout)
     rows = [row for row in data["rows"] if row["task"] == "mean over tasks" and row["protocol"] == "query_cached"]
     assert [row["method"] for row in rows] == [
-        "no-erase", "full-recompute", "delete-and-shift", "local-suffix-repair:tokens=64", "selective-recompute:tokens=64",
+        "no-erase", "erratum", "full-recompute", "delete-and-shift", "local-suffix-repair:tokens=64", "selective-recompute:tokens=64",
         "attention-guided-repair", "kveraser:repair=0", "kveraser:repair=64",
     ]  # fmt: skip
     assert all(row["examples"] == 4 for row in rows)
-    assert rows[1]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert rows[2]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert data["complete"]
     assert data["options"]["tasks"] == ["needle", "injection"]
     assert data["environment"]["kveraser"] == kv.__version__
     assert data["eraser"]["rank"] == 4
+
+
+def test_eval_asks_in_chat_form_and_says_so(evaluate, tmp_path, monkeypatch):
+    result = evaluate("-t", "needle", "--chat", "-M", "erratum", "-M", "full-recompute", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "in chat form" in page
+    assert "quote" in page
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["options"]["chat"] is True
+    bare = copy.deepcopy(make_tokenizer())
+    bare.chat_template = None
+    monkeypatch.setattr("kveraser.cli.common.load_backbone", lambda name, **_: (text_model(), bare))
+    refused = evaluate("-t", "needle", "--chat", "-o", str(tmp_path / "none"))
+    assert refused.exit_code == 2
+    assert "no chat template" in " ".join(refused.output.split())
+    assert not (tmp_path / "none").exists()
 
 
 def test_eval_compares_at_several_numbers_of_recomputed_tokens(evaluate):

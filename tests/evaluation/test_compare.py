@@ -7,7 +7,8 @@ import torch
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, same, states, text_model
-from kveraser.evaluation import compare_methods, read_parts
+from kveraser.evaluation import Errata, Erratum, compare_methods, read_parts
+from kveraser.evaluation.erratum import as_compared
 from kveraser.methods import as_method
 
 PARTS = [
@@ -101,3 +102,51 @@ def test_auto_says_what_it_used_and_each_result_is_reported_at_once():
     assert results[0].method == "auto"
     assert results[0].used in ("kveraser", "full-recompute")
     assert results[1].used == results[1].method
+
+
+def test_an_erratum_reads_its_line_behind_the_context_and_leaves_no_trace():
+    context, spans = read()
+    before = states(context.cache)
+    errata = Errata(" not so. what is it", " what was it", " not so. what was it")
+    teacher, erratum = compare_methods(context, spans, " what is it", [kv.FullRecompute(), Erratum()], errata=errata)
+    assert same(before, states(context.cache))
+    ids = context.encode(errata.corrected)
+    answer = context.generate_ids(ids, max_new_tokens=16)
+    assert context.decode(answer).strip().split("\n")[0] == erratum.answer
+    assert erratum.tokens_recomputed == len(ids) - len(context.encode(" what is it"))
+    asked = context.generate_ids(context.encode(errata.corrected_recall), max_new_tokens=16)
+    assert erratum.recall == context.decode(asked).strip()
+    assert teacher.recall is not None
+
+
+def test_an_erratum_without_a_line_is_refused():
+    context, spans = read()
+    with pytest.raises(kv.OptionError, match="no line says what is taken back"):
+        compare_methods(context, spans, " so", [Erratum()])
+
+
+def test_the_line_says_each_span_once_in_one_line_and_of_long_ones_the_beginning():
+    line = Erratum().line(["The code\nis 1. ", "The code is 1.", "It is blue. " * 50])
+    assert line.startswith('Erratum: "The code is 1." and "It is blue.')
+    assert "..." in line
+    assert "\n" not in line
+    assert line.count("The code is 1.") == 1
+    assert len(line) < 400
+
+
+def test_an_erratum_is_known_to_tables_and_is_no_method_of_the_library():
+    assert as_compared("erratum") == Erratum()
+    assert as_compared("no-erase") == kv.NoErase()
+    assert "erratum" not in kv.methods()
+    with pytest.raises(kv.OptionError, match="no erasing method 'erratum'"):
+        as_method("erratum")
+
+
+def test_a_given_token_ends_an_answer():
+    context, spans = read()
+    said = []
+    context.generate_ids, usual = lambda *a, **o: said.append(usual(*a, **o)) or said[-1], context.generate_ids
+    compare_methods(context, spans, " so", [kv.FullRecompute()])
+    first = said[0][0]
+    compare_methods(context, spans, " so", [kv.FullRecompute()], ends=[first])
+    assert said[1] == [first]

@@ -42,7 +42,7 @@ def record(task, length, index, protocol, method, rng):
         task=task, length=length, index=index, protocol=protocol, method=method, used=method, tokens=length,
         tokens_erased=8, answer="blue", gold=gold, erased="red", exact_match=gold and True, f1=gold and 1.0, leaked=False,
         leak_margin=rng.gauss(0, 1), kl=DISTANCE[method] * rng.uniform(0.5, 1.5), agreement=0.9,
-        tokens_recomputed=8, residual=rng.uniform(0, 1), milliseconds=rng.uniform(1, 100),
+        tokens_recomputed=8, residual=rng.uniform(0, 1), milliseconds=rng.uniform(1, 100), recall="", recalled=False,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, replace
 
@@ -9,8 +10,10 @@ import pytest
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.evaluation import Erratum
 from kveraser.evaluation.record import RECORDS, RESULTS, Record, RecordLog
 from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
+from kveraser.evaluation.summary import summarise
 from kveraser.methods import as_method
 from kveraser.tasks import Filler
 
@@ -181,7 +184,8 @@ def test_contexts_that_the_model_cannot_read_are_refused():
 
 def test_every_method_is_compared_at_the_same_numbers_of_recomputed_tokens():
     chosen = default_methods((16, 64))
-    assert {method.name for method in chosen} == {name for name, kind in kv.methods().items() if kind.compared}
+    registered = {name for name, kind in kv.methods().items() if kind.compared}
+    assert {method.name for method in chosen} == {*registered, "erratum"}
     for kind in (kind for kind in kv.methods().values() if kind.compared):
         own = [method.recomputes for method in chosen if type(method) is kind]
         assert own == ([None] if kind.budget_option is None else [0, 16, 64] if kind is kv.Steering else [16, 64])
@@ -199,6 +203,55 @@ def test_a_file_with_fewer_questions_than_the_limit_gives_what_it_has(questions_
         ("document-qa=questions.json", 0),
         ("document-qa=questions.json", 1),
     ]
+
+
+def test_in_chat_form_the_texts_are_the_templates_and_it_is_part_of_what_identifies_a_run(tmp_path, uninterrupted):
+    chat = replace(OPTIONS, chat=True, lengths=(90,), limit=1)
+    records = run(RecordLog(HEADER), chat)
+    plain = [r for r in uninterrupted if (r.length, r.index) == (90, 0)]
+    assert [r.key for r in records] == [r.key for r in plain]
+    assert all(r.tokens > p.tokens for r, p in zip(records, plain, strict=True))
+    assert "chat" not in OPTIONS.as_dict()  # so that runs from before there was a chat form go on
+    RecordLog(HEADER, tmp_path).add(uninterrupted[0])
+    with pytest.raises(kv.OptionError, match="chat is True, was None"):
+        RecordLog({**HEADER, "options": replace(OPTIONS, chat=True).as_dict()}, tmp_path)
+
+
+def test_a_chat_form_without_a_chat_template_is_refused_before_anything_is_run():
+    bare = copy.deepcopy(make_tokenizer())
+    bare.chat_template = None
+    with pytest.raises(kv.OptionError, match="has no chat template"):
+        evaluate(text_model(), bare, None, replace(OPTIONS, chat=True), examples(), pytest.fail)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_erratum_is_compared_by_its_line_and_everybody_is_asked_for_what_was_taken_back(chat):
+    methods = (kv.NoErase(), Erratum(), kv.FullRecompute())
+    records = run(RecordLog(HEADER), replace(OPTIONS, methods=methods, chat=chat, lengths=(90,), limit=1))
+    assert len(records) == 2 * 2 * 3
+    for record in records:
+        assert record.recall is not None
+        assert record.recalled is not None
+        if record.method == "erratum":
+            assert record.tokens_recomputed > record.tokens_erased  # the line says the span again
+            assert record.kl > 0
+            assert record.used == "erratum"
+        elif record.method == "full-recompute":
+            assert record.kl == record.leak_margin == 0
+    rows = summarise(records)
+    assert all(row.values["recalled"] is not None for row in rows)
+
+
+def test_without_an_erratum_nobody_is_asked_for_what_was_taken_back(uninterrupted):
+    assert {record.recalled for record in uninterrupted} == {None}
+
+
+def test_records_of_a_version_that_did_not_ask_for_it_are_read(tmp_path, uninterrupted):
+    RecordLog(HEADER, tmp_path)
+    entry = asdict(uninterrupted[0])
+    del entry["recall"], entry["recalled"]
+    (tmp_path / RECORDS).write_text(json.dumps(entry) + "\n")
+    assert RecordLog(HEADER, tmp_path).records == [uninterrupted[0]]
 
 
 def test_records_are_frozen():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from conftest import make_tokenizer
 from kveraser.spans import Span
-from kveraser.tasks import EraseExample, Filler, as_task
+from kveraser.tasks import ChatForm, EraseExample, Filler, as_task, ask
 from kveraser.training.lessons import LessonPlan, join_examples
 from kveraser.training.rows import Segment, places_of, slot_range
 
@@ -55,6 +56,31 @@ def test_every_span_is_asked_about_in_both_protocols_and_densely():
         assert after.ids == (*question[:-1], *cached.ids)
     gold = [[probe.gold for probe in erase.probes if probe.kind == "query_after"] for erase in lesson.erases]
     assert gold == [[False], [True]]
+
+
+def test_in_chat_form_the_examples_are_one_conversation_and_answers_begin_a_reply():
+    framed = [
+        replace(EXAMPLES[0], question=ask("which code?")),
+        replace(EXAMPLES[1], question=ask("which door?", "it is")),
+    ]
+    chat = ChatForm(make_tokenizer())(framed)
+    lesson = join_examples(random.Random(0), chat, encode, ALL)
+    texts = [text for example in chat for text, _ in example.parts]
+    assert make_tokenizer().decode(list(lesson.ids), skip_special_tokens=False) == "".join(texts)
+    spans = [text_of(lesson.ids[span.slice]) for erase in lesson.erases for span in erase.spans]
+    assert [text.split() for text in spans] == [["is", "1."], ["is", "2."], ["is", "4."]]
+    targets = [probe.targets for probe in lesson.probes if probe.kind == "query_after"]
+    assert targets == [tuple(encode("1")), tuple(encode(" 3"))]
+    assert not any(probe.kind == "continuation" for probe in lesson.probes)
+
+
+def test_a_plan_with_a_form_writes_its_examples_in_it():
+    filler = Filler([f"Sentence number {n} of the car and the door. Then another one." for n in range(30)],
+                    lambda text: len(encode(text)))  # fmt: skip
+    plan = LessonPlan((as_task("needle"),), (256, 256), 128, 8, 0.0, ALL, ChatForm(make_tokenizer()))
+    text = make_tokenizer().decode(list(plan.make(random.Random(3), filler, encode, "train").ids))
+    assert text.count("<s>user") == text.count("<s>assistant") == 2
+    assert text.count("<s>system") == 1
 
 
 def test_terms_without_weight_are_not_asked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -51,6 +52,17 @@ def test_both_stages_lower_kl_and_leave_an_eraser_logs_and_a_card(tmp_path, shor
     assert str(tmp_path) not in card
     after = states(prefill(model, torch.tensor([[5, 6, 7]])))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_stage_in_chat_form_trains_and_without_a_template_is_refused_before_anything_is_written(tmp_path, short):
+    chat = replace(short, finetune=replace(short.finetune, chat=True, steps=1))
+    run(chat, tmp_path / "run", stages=["finetune"])
+    assert (tmp_path / "run" / "eraser" / "kveraser.json").exists()
+    bare = copy.deepcopy(make_tokenizer())
+    bare.chat_template = None
+    with pytest.raises(kv.OptionError, match="has no chat template"):
+        train_eraser(text_model(), bare, chat, tmp_path / "none", stages=["finetune"])
+    assert not (tmp_path / "none").exists()
 
 
 def test_finetuning_starts_from_pretraining_or_from_a_given_eraser(tmp_path, short):

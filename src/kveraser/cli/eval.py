@@ -29,14 +29,14 @@ from kveraser.cli.tables import summary_table
 from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.evaluation import PROTOCOLS, Protocol
+from kveraser.evaluation.erratum import as_compared
 from kveraser.evaluation.provenance import environment, eraser_facts, placement, text_digest
 from kveraser.evaluation.record import Part, Record, RecordLog
 from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
-from kveraser.methods import as_method
 from kveraser.model.backbone import digest
-from kveraser.tasks import Filler, read_passages
+from kveraser.tasks import ChatForm, Filler, read_passages
 from kveraser.tasks import tasks as all_tasks
 from kveraser.tasks.document_qa import DocumentQA
 
@@ -63,6 +63,9 @@ def eval_command(
     text: Annotated[str | None, typer.Option(help="Text for the surroundings; default Python's documentation.")] = None,
     seed: Annotated[int, typer.Option(help="Of the examples and of the intervals.")] = EvalOptions.seed,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = EvalOptions.max_new_tokens,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask through the model's chat template, as instruct models want it.")
+    ] = EvalOptions.chat,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for results, examples, tables and plots.")
     ] = None,
@@ -81,6 +84,9 @@ def eval_command(
     """Compare methods on the same held-out examples, asked after the erase and with the question cached.
 
     Without --methods every registered method is compared, all at the same number of recomputed tokens (several of them give curves).
+    The baselines among them: no-erase; erratum (the cache is kept, and a line that takes the spans back is appended); kveraser:repair=0,
+    which without a trained eraser is "hidden in place" (nothing sees the spans, nothing is recomputed); attention-guided-repair,
+    "readers without steering" (the spans are cut out, their readers recomputed).
 
     With --output, a run that was interrupted goes on where it stopped when the same command is given again. --part 1/4 to
     --part 4/4 share one run among four processes; the command without it then makes what is missing, and the tables.
@@ -88,7 +94,7 @@ def eval_command(
 
     KL: distance to full recomputation in nats per token of its answer, with its 95 % interval; KL ratio: over that of
     delete-and-shift; kveraser minus it: below zero where kveraser is nearer; top-1: share of tokens predicted alike; EM, F1,
-    leak: of the answers; margin: how much likelier the erased answer is than by full recomputation; run, ms: the cost.
+    leak: of the answers; quote: of the answers to a request for what was taken back (asked when erratum is compared); margin: how much likelier the erased answer is than by full recomputation; run, ms: the cost.
 
     Example: kveraser eval --limit 5 -t needle -t injection -M kveraser -M local-suffix-repair:tokens=64 --output results
     """
@@ -97,7 +103,7 @@ def eval_command(
             raise OptionError(
                 "--tokens is for when no --methods are named; write it with the method: -M local-suffix-repair:tokens=64"
             )
-        chosen = [as_method(name) for name in methods or ()] or default_methods(tokens or (DEFAULT_BUDGET,))
+        chosen = [as_compared(name) for name in methods or ()] or default_methods(tokens or (DEFAULT_BUDGET,))
         wanted = [*(tasks or all_tasks()), *([f"{DocumentQA.name}={data}"] if data else ())]
         asked = cast("tuple[Protocol, ...]", tuple(protocols or PROTOCOLS))
 
@@ -105,10 +111,12 @@ def eval_command(
         if share and output is None:
             raise OptionError(f"--part {part} needs --output, where the parts come together")
         options = EvalOptions(
-            tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens
+            tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens, chat
         )  # what is wrong with the options is said before anything is loaded
         passages = read_passages(text)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
+        if chat:
+            ChatForm(tokenizer)  # what is wrong with its template is said before anything is written
         tool = find_eraser(eraser, backbone)
         header = _header(options, model, backbone, tool, passages)
         log = RecordLog(header, output, fresh, share)

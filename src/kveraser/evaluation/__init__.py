@@ -1,10 +1,13 @@
 """Comparing erasing methods: metrics, all methods side by side on one example, and on many with intervals and plots."""
 
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
+from kveraser.evaluation.erratum import Errata, Erratum
 from kveraser.evaluation.metrics import agreement, exact_match, f1, kl_divergence, leaks, log_probability, normalise
 
 __all__ = [
     "PROTOCOLS",
+    "Errata",
+    "Erratum",
     "MethodResult",
     "Protocol",
     "agreement",

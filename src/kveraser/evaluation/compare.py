@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from kveraser.context import RestoreReport
+from kveraser.errors import OptionError
+from kveraser.evaluation.erratum import Errata, Erratum
 from kveraser.evaluation.metrics import agreement, kl_divergence, log_probability
 from kveraser.methods import EraseMethod, EraseReceipt, FullRecompute, method_label
 from kveraser.model.view import finish
@@ -56,6 +58,7 @@ class MethodResult:
         agreement: share of these tokens for which both find the same token the most likely.
         leak_margin: mean log-probability of the erased answer's tokens, teacher-forced, minus that under full
             recomputation, in nats per token; None without an erased answer.
+        recall: the answer to a request for what was taken back; None where that was not asked.
     """
 
     method: str
@@ -68,33 +71,57 @@ class MethodResult:
     kl: float
     agreement: float
     leak_margin: float | None
+    recall: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def read_parts(context: Context, parts: Iterable[tuple[str, bool]]) -> tuple[Span, ...]:
-    """Let a context read texts one after the other; returns the spans of those that are to be erased."""
+def read_parts(context: Context, parts: Iterable[tuple[str, bool]], *, chat: bool = False) -> tuple[Span, ...]:
+    """Let a context read texts one after the other; returns the spans of those that are to be erased.
+
+    Args:
+        chat: the texts begin with whatever a model wants at its beginning, so that no token is put before them.
+    """
     spans = []
     for text, erased in parts:
         if text:
-            span = context.append(text)
+            span = context.append(context.encode(text) if chat else text)
             if erased:
                 spans.append(span)
     return tuple(spans)
 
 
-class _LineEnd(StoppingCriteria):
-    """Ends an answer with its first line that is not blank."""
+class _AnswerEnd(StoppingCriteria):
+    """Ends an answer with its first line that is not blank, or with one of the given tokens."""
 
-    def __init__(self, context: Context) -> None:
-        self.context, self.start = context, 0
+    def __init__(self, context: Context, ends: Sequence[int]) -> None:
+        self.context, self.ends, self.start = context, set(ends), 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         self.start = self.start or input_ids.shape[1] - 1
-        ended = ["\n" in self.context.decode(row[self.start :].tolist()).lstrip() for row in input_ids]
+        ended = [
+            int(row[-1]) in self.ends or "\n" in self.context.decode(row[self.start :].tolist()).lstrip()
+            for row in input_ids
+        ]
         return torch.tensor(ended, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How answers are made and told.
+
+    Attributes:
+        max_new_tokens, min_new_tokens: length of every answer; at least 1 keeps a model from answering nothing.
+        ends: tokens that end an answer, besides those of the model's own and the end of its first line.
+        gap: what stands between a question and its answer.
+    """
+
+    max_new_tokens: int = 16
+    min_new_tokens: int = 0
+    ends: tuple[int, ...] = ()
+    gap: str = " "
 
 
 @dataclass(frozen=True)
@@ -102,7 +129,7 @@ class _Seen:
     """What one method left behind: its receipt, the seconds it took, the answer, and what is likely now.
 
     `logits` are those of full recomputation's answer, `(tokens, vocab)`; `erased` is the log-probability of the
-    erased answer.
+    erased answer, `recall` the answer to the request for what was taken back.
     """
 
     receipt: EraseReceipt
@@ -110,6 +137,7 @@ class _Seen:
     said: list[int]
     logits: Tensor
     erased: float | None
+    recall: str | None
 
 
 class _Comparison:
@@ -121,12 +149,15 @@ class _Comparison:
         spans: Sequence[Span],
         question: str | None,
         erased: str | None,
-        lengths: dict[str, Any],
+        answering: Answering,
+        errata: Errata | None,
         repeats: int,
     ) -> None:
-        self.context, self.spans, self.lengths, self.repeats = context, spans, lengths, repeats
+        self.context, self.spans, self.answering, self.repeats = context, spans, answering, repeats
         self.question = [] if question is None else context.encode(question)
-        self.erased = context.encode(f" {erased}") if erased else []
+        self.erased = context.encode(f"{answering.gap}{erased}") if erased else []
+        self.errata = errata
+        self.corrected = context.encode(errata.corrected) if errata else []
 
     def see(self, method: EraseMethod, answer: list[int] | None) -> _Seen:
         """Erase, ask and undo. `answer` is full recomputation's; None if this is full recomputation."""
@@ -136,24 +167,42 @@ class _Comparison:
             times.append(seconds)
             self.context.restore(receipt)
         receipt, seconds = self._erase(method)
-        stop = [_LineEnd(self.context)]
-        said = self.context.generate_ids(self.question, stopping_criteria=stop, **self.lengths)
-        logits = self._logits(said if answer is None else answer)
-        erased = log_probability(self._logits(self.erased), self.erased) if self.erased else None
+        question = self.corrected if isinstance(method, Erratum) else self.question
+        said = self._answer(question)
+        logits = self._logits(question, said if answer is None else answer)
+        erased = log_probability(self._logits(question, self.erased), self.erased) if self.erased else None
+        recall = None
+        if self.errata:
+            asked = self.errata.corrected_recall if isinstance(method, Erratum) else self.errata.recall
+            recall = self.context.decode(self._answer(self.context.encode(asked))).strip()
         self.context.restore(receipt)
-        return _Seen(receipt, statistics.median([*times, seconds]), said, logits, erased)
+        return _Seen(receipt, statistics.median([*times, seconds]), said, logits, erased, recall)
+
+    @property
+    def line(self) -> list[int]:
+        """What the erratum adds to what is read anyway."""
+        return self.corrected[: len(self.corrected) - len(self.question)]
 
     def _erase(self, method: EraseMethod) -> tuple[EraseReceipt, float]:
         finish(self.context.device)
         started = time.perf_counter()
         receipt = self.context.erase(self.spans, method)
+        if isinstance(method, Erratum):
+            self.context.logits_ids(self.line)
         finish(self.context.device)
         return receipt, time.perf_counter() - started
 
-    def _logits(self, answer: list[int]) -> Tensor:
+    def _answer(self, question: list[int]) -> list[int]:
+        lengths: dict[str, Any] = {
+            "max_new_tokens": self.answering.max_new_tokens, "min_new_tokens": self.answering.min_new_tokens,
+        }  # fmt: skip
+        stop = [_AnswerEnd(self.context, self.answering.ends)]
+        return self.context.generate_ids(question, stopping_criteria=stop, **lengths)
+
+    def _logits(self, question: list[int], answer: list[int]) -> Tensor:
         """Logits `(len(answer), vocab)` that predict an answer behind the question or (none) the context's end."""
-        if self.question:
-            return self.context.logits_ids([*self.question, *answer[:-1]])[len(self.question) - 1 :]
+        if question:
+            return self.context.logits_ids([*question, *answer[:-1]])[len(question) - 1 :]
         return self.context.logits_ids(answer[:-1], from_last=True)
 
 
@@ -166,6 +215,9 @@ def compare_methods(
     erased: str | None = None,
     max_new_tokens: int = 16,
     min_new_tokens: int = 0,
+    ends: Sequence[int] = (),
+    gap: str = " ",
+    errata: Errata | None = None,
     repeats: int = 1,
     done: Callable[[MethodResult], None] | None = None,
 ) -> list[MethodResult]:
@@ -176,13 +228,21 @@ def compare_methods(
         question: asked behind the context after the erase (`query_after`); None when it is in the context already
             (`query_cached`: only its last token runs again).
         erased: the answer that only the spans support, for `leak_margin`.
-        max_new_tokens, min_new_tokens: length of every answer; at least 1 keeps a model from answering nothing.
+        max_new_tokens, min_new_tokens, ends, gap: see `Answering`.
+        errata: for `Erratum`; every method is then also asked for what was taken back.
         repeats: erases per method; the time is their median.
         done: called with each method's result when it is through.
+
+    Raises:
+        OptionError: an erratum is to be compared, and nothing says what it is.
     """
-    lengths: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+    if errata is None and any(isinstance(method, Erratum) for method in methods):
+        raise OptionError(
+            "erratum cannot be compared here: no line says what is taken back (compare_methods(errata=...))"
+        )
+    answering = Answering(max_new_tokens, min_new_tokens, tuple(ends), gap)
     wanted = [spans] if isinstance(spans, Span) else spans
-    comparison = _Comparison(context, wanted, question, erased, lengths, repeats)
+    comparison = _Comparison(context, wanted, question, erased, answering, errata, repeats)
     teacher = FullRecompute()
     exact = comparison.see(teacher, None)
     results = []
@@ -195,12 +255,13 @@ def compare_methods(
             used=label if seen.receipt.method == method.name else seen.receipt.method,
             answer=context.decode(seen.said).strip(),
             exact=seen.receipt.exact,
-            tokens_recomputed=seen.receipt.tokens_recomputed,
+            tokens_recomputed=len(comparison.line) if isinstance(method, Erratum) else seen.receipt.tokens_recomputed,
             residual=seen.receipt.residual,
             milliseconds=1000 * seen.seconds,
             kl=max(kl_divergence(exact.logits, seen.logits).mean().item(), 0.0),
             agreement=agreement(exact.logits, seen.logits),
             leak_margin=margin,
+            recall=seen.recall,
         )
         results.append(result)
         if done:

@@ -17,10 +17,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import Bbox, BboxBase
 
+from kveraser.evaluation.erratum import as_compared
 from kveraser.evaluation.record import Record
 from kveraser.evaluation.statistics import rank_correlation
 from kveraser.evaluation.summary import ASKED, KL, OVERALL, Row, task_names
-from kveraser.methods import as_method
 
 _COLORS = ("#555555", "#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("x", "s", "o", "^", "D", "v", "P", "*")
@@ -79,7 +79,7 @@ def _kl_by_tokens(rows: Sequence[Row]) -> Figure:
     """Distance to full recomputation over the tokens that an erase runs: one curve a method, and the best for every number."""
     overall = [row for row in rows if row.task == OVERALL]
     lengths, protocols = _lengths(overall), _protocols(overall)
-    names = list(dict.fromkeys(as_method(row.method).name for row in overall))
+    names = list(dict.fromkeys(as_compared(row.method).name for row in overall))
     looks = dict(zip(names, islice(cycle(zip(_COLORS, _MARKERS, _LINES, strict=True)), len(names)), strict=True))
     figure, panels = _panels(len(lengths), len(protocols), width=5.2, height=3.7)
     for line, length in zip(panels, lengths, strict=True):
@@ -89,7 +89,7 @@ def _kl_by_tokens(rows: Sequence[Row]) -> Figure:
                 points = sorted(
                     (run.mean, kl.mean)
                     for row in _cells(overall, length, protocol)
-                    if as_method(row.method).name == name
+                    if as_compared(row.method).name == name
                     and (kl := row.values[KL.name])
                     and (run := row.values["tokens_recomputed"])
                 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +71,8 @@ class Record:
         gold, erased: the right answer without the spans, and the one that only they support.
         exact_match, f1: of the answer against the gold one; None without one.
         leaked: whether the answer says the erased one; None without one.
+        recall, recalled: the answer to a request for what was taken back, and whether it says the erased answer; None where
+            that was not asked.
         milliseconds: of the erase; None where other processes shared the machine, since these would be in it.
         used, answer, kl, agreement, leak_margin, tokens_recomputed, residual: as in `MethodResult`.
     """
@@ -95,6 +97,8 @@ class Record:
     tokens_recomputed: int
     residual: float | None
     milliseconds: float | None
+    recall: str | None = None
+    recalled: bool | None = None
 
     @property
     def key(self) -> Key:
@@ -161,11 +165,12 @@ def _read(file: Path, *, mend: bool) -> list[Record]:
     if mend and len(whole) < len(data):
         write_atomically(file, whole)
     names = {entry.name for entry in fields(Record)}
+    needed = {entry.name for entry in fields(Record) if entry.default is MISSING}
     records = []
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
-            if entry.keys() != names:
+            if not needed <= entry.keys() <= names:
                 raise ValueError("it has other fields than this version writes")
             records.append(Record(**entry))
         except (ValueError, AttributeError) as error:

@@ -106,7 +106,7 @@ def provenance_line(document: dict[str, Any]) -> str:
         about = f"eraser {eraser['sha256'][:12]} ({facts})"
     return (
         f"{options['model']} in {options['dtype']} on {options['device']} ({made['processor']}, {made['threads']} threads), "
-        f"{about}; {options['limit']} examples per task and length, seed {options['seed']}; kveraser {made['kveraser']}"
+        f"{about}; {options['limit']} examples per task and length{', in chat form' if options.get('chat') else ''}, seed {options['seed']}; kveraser {made['kveraser']}"
         f"{' at ' + made['commit'] if made['commit'] else ''}, torch {made['torch']}, transformers {made['transformers']}, "
         f"peft {made['peft']}."
     )

@@ -18,18 +18,19 @@ from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
+from kveraser.evaluation.erratum import Errata, Erratum
 from kveraser.evaluation.metrics import exact_match, f1, leaks
 from kveraser.evaluation.record import Key, Record
-from kveraser.methods import EraseMethod, method_label, methods
+from kveraser.methods import EraseMethod, NoErase, method_label, methods
 from kveraser.model.view import text_config
-from kveraser.tasks import EraseExample, Filler, Sizes, as_task
+from kveraser.tasks import ChatForm, EraseExample, Filler, Sizes, as_task
 
 DEFAULT_BUDGET = 64
 """Recomputed tokens behind each span at which methods are compared."""
 
 
 def default_methods(budgets: Sequence[int] = (DEFAULT_BUDGET,)) -> list[EraseMethod]:
-    """What is compared when no method is named: every registered one, at the same numbers of recomputed tokens per span.
+    """What is compared when no method is named: every registered one and the erratum, at the same numbers of recomputed tokens per span.
 
     Args:
         budgets: those numbers. Methods that recompute nothing, or everything, are there once, and those that then erase, too, also at 0.
@@ -40,7 +41,7 @@ def default_methods(budgets: Sequence[int] = (DEFAULT_BUDGET,)) -> list[EraseMet
         if not kind.compared:
             continue
         if kind.budget_option is None:
-            found.append(method)
+            found += [method, Erratum()] if kind is NoErase else [method]
             continue
         wanted = dict.fromkeys((0, *budgets) if kind.compared_at_nothing else budgets)
         found += [method.with_budget(tokens) for tokens in wanted if tokens or kind.compared_at_nothing]
@@ -59,6 +60,7 @@ class EvalOptions:
         limit: examples per task and length.
         seed: of the examples.
         max_new_tokens: length of the answers.
+        chat: ask through the model's chat template (see `tasks/chat.py`).
 
     Raises:
         OptionError: an unknown or repeated entry, an impossible number.
@@ -71,6 +73,7 @@ class EvalOptions:
     limit: int = 10
     seed: int = 0
     max_new_tokens: int = 16
+    chat: bool = False
 
     def __post_init__(self) -> None:
         for protocol in self.protocols:
@@ -97,6 +100,7 @@ class EvalOptions:
             "limit": self.limit,
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
+            **({"chat": True} if self.chat else {}),  # left out, so that runs from before there was a chat form go on
         }
 
 
@@ -145,12 +149,14 @@ def evaluate(
         known: records of an earlier, interrupted run, which are not made again.
 
     Raises:
-        OptionError: contexts that are longer than the model can read.
+        OptionError: contexts that are longer than the model can read, or a chat form without a chat template.
     """
+    form = ChatForm(tokenizer) if options.chat else None
     room = getattr(text_config(model), "max_position_embeddings", None)
     if room is not None and max(options.lengths) > room:
         raise OptionError(f"contexts of {max(options.lengths)} tokens are too long: the model has {room} positions")
     have = {record.key for record in known}
+    taken_back = any(isinstance(method, Erratum) for method in options.methods)
     warm = False
     for drawn in examples:
         missing = {
@@ -163,17 +169,21 @@ def evaluate(
             _warm_up(ErasableContext(model, tokenizer, eraser), options.methods)
             warm = True
         context = ErasableContext(model, tokenizer, eraser)
-        spans = read_parts(context, drawn.example.parts)
+        example = form([drawn.example])[0] if form else drawn.example
+        spans = read_parts(context, example.parts, chat=options.chat)
         sizes = len(context), sum(map(len, spans))
-        question: str | None = drawn.example.question
+        question: str | None = example.question
         for protocol in PROTOCOLS:
-            if protocol == "query_cached":
-                context.append(drawn.example.question)
+            cached = protocol == "query_cached"
+            if cached:
+                context.append(example.question)
                 question = None
             if missing.get(protocol):
                 compare_methods(
-                    context, spans, question, missing[protocol], erased=drawn.example.erased,
-                    max_new_tokens=options.max_new_tokens, done=partial(_score, keep, drawn, protocol, sizes),
+                    context, spans, question, missing[protocol], erased=example.erased,
+                    max_new_tokens=options.max_new_tokens, ends=form.ends if form else (), gap=example.gap,
+                    errata=Errata.of(example, cached=cached) if taken_back else None,
+                    done=partial(_score, keep, drawn, protocol, sizes),
                 )  # fmt: skip
 
 
@@ -207,6 +217,8 @@ def _score(
             tokens_recomputed=result.tokens_recomputed,
             residual=result.residual,
             milliseconds=result.milliseconds,
+            recall=result.recall,
+            recalled=None if erased is None or result.recall is None else leaks(result.recall, erased),
         )
     )
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from kveraser.evaluation.erratum import Erratum, as_compared
 from kveraser.evaluation.record import Record
 from kveraser.evaluation.statistics import Interval, Values, group_mean, interval, resampled_means
-from kveraser.methods import DeleteAndShift, Steering, as_method
+from kveraser.methods import DeleteAndShift, Steering
 
 OVERALL = "mean over tasks"
 """Stands for the task in rows over all tasks, each of which counts the same."""
@@ -49,9 +50,10 @@ METRICS = (
     Metric("f1", "F1", 2, "word overlap of the answer, where the context still says it"),
     Metric("leaked", "leak", 2, "share of answers that say the erased one"),
     Metric("leak_margin", "margin", 2, "log-probability of the erased answer minus that by full recomputation, per token"),
+    Metric("recalled", "quote", 2, "share of requests for what was taken back that are answered with the erased answer"),
     Metric("residual", "residual", 2, "share of the attention to the span that was not recomputed, as the receipt says"),
-    Metric("tokens_recomputed", "run", 0, "tokens run through the model by the erase"),
-    Metric("milliseconds", "ms", 0, "time of the erase"),
+    Metric("tokens_recomputed", "run", 0, "tokens run through the model by the erase (of erratum: of its line)"),
+    Metric("milliseconds", "ms", 0, "time of the erase (of erratum: of reading its line)"),
 )  # fmt: skip
 
 
@@ -124,8 +126,8 @@ def reference_method(methods: Sequence[str], other: str | None = None) -> str | 
 
     It is `kveraser` at the same number of recomputed tokens, else as it is, else the variant that recomputes most.
     """
-    steering = {name: method for name in methods if isinstance(method := as_method(name), Steering)}
-    budget = as_method(other).recomputes if other is not None and other not in steering else None
+    steering = {name: method for name in methods if isinstance(method := as_compared(name), Steering)}
+    budget = as_compared(other).recomputes if other is not None and other not in steering else None
     same = [name for name, method in steering.items() if budget is not None and method.repair == budget]
     if same or Steering.name in steering:
         return next(iter(same), Steering.name)
@@ -157,8 +159,9 @@ def _compare(columns: list[dict[str, Interval | None]], methods: list[str], mean
             for index, column in enumerate(columns):
                 column[RATIO.name] = interval(means[index] / means[base], draws[:, index] / draws[:, base])
     for index, (name, column) in enumerate(zip(methods, columns, strict=True)):
-        method, reference = as_method(name), reference_method(methods, name)
-        if reference is not None and method.removes and not method.exact and name != reference:
+        method, reference = as_compared(name), reference_method(methods, name)
+        takes_back = method.removes or isinstance(method, Erratum)
+        if reference is not None and takes_back and not method.exact and name != reference:
             own = methods.index(reference)
             column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index])
 

@@ -76,6 +76,7 @@ class Stage:
             eraser's own.
         weights: of the tokens that are judged: the span's question asked after the erase or before it, another
             span's question, the continuation of the text, the span-neighbor cue. Zero turns a term off.
+        chat: write the contexts and questions by the model's chat template (see `tasks/chat.py`).
         cross_entropy: weight of the gold answers' cross-entropy beside KL.
         learning_rate, weight_decay, warmup: of AdamW; the rate rises for `warmup` steps, then falls to a tenth.
         clip: largest norm of the gradient.
@@ -97,6 +98,7 @@ class Stage:
     together: float = 0.5
     repair: tuple[int, ...] = ()
     weights: Mapping[Kind, float] = field(default_factory=lambda: dict(_WEIGHTS))
+    chat: bool = False
     cross_entropy: float = 0.0
     learning_rate: float = 5e-4
     weight_decay: float = 0.01

@@ -20,6 +20,8 @@ from kveraser.spans import Span
 from kveraser.tasks import EraseExample, Filler, Sizes, Split, Task, read_passages
 
 Encode = Callable[[str], list[int]]
+Form = Callable[[Sequence[EraseExample]], Sequence[EraseExample]]
+"""Writes the examples of a lesson in another form, such as `tasks.ChatForm`."""
 _CUE, _GOAL = 8, 12
 _CONTINUATION = 24
 
@@ -114,6 +116,7 @@ class LessonPlan:
         spans: at most so many spans.
         together: chance that the spans of a context are erased all at once, with one teacher for all of them.
         weights: what is asked.
+        form: in which the examples are written; None for plain text.
     """
 
     tasks: tuple[Task, ...]
@@ -122,6 +125,7 @@ class LessonPlan:
     spans: int
     together: float
     weights: Weights
+    form: Form | None = None
 
     def make(self, rng: random.Random, filler: Filler, encode: Encode, split: Split) -> Lesson:
         """A lesson."""
@@ -131,7 +135,8 @@ class LessonPlan:
         around = max(tokens // count - 64, 12)
         sizes = Sizes(around, around)
         examples = [rng.choice(self.tasks).make(rng, filler, sizes, split) for _ in range(count)]
-        return join_examples(rng, examples, encode, self.weights, together=rng.random() < self.together)
+        written = self.form(examples) if self.form else examples
+        return join_examples(rng, written, encode, self.weights, together=rng.random() < self.together)
 
 
 def join_examples(
@@ -147,12 +152,12 @@ def join_examples(
     for index, example in enumerate(examples):
         spans.append([])
         for part, (text, erased) in enumerate(example.parts):
-            new = encode(text if part or not index else f"\n\n{text}")
+            new = encode(text if part or not index or example.chat else f"\n\n{text}")
             if erased:
                 spans[-1].append(Span(len(ids), len(ids) + len(new)))
             ids += new
     questions = [tuple(encode(example.question)) for example in examples]
-    answers = [tuple(encode(f" {example.answer}")) for example in examples]
+    answers = [tuple(encode(f"{example.gap}{example.answer}")) for example in examples]
     after = tuple(encode(examples[-1].continuation)[:_CONTINUATION])
 
     def answer(index: int, kind: Kind) -> Probe:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
-from kveraser.tasks import Filler
+from kveraser.tasks import ChatForm, Filler
 from kveraser.training.config import STAGES, StageName, TrainConfig
 from kveraser.training.lessons import encoder, read_filler
 from kveraser.training.neutral import hide
@@ -55,11 +55,13 @@ def train_eraser(
         The best eraser by validation KL, which is also in `output/eraser`.
 
     Raises:
-        OptionError: no stage, or a stage without tasks.
+        OptionError: no stage, a stage without tasks, or one in chat form without a chat template.
         TrainingError: see `StageRun`.
     """
     if not stages or any(not config.stage(name).tasks for name in stages):
         raise OptionError(f"stages={list(stages)}: needs at least one, each with at least one task")
+    if any(config.stage(name).chat for name in stages):
+        ChatForm(tokenizer)  # what is wrong with its template is said before anything is written
     accelerator = accelerator or Accelerator()
     model.to(accelerator.device)  # type: ignore[arg-type]
     output.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
 from kveraser.model.attention import for_packing
 from kveraser.readers import calibrate
-from kveraser.tasks import Filler, Split, as_task
+from kveraser.tasks import ChatForm, Filler, Split, as_task
 from kveraser.training.card import write_card
 from kveraser.training.cases import prefill
 from kveraser.training.checkpoint import Checkpoint, load_checkpoint
@@ -76,7 +76,7 @@ class StageRun:
         self.report = report
         self.encode = encoder(tokenizer)
         self.filler = filler or read_filler(tokenizer, config.text)
-        self.plan = _lesson_plan(self.stage)
+        self.plan = _lesson_plan(self.stage, tokenizer)
         if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
             text = self.encode(self.filler.text(random.Random(config.seed), _CALIBRATION_TOKENS, "train"))
             eraser.calibration = calibrate(model, text[:_CALIBRATION_TOKENS])
@@ -277,10 +277,10 @@ class StageRun:
                 self.report(Progress(stage, self.step, steps, sums.loss, kl, matched, validation, self.best, speed))
 
 
-def _lesson_plan(stage: Stage) -> LessonPlan:
+def _lesson_plan(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> LessonPlan:
     return LessonPlan(
         tuple(as_task(name) for name in stage.tasks), stage.tokens, stage.spacing, stage.spans, stage.together,
-        stage.weights,
+        stage.weights, ChatForm(tokenizer) if stage.chat else None,
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ STAMP = $(VENV)/.installed
 .PHONY: demo test backbones test-backbones test-llama-cpp llama-cpp-wheel test-oldest test-vllm demo-vllm lint format results clean help
 
 help:
-	@echo "make demo     erase spans from what a real model has read, by every method (two minutes)"
-	@echo "make test     ruff, mypy, and all tests with coverage (five minutes)"
+	@echo "make demo     erase spans from what a real model has read, by every method (two or three minutes)"
+	@echo "make test     ruff, mypy, and all tests with coverage (ten minutes or a little more)"
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"

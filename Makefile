@@ -153,17 +153,22 @@ in-domain: $(STAMP)
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench
-QUICK = memory first_token auto_choice decode latency
+QUICK = on_paper readers memory first_token auto_choice decode latency
+FILL_BENCH = $(if $(filter docs/bench,$(BENCH)),$(BIN)/python docs/fill_bench.py $(BENCH) docs/performance.md)
 .PHONY: bench bench-full
 bench: $(STAMP)
 	@set -e; for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
+	$(FILL_BENCH)
 
 bench-full: $(STAMP)
+	$(BIN)/python benchmarks/on_paper.py --output $(BENCH)
+	$(BIN)/python benchmarks/readers.py --output $(BENCH)
 	@set -e; for name in memory first_token decode latency; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --full --output $(BENCH); done
 	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
 	$(BIN)/python benchmarks/serving.py --output $(BENCH)
+	$(FILL_BENCH)
 
 format: $(STAMP)
 	$(BIN)/ruff format $(CODE)

@@ -110,6 +110,15 @@ def report(
 ) -> None:
     """Print a table, or JSON; write `NAME.json`, `NAME.md` and `NAME.png` where a folder is given."""
     document = {"benchmark": name, **environment(model), **placement(model), "rows": list(rows)}
+    report_table(name, document, table, output, as_json)
+    if output is not None and figure is not None:
+        FigureCanvasAgg(figure).print_png(output / f"{name}.png")
+
+
+def report_table(
+    name: str, document: Mapping[str, Any], table: Table, output: Path | None, as_json: bool = False
+) -> None:
+    """Print a table, or what it is of as JSON; write both where a folder is given."""
     if as_json:
         print(json.dumps(document, indent=2))
     else:
@@ -118,8 +127,6 @@ def report(
         output.mkdir(parents=True, exist_ok=True)
         (output / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         (output / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
-        if figure is not None:
-            FigureCanvasAgg(figure).print_png(output / f"{name}.png")
 
 
 def _markdown(table: Table) -> str:

@@ -1,25 +1,28 @@
 """What erasing should cost, on paper: floating-point operations and bytes per method, and the time they take at best.
 
-    python benchmarks/on_paper.py [--context 32768 ...] [--span 64] [--json]
+    python benchmarks/on_paper.py [--context 32768 ...] [--span 64] [--json] [--output FOLDER]
 
 The roofline: a pass takes the larger of its operations over the device's rate and its bytes over the memory's. The numbers
-of models and devices are public ones; `EFFICIENCY` of the peak is what dense layers reach. `docs/performance.md`
-compares the predicted ratios with measured ones.
+of models and devices are public ones; `EFFICIENCY` of the peak is what dense layers reach. `docs/performance.md` shows the table.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from measuring import report_table
 from rich.table import Table
 
 EFFICIENCY = 0.5
-SELECTED = 0.15
-"""Share of the suffix that selective recomputation runs."""
+READERS = 64
+"""Tokens behind the span that every method recomputes which recomputes some."""
+CANDIDATES, LAYERS, RANK = 512, 5, 128
+"""Of the look at who has read the span: tokens looked at closely, in so many layers, by maps of that rank."""
+SHOWN = 2304
+"""Slots that a reader is shown at most: those it needs, samples of the others, and the nearest."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +104,29 @@ def moving(shape: Shape, tokens: int) -> Cost:
     return Cost(6 * tokens * shape.kv_bytes / (2 * shape.bytes), 2 * tokens * shape.kv_bytes)
 
 
-def costs(shape: Shape, prefix: int, span: int, suffix: int, window: int = 516, repair: int = 32) -> dict[str, Cost]:
+def looking(shape: Shape, prefix: int, span: int, suffix: int) -> Cost:
+    """Telling who has read the span, and which keys they need: a thin look at the suffix, a close one at candidates, then every
+    second reader against all keys."""
+    wide, told = 2 * shape.kv_heads * shape.head_dim, max(3, shape.heads // 4) * shape.head_dim
+    thin = 2 * suffix * (wide * RANK + RANK * told + told * (span + 84))
+    close = 2 * LAYERS * CANDIDATES * (3 * wide * RANK + RANK * shape.heads * shape.head_dim)
+    keys = 2 * LAYERS * READERS // 2 * shape.heads * shape.head_dim * (prefix + suffix)
+    layer = shape.kv_bytes / shape.layers
+    return Cost(thin + close + keys, layer * suffix + LAYERS * layer / 2 * (prefix + suffix))
+
+
+def costs(shape: Shape, prefix: int, span: int, suffix: int, window: int = 516) -> dict[str, Cost]:
     """Every method's cost, by name, and the floor: the span's tokens on an empty cache."""
-    visible = min(window, prefix)
+    few, shown = min(READERS, suffix), min(SHOWN, prefix + suffix)
+    look, move = looking(shape, prefix, span, suffix), moving(shape, suffix)
     return {
         "floor": forward(shape, span, 0),
-        "kveraser:repair=0": forward(shape, span, visible, steered=span),
-        "kveraser": forward(shape, span + repair, visible, steered=span),
-        "delete-and-shift": moving(shape, suffix),
-        "local-suffix-repair": moving(shape, suffix) + forward(shape, min(repair, suffix), prefix),
-        "selective-recompute": moving(shape, suffix) + forward(shape, int(SELECTED * suffix), prefix + suffix // 2),
+        "kveraser, trained:repair=0": forward(shape, span, min(window, prefix), steered=span),
+        "kveraser": look + forward(shape, few, shown),
+        "attention-guided-repair": move + look + forward(shape, few, shown),
+        "delete-and-shift": move,
+        "local-suffix-repair": move + forward(shape, few, prefix),
+        "selective-recompute": move + forward(shape, few, prefix + suffix // 2),
         "full-recompute": forward(shape, suffix, prefix),
     }
 
@@ -119,29 +135,26 @@ def main(
     context: Annotated[list[int] | None, typer.Option(help="Tokens in the context.")] = None,
     span: Annotated[int, typer.Option(help="Tokens of the span, at a quarter of the context.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for on_paper.json and on_paper.md.")] = None,
 ) -> None:
     """Print operations, bytes and the H100's time per method."""
-    rows = []
+    rows, lengths = [], context or [1024, 32_768, 131_072]
+    table = Table(
+        "milliseconds",
+        *(f"{length:,}" for length in lengths),
+        title=f"a span of {span} tokens, on one H100 at best (roofline)",
+    )
     for model, shape in SHAPES.items():
-        for length in context or [32_768, 131_072, 1_048_576]:
-            prefix = length // 4
-            found = costs(shape, prefix, span, length - prefix - span)
-            exact = found["full-recompute"].seconds(H100)
+        found = {length: costs(shape, length // 4, span, length - length // 4 - span) for length in lengths}
+        for method in found[lengths[0]]:
+            times = [1000 * found[length][method].seconds(H100) for length in lengths]
+            table.add_row(f"{model}, {method}", *(f"{time:,.3g}" if time < 1000 else f"{time:,.0f}" for time in times))
             rows += [
-                {"model": model, "context": length, "method": name, **asdict(cost),
-                 "milliseconds": 1000 * cost.seconds(H100), "faster_than_recomputing": exact / cost.seconds(H100)}
-                for name, cost in found.items()
+                {"model": model, "context": length, "method": method, **asdict(found[length][method]), "milliseconds": time,
+                 "faster_than_recomputing": 1000 * found[length]["full-recompute"].seconds(H100) / time}
+                for length, time in zip(lengths, times, strict=True)
             ]  # fmt: skip
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table("model", "context", "method", title=f"a span of {span} tokens, on one H100 at best (roofline)")
-    for title in ("TFLOP", "GB", "ms", "recompute /"):
-        table.add_column(title, justify="right")
-    for row in rows:
-        table.add_row(row["model"], f"{row['context']:,}", row["method"], f"{row['operations'] / 1e12:.3g}",
-                      f"{row['bytes'] / 1e9:.3g}", f"{row['milliseconds']:.3g}", f"{row['faster_than_recomputing']:.3g}")  # fmt: skip
-    Console().print(table)
+    report_table("on_paper", {"benchmark": "on_paper", "rows": rows}, table, output, as_json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import runpy
 import sys
 from pathlib import Path
 
@@ -53,3 +54,20 @@ def test_both_training_loops_are_timed_on_the_same_examples(together):
         assert (only.ids, only.targets, only.kind) == (probe.ids, probe.targets, probe.kind)
         if probe.cached is not None:
             assert one.questions[only.cached] == lesson.questions[probe.cached]
+
+
+FILL = runpy.run_path(str(FOLDER.parent / "docs" / "fill_bench.py"))
+
+
+def test_every_number_of_the_performance_page_is_that_of_the_benchmarks():
+    page = (FOLDER.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert FILL["MARKED"].findall(page)
+    assert FILL["fill"](page, FOLDER.parent / "docs" / "bench") == page
+
+
+def test_a_number_that_no_single_row_has_is_refused(tmp_path):
+    (tmp_path / "some.json").write_text('{"benchmark": "some", "rows": [{"a": 1, "b": 2.5}, {"a": 1, "b": 3}]}')
+    filled = FILL["fill"]("It is <!-- bench some b:1 b=3 -->?<!-- /bench -->.", tmp_path)
+    assert filled == "It is <!-- bench some b:1 b=3 -->3.0<!-- /bench -->."
+    with pytest.raises(SystemExit, match="2 rows are so"):
+        FILL["fill"]("<!-- bench some b a=1 -->?<!-- /bench -->", tmp_path)

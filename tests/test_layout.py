@@ -11,6 +11,7 @@ import pytest
 import kveraser
 
 SOURCE = Path(kveraser.__file__).parent
+TESTS = Path(__file__).parent
 ROOMS = ("errors", "interrupts", "files", "extensions", "spans", "model", "cache", "readers", "eraser", "methods", "edit", "context",
          "tasks", "export", "evaluation", "training", "demo", "serving", "engines", "cli", "__main__")  # fmt: skip
 """From below to above: a room may import from those before it. CONTRIBUTING.md shows the same list."""
@@ -98,3 +99,11 @@ def test_every_module_of_the_server_says_what_it_knows_and_what_it_does_not(name
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_begins_with_what_it_is(name):
     assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+
+
+def test_tests_lie_as_what_they_test_does():
+    folders = {path.relative_to(TESTS) for path in TESTS.rglob("*") if any(path.glob("test_*.py"))}
+    strange = {folder for folder in folders if not (SOURCE / folder).is_dir()} - {Path("engines/toy")}
+    assert not strange, f"there is no such folder in src: {', '.join(map(str, strange))}"
+    # pytest puts the folder of a test on the path, and there a folder called vllm or llama_cpp would pass for the library.
+    assert not list((TESTS / "engines").glob("*.py")), "tests of an engine go into its folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -89,16 +90,21 @@ def test_no_module_of_the_server_imports_from_above_its_own(name):
         assert not {name.split(".")[2], *others} >= {"openai", "sessions"}, "the two APIs do not know each other"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kveraser.serving")])
-def test_every_module_of_the_server_says_what_it_knows_and_what_it_does_not(name):
-    text = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
-    assert "Knows: " in text
-    assert "oes not know" in text
+def opening(name):
+    """The docstring of a module, as one line."""
+    return " ".join((ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or "").split())
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_module_begins_with_what_it_is(name):
-    assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+def test_every_module_says_what_it_knows_and_what_it_does_not_or_its_folder_does(name):
+    said = opening(name)
+    assert said
+    if "Knows: " in said and re.search(r"Do(es)? not know|Does not import", said):
+        return
+    texts = [said, opening(name.rpartition(".")[0])] if "." in name else [said]
+    assert any(re.search(r"Each ([\w']+ )?file knows .* It does not know", text) for text in texts), (
+        f"{name} does not say what it knows and what it does not"
+    )
 
 
 def test_tests_lie_as_what_they_test_does():
@@ -107,3 +113,24 @@ def test_tests_lie_as_what_they_test_does():
     assert not strange, f"there is no such folder in src: {', '.join(map(str, strange))}"
     # pytest puts the folder of a test on the path, and there a folder called vllm or llama_cpp would pass for the library.
     assert not list((TESTS / "engines").glob("*.py")), "tests of an engine go into its folder"
+
+
+def test_every_error_is_in_one_file_and_in_the_tree_that_it_opens_with():
+    drawn, path = [], []
+    for line in (
+        ast.get_docstring(ast.parse(MODULES["kveraser.errors"].read_text(encoding="utf-8")), clean=False) or ""
+    ).splitlines():
+        if found := re.fullmatch(r"    ([|+ -]*)(\w+Error)(?: \((\w+)\))?", line):
+            path = [*path[: len(found[1]) // 4], found[2]]
+            drawn.append((found[2], {*path[-2:-1], *([found[3]] if found[3] else [])} or {"Exception"}))
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+    classes = [
+        (name, node) for name, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
+    written = [
+        (name, node.name, {ast.unparse(base) for base in node.bases})
+        for name, node in classes
+        if node.name.endswith("Error")
+    ]
+    assert [name for name, *_ in written if name != "kveraser.errors"] == []
+    assert [(node, bases) for _, node, bases in written] == drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_no_imports_run_in_a_circle():
 
 def test_contributing_shows_the_rooms_in_this_order():
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    shown = text.split("## Where things are")[1].split("```")[1]
+    shown = text.split("## Where things are")[1].split("```")[1]  # the tree comes behind it
     names = [name.strip() for name in shown.replace("\n", ",").replace("<-", ",").split(",")]
     assert [name for name in names if name] == list(ROOMS[:-1])
 
@@ -134,3 +135,27 @@ def test_every_error_is_in_one_file_and_in_the_tree_that_it_opens_with():
     ]
     assert [name for name, *_ in written if name != "kveraser.errors"] == []
     assert [(node, bases) for _, node, bases in written] == drawn
+
+
+def named(document, heading, block):
+    """The first words of the lines of a block of a document, but for lines that go on."""
+    text = (TESTS.parent / document).read_text(encoding="utf-8").split(heading)[1].split("```")[2 * block + 1]
+    return [line.split()[0] for line in text.splitlines() if line and not line.startswith(" ")]
+
+
+def test_contributing_names_every_room_and_its_folders():
+    kept = (path for path in SOURCE.rglob("*") if path.is_dir() and "__pycache__" not in path.parts)
+    folders = [f"{path.relative_to(SOURCE)}/" for path in kept if any(path.iterdir())]
+    files = [path.name for path in SOURCE.glob("*.py") if path.stem in ROOMS and path.stem != "__main__"]
+    named_there = {name for name in [*folders, *files] if not name.startswith("eraser/shipped")}  # data, not modules
+    assert sorted(named("CONTRIBUTING.md", "## Where things are", 1)) == sorted(named_there)
+
+
+def test_the_readme_has_a_line_for_every_file_and_folder_of_the_root():
+    command = ["git", "-C", str(TESTS.parent), "ls-tree", "--name-only", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("this is no git repository")
+    there = {f"{name}/" if (TESTS.parent / name).is_dir() else name for name in found.stdout.split()}
+    assert set(named("README.md", "## The tree", 0)) | {"README.md"} >= there
+    assert all((TESTS.parent / name).exists() for name in named("README.md", "## The tree", 0))

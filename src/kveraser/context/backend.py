@@ -97,12 +97,12 @@ class LiveBackend(Backend):
         self,
         slots: Tensor,
         new: Tensor,
+        drawing: Drawing = GREEDY,
         *,
         max_new_tokens: int,
-        keep: Keep | None,
         min_new_tokens: int = 0,
-        drawing: Drawing = GREEDY,
         watch: Watch | None = None,
+        keep: Keep | None = None,
     ) -> list[int]:
         """Continue token by token after the new ones, or without any after the last slot's token, which runs again; the new ids.
 

@@ -19,7 +19,8 @@ from kveraser.context.chat import Message
 from kveraser.context.decoding import GREEDY, Drawing, Watch
 from kveraser.context.messages import Conversation
 from kveraser.context.session_file import Session, write_session
-from kveraser.context.text import any_text, decode, find_text, located
+from kveraser.context.talking import Talking
+from kveraser.context.text import any_text, decode, find_text
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
@@ -30,7 +31,7 @@ from kveraser.spans import Span
 What = Span | str | Iterable[Span | str]
 
 
-class LiveContext(TokenContext):
+class LiveContext(Talking, TokenContext):
     """A context that a model has read, from which spans can be taken out again.
 
     Args:
@@ -66,19 +67,8 @@ class LiveContext(TokenContext):
             span = self.append_ids(ids)
             return Span(span.start + added, span.end) if 0 < added < len(span) else span
 
-    def append_message(self, role: str, content: str, *, id: str | None = None) -> Span:
-        """Process one chat message; returns the span of its content alone (the template's markup stays out of it).
-
-        Args:
-            id: a name by which the message can be erased.
-
-        Raises:
-            ContextError: an id that is taken, no chat template, or one that is not prefix-stable.
-        """
-        with self._lock:
-            message = self._chat.new(role, content, id)
-            ids, inside = self._chat.ids_of(self._require_tokenizer(), message)
-            return self._chat.enter(message, inside.shift(self.append_ids(ids).start))
+    def _grow(self, ids: list[int]) -> Span:
+        return self.append_ids(ids)
 
     # -- erasing -------------------------------------------------------------------------------------------------
 
@@ -118,14 +108,6 @@ class LiveContext(TokenContext):
         with self._lock:
             wanted = [what] if isinstance(what, Span | str) else list(what)
             return self.readers_of([self.locate(entry) for entry in wanted])
-
-    def locate(self, what: Span | str) -> Span:
-        """The ledger span meant by a span, a message id, or a text that occurs once.
-
-        Raises:
-            SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
-        """
-        return located(what, self._chat.named, self._find)
 
     def _calibration_text(self) -> Text | None:
         tokenizer = self.tokenizer

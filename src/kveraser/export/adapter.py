@@ -26,6 +26,7 @@ from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
 from kveraser.export.source import EraserFiles
+from kveraser.export.writing import write_out
 from kveraser.files import appearing_whole, cache_folder
 from kveraser.model.fingerprint import Fingerprint
 
@@ -111,10 +112,7 @@ def _write(files: EraserFiles, file: Path, dtype: Any) -> None:
         a, b = _matrices(files, naming, module)
         writer.add_tensor(f"{naming.tensor(module)}.lora_a", a.astype(dtype))
         writer.add_tensor(f"{naming.tensor(module)}.lora_b", b.astype(dtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
 
 
 def _matrices(files: EraserFiles, naming: Naming, module: str) -> tuple[NDArray[Any], NDArray[Any]]:

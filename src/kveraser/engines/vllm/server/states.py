@@ -6,6 +6,7 @@ Knows: safetensors, checksums, layers and heads. Does not know which entries the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from kveraser.engines.vllm.server.entries import CHUNK, Entry, Part, StateFile, parts_of
+from kveraser.engines.vllm.server.entries import CHUNK, Entry, Part, StateFile
 from kveraser.errors import StoreError
 from kveraser.files import write_atomically
 
@@ -29,8 +30,10 @@ def write_states(folder: Path, first_layer: int, first_head: int, keys: Tensor, 
         write_atomically(folder / f"{place}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
 
 
-def read_states(folder: Path, entry: Entry, start: int, end: int, layers: range, heads: range) -> tuple[Tensor, Tensor]:
-    """Keys and values `(layers, tokens, kv_heads, head_dim)` of tokens `[start, end)`, on the CPU.
+def read_states(
+    folder: Path, entry: Entry, parts: Iterable[Part], layers: range, heads: range
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `(layers, tokens, kv_heads, head_dim)` of some parts of an entry, on the CPU.
 
     Args:
         folder: the entry's own.
@@ -38,7 +41,7 @@ def read_states(folder: Path, entry: Entry, start: int, end: int, layers: range,
     Raises:
         StoreError: a file is missing or damaged.
     """
-    found = [_read_part(folder, entry, part, layers, heads) for part in parts_of(entry, start, end)]
+    found = [_read_part(folder, entry, part, layers, heads) for part in parts]
     return torch.cat([keys for keys, _ in found], 1), torch.cat([values for _, values in found], 1)
 
 

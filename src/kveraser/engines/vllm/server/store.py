@@ -226,7 +226,7 @@ class EditStore:
         Raises:
             StoreError: a file is missing or damaged.
         """
-        return read_states(self.folder / entry.id, entry, start, end, layers, heads)
+        return read_states(self.folder / entry.id, entry, parts_of(entry, start, end), layers, heads)
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ help:
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
 	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
+	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work); PART=1/8: one of eight processes"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make backbones     get the Qwen backbones (1.6 GB to download, 11 GB on the disk); NAMES=: only these"
@@ -103,31 +104,46 @@ test-llama-cpp: .venv-llama-cpp/.engine
 # What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted.
 # DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.
 LIMIT ?= 12
-SHORT_LIMIT ?= 4
-LONG_LIMIT ?= 2
+CURVE_LIMIT ?= 4
 QUESTIONS ?= 100
 BACKBONE_LIMIT ?= 12
 LARGER ?= qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct
 DOCUMENTS ?= qwen2.5-coder-0.5b-instruct
+ROUNDING ?= qwen2.5-coder-1.5b-instruct
+ROUNDING_LIMIT ?= 24
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 results: $(STAMP)
-	$(EVAL) --limit $(SHORT_LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short
+	$(EVAL) --limit $(LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short
 	$(EVAL) --limit $(LIMIT) --lengths 1024 $(TASKS:%=-t %) --output $(RESULTS)/tasks
-	$(EVAL) --limit $(LONG_LIMIT) --lengths 4096 $(TASKS:%=-t %) --output $(RESULTS)/long
-	$(EVAL) --limit $(LONG_LIMIT) --lengths 1024 --tokens 16 --tokens 64 --tokens 256 $(TASKS:%=-t %) --output $(RESULTS)/curve
+	$(EVAL) --limit $(LIMIT) --lengths 4096 $(TASKS:%=-t %) --output $(RESULTS)/long
+	$(EVAL) --limit $(CURVE_LIMIT) --lengths 1024 --tokens 16 --tokens 32 --tokens 64 --tokens 128 --tokens 256 $(TASKS:%=-t %) --output $(RESULTS)/curve
 	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
 	@set -e; for name in $(LARGER); do test -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$$name" || continue; \
 		$(EVAL) --model $$name --limit $(BACKBONE_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa --output $(RESULTS)/$$name; done
+	$(if $(filter $(ROUNDING),$(LARGER)),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(ROUNDING)" || \
+		$(EVAL) --model $(ROUNDING) --dtype bf16 --limit $(ROUNDING_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa \
+		--output $(RESULTS)/$(ROUNDING)-bf16)
 	$(if $(DATA),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(DOCUMENTS)" || $(EVAL) --model $(DOCUMENTS) \
 		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
 	$(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER))
 	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents) $(RESULTS) $(PAGES))
+
+# The claim that answers are those of full recomputation from 1K to 32K tokens: five tasks in chat form, examples by length. Work for a GPU;
+# several processes share it with PART=1/8 and so on, and the command without PART then makes the tables.
+IN_DOMAIN = tool-observation needle-multikey derived-direct needle preference
+EXAMPLES ?= 1024:100:in-domain-1k 4096:20:in-domain-4k 8192:10:in-domain-8k 32000:3:in-domain-32k
+RIVALS = no-erase full-recompute erratum delete-and-shift local-suffix-repair:tokens=64 attention-guided-repair kveraser
+.PHONY: in-domain
+in-domain: $(STAMP)
+	@set -e; for each in $(EXAMPLES); do set -- $$(echo $$each | tr : ' '); \
+		$(EVAL) --model $(DOCUMENTS) --chat --limit $$2 --lengths $$1 $(IN_DOMAIN:%=-t %) $(RIVALS:%=-M %) --output $(RESULTS)/$$3 \
+		$(if $(PART),--part $(PART)); done
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench

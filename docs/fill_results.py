@@ -3,8 +3,8 @@
 A table, or a number within a sentence, stands between two marks, `<!-- results FOLDER TABLE [ARGUMENT] -->` and
 `<!-- /results -->`; the text around it is written by hand. FOLDER is below the results folder (`A+B`: the rows of both), TABLE
 one of `TABLES` below. For tables the argument is a length in tokens; without it there is a table for every length.
-`overview` is a row for every method, a pair of columns for every folder; `kl` and `count` are numbers for sentences: of a method, and how
-many examples there are.
+`overview` is a row for every method, a pair of columns for every folder; `answers` a row for every method, columns for every length; `kl`, `em`, `f1`,
+`leak` and `count` are numbers for sentences: of a method, and how many examples there are.
 
 Usage: python docs/fill_results.py [--kept FOLDER]... RESULTS PAGE...
 """
@@ -109,9 +109,20 @@ def overview(folders: dict[str, list[Row]]) -> str:
     return markdown_table(["KL after / cached", *columns], body)
 
 
-def kl(rows: Sequence[Row], method: str) -> str:
-    """KL of one method over the tasks, after / cached, at the only length."""
-    return both(rows, OVERALL, max(row.length for row in rows), method, KL.name, 4)
+def answers(rows: Sequence[Row]) -> str:
+    """Exact match and leaks of every method at every length, after / cached."""
+    lengths = sorted({row.length for row in rows})
+    shown = [(metric, title, n) for metric, title in (("exact_match", "EM"), ("leaked", "leak")) for n in lengths]
+    names = list(dict.fromkeys(name for length in lengths for name in methods(rows, length)))
+    body = [[f"`{name}`", *(both(rows, OVERALL, n, name, metric, 2) for metric, _, n in shown)] for name in names]
+    counted = ["examples", *(count([row for row in rows if row.length == n]) for _, _, n in shown)]
+    return markdown_table(["after / cached", *(f"{title} at {n}" for _, title, n in shown)], [*body, counted])
+
+
+def number(rows: Sequence[Row], name: str, method: str) -> str:
+    """A metric of one method over the tasks, after / cached, at the only length."""
+    metric, digits = NUMBERS[name]
+    return both(rows, OVERALL, max(row.length for row in rows), method, metric, digits)
 
 
 def count(rows: Sequence[Row]) -> str:
@@ -132,8 +143,9 @@ def same_answers(document: dict[str, Any], method: str) -> str:
 
 
 PER_LENGTH: dict[str, Callable[[Sequence[Row], int], str]] = {"means": means, "tasks": by_task, "full": full}
-IN_SENTENCES = ("kl", "count", "same")
-TABLES = (*PER_LENGTH, "made", "lengths", "columns", "latency", "overview", *IN_SENTENCES)
+NUMBERS = {"kl": (KL.name, 4), "em": ("exact_match", 2), "f1": ("f1", 2), "leak": ("leaked", 2)}
+IN_SENTENCES = (*NUMBERS, "count", "same")
+TABLES = (*PER_LENGTH, "made", "lengths", "columns", "latency", "overview", "answers", *IN_SENTENCES)
 
 
 def table(documents: dict[str, dict[str, Any]], name: str, argument: str | None, kept: bool) -> str:
@@ -154,8 +166,10 @@ def table(documents: dict[str, dict[str, Any]], name: str, argument: str | None,
         return overview({documents[folder]["options"]["model"]: found for folder, found in by_folder.items()})
     if name == "lengths":
         return by_length(rows)
-    if name == "kl":
-        return kl(rows, argument or "kveraser")
+    if name == "answers":
+        return answers(rows)
+    if name in NUMBERS:
+        return number(rows, name, argument or "kveraser")
     if name == "count":
         return count(rows)
     if name not in PER_LENGTH:

@@ -94,7 +94,7 @@ def test_the_tiny_preset_learns_to_erase_on_the_real_model(tmp_path, smollm):
     model, tokenizer = smollm
     eraser = kv.KVEraser.from_pretrained(tmp_path / "out" / "eraser", model)
     methods = (as_method("no-erase"), as_method("kveraser"))
-    options = EvalOptions(("needle", "preference"), (192,), PROTOCOLS, methods, limit=3)
+    options = EvalOptions(("needle", "preference"), (128,), PROTOCOLS, methods, limit=3, max_new_tokens=8)
     filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     records = []
     evaluate(model, tokenizer, eraser, options, draw(options, filler), records.append)

@@ -29,9 +29,9 @@ from kveraser.cache import (
 )
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
-from kveraser.interrupts import uninterrupted
-from kveraser.methods import Edit, EraseMethod, EraseReceipt, Undo, as_method, put_back, transact
+from kveraser.methods import Edit, EraseMethod, EraseReceipt, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
+from kveraser.methods.undo import put_back_on_failure
 from kveraser.model.view import as_batch, causal_lm
 from kveraser.readers import Scene, Text
 from kveraser.spans import Span, merge_spans
@@ -280,15 +280,10 @@ def restore(
     tokens = _tokens(cache, token_ids, attention_mask, None, length)
     _check_vocabulary(model, tokens)
     backend.check_rounding()
-    saved = Undo.take(backend, marks, receipt.undo.layout_from, receipt.undo.kept)
-    try:
+    with put_back_on_failure(backend, marks, receipt.undo.layout_from, receipt.undo.kept):
         put_back(backend, receipt)
         backend.crop(receipt.undo.length)
         extend(model, cache, tokens)
-    except BaseException:
-        with uninterrupted():
-            saved.put_back(backend)
-        raise
     return later
 
 

@@ -22,6 +22,7 @@ from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo, put_back
 from kveraser.methods.putting_back import check_put_back, stale_from
+from kveraser.methods.undo import put_back_on_failure
 from kveraser.spans import Span, SpanLedger, gaps, union_spans
 
 
@@ -80,16 +81,11 @@ class Restoring(ContextState):
                 recomputed = self._restore_by_recomputing(record)
                 return RestoreReport(False, self.exact, recomputed, self._since(started))
             tail = self._slots.view[mark.length_after :].clone()
-            saved = Undo.take(backend, marks, undo.layout_from, undo.kept)
-            try:
+            with put_back_on_failure(backend, marks, undo.layout_from, undo.kept):
                 put_back(backend, whole)
                 if len(tail):
                     backend.crop(undo.length)
                     backend.extend(self._tokens_of([*self._ids_of_slots_before(record), *tail.tolist()]))
-            except BaseException:
-                with uninterrupted():
-                    saved.put_back(backend)
-                raise
             with uninterrupted():
                 self._unmark(record)
                 self._rebuild_slots()
@@ -122,18 +118,13 @@ class Restoring(ContextState):
             for run in _outside(hidden, Span(max(span.start, first), span.end))
         ]
         touched = union_spans((*undo.kept, *again))
-        saved = Undo.take(backend, marks, backend.length, touched)
         ledger = self._ledger_without(record)
-        try:
+        with put_back_on_failure(backend, marks, backend.length, touched):
             backend.put_all([(part, undo.states_of(part)) for _, part, _ in kept if part is not None])
             if again:
                 slots = slots_of(again, self.device)
                 sees = slots_of(gaps(hidden, backend.length), self.device)
                 backend.rewrite(self._tokens_of(self._slot_ids(ledger)), (), [Repair(slots, sees, hidden)])
-        except BaseException:
-            with uninterrupted():
-                saved.put_back(backend)
-            raise
         with uninterrupted():
             for _, _, part in kept:
                 if part is not None:
@@ -187,14 +178,9 @@ class Restoring(ContextState):
                 f"the context with {record.receipt.span} in it would have {len(ids)} tokens, and has room for "
                 f"{backend.capacity}; erase something else first"
             )
-        saved = Undo.take(backend, marks, start)
-        try:
+        with put_back_on_failure(backend, marks, start):
             backend.crop(start)
             backend.extend(self._tokens_of(ids))
-        except BaseException:
-            with uninterrupted():
-                saved.put_back(backend)
-            raise
         with uninterrupted():
             self._records.pop(record.receipt.id)
             self._became_exact(ledger)

@@ -21,10 +21,12 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from kveraser.eraser import EraserConfig
+from kveraser.eraser.adapter_files import CONFIG
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
-from kveraser.export.source import LORA_CONFIG, EraserFiles
+from kveraser.export.source import EraserFiles
+from kveraser.export.writing import write_out
 from kveraser.files import appearing_whole, cache_folder
 from kveraser.model.fingerprint import Fingerprint
 
@@ -81,7 +83,7 @@ def exported_gguf(folder: Path) -> GgufEraser:
         EraserMismatchError: the folder holds no eraser, or a damaged one.
     """
     files = EraserFiles.read(folder)
-    texts = [(folder / name).read_bytes() for name in (FILE_NAME, LORA_CONFIG)]
+    texts = [(folder / name).read_bytes() for name in (FILE_NAME, CONFIG)]
     key = hashlib.sha256(b"\0".join([files.sha256.encode(), *texts])).hexdigest()
     file = cache_folder() / "gguf-erasers" / f"{key[:16]}.gguf"
     if file.exists():
@@ -110,10 +112,7 @@ def _write(files: EraserFiles, file: Path, dtype: Any) -> None:
         a, b = _matrices(files, naming, module)
         writer.add_tensor(f"{naming.tensor(module)}.lora_a", a.astype(dtype))
         writer.add_tensor(f"{naming.tensor(module)}.lora_b", b.astype(dtype))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
 
 
 def _matrices(files: EraserFiles, naming: Naming, module: str) -> tuple[NDArray[Any], NDArray[Any]]:

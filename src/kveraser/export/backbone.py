@@ -17,6 +17,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantiz
 
 from kveraser.errors import BackboneError
 from kveraser.export.adapter import FloatType
+from kveraser.export.writing import write_out
 from kveraser.files import appearing_whole
 
 _FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16}
@@ -62,8 +63,5 @@ def _write(reader: GGUFReader, file: Path, dtype: FloatType) -> int:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         narrow = dtype == "f16" and len(shape) > 1
         writer.add_tensor(tensor.name, values.reshape(shape).astype(np.float16 if narrow else np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_out(writer)
     return len(reader.tensors)

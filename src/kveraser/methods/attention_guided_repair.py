@@ -12,15 +12,14 @@ from typing import ClassVar
 import torch
 
 from kveraser.cache import Can
-from kveraser.errors import OptionError
-from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.base import Edit, Outcome, Plan
 from kveraser.methods.choosing import Wish, choose_readers
-from kveraser.methods.delete_and_shift import moving_plan
+from kveraser.methods.moving import MovingRepair, mended_from
 from kveraser.spans import Span
 
 
 @dataclass(frozen=True)
-class AttentionGuidedRepair(EraseMethod):
+class AttentionGuidedRepair(MovingRepair):
     """Drop the spans, close the gaps and recompute the `tokens` live tokens per span that have read the spans most.
 
     With `keys=None` and at least the whole suffix it equals `full-recompute` and is exact.
@@ -39,20 +38,16 @@ class AttentionGuidedRepair(EraseMethod):
     summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
     needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
     timed: ClassVar[bool] = False
-    moves_keys: ClassVar[bool] = True
-    budget_option: ClassVar[str | None] = "tokens"
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
+        self.check_tokens(self.tokens)
         self._wish()
 
     def _wish(self) -> Wish:
         return Wish(self.tokens, self.coverage, self.block, self.keys)
 
     def plan(self, edit: Edit) -> Plan:
-        plan = moving_plan(edit)
-        return replace(plan, choice=choose_readers(edit, self._wish(), edit.find_eraser().calibration))
+        return replace(super().plan(edit), choice=choose_readers(edit, self._wish(), edit.find_eraser().calibration))
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         choice, start = plan.choice, plan.layout_from
@@ -63,8 +58,7 @@ class AttentionGuidedRepair(EraseMethod):
         suffix = Span(edit.spans[0].start, tokens.length)
         if len(choice.slots) == len(suffix) and len(choice.sees) == len(edit.kept):  # nothing is left out
             written += edit.backend.recompute(tokens, suffix)
-            if marks.approximate_from == start:
-                marks = replace(marks, approximate_from=None)
+            marks = mended_from(marks, start)
         else:
             keep = torch.ones(edit.length, dtype=torch.long, device=tokens.ids.device)
             for span in edit.spans:

@@ -9,30 +9,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kveraser.cache import Can
-from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-
-
-def moving_plan(edit: Edit) -> Plan:
-    """The plan of a method that lets what follows the first span move up.
-
-    Raises:
-        UnsupportedCacheError, OptionError: keys that cannot be moved.
-    """
-    edit.backend.check_movable()
-    return Plan(edit.backend.moves_from(edit.spans[0].start))
+from kveraser.methods.base import Edit, Outcome, Plan
+from kveraser.methods.moving import Moving
 
 
 @dataclass(frozen=True)
-class DeleteAndShift(EraseMethod):
+class DeleteAndShift(Moving):
     """Remove the span's keys and values and close the gap. The approximate baseline of the paper (arXiv 2606.17034)."""
 
     name: ClassVar[str] = "delete-and-shift"
     summary: ClassVar[str] = "drop the span's states, re-rotate the suffix keys"
     needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE})
-    moves_keys: ClassVar[bool] = True
-
-    def plan(self, edit: Edit) -> Plan:
-        return moving_plan(edit)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         _, written = edit.backend.delete(edit.tokens, edit.spans)

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kveraser.cache import Can
-from kveraser.errors import OptionError
-from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.methods.delete_and_shift import moving_plan
+from kveraser.methods.base import Edit, Outcome, Plan
+from kveraser.methods.moving import MovingRepair
 from kveraser.spans import merge_spans, remap
 
 
 @dataclass(frozen=True)
-class LocalSuffixRepair(EraseMethod):
+class LocalSuffixRepair(MovingRepair):
     """Drop the spans, close the gaps and recompute the first `tokens` live tokens behind each span.
 
     With `tokens` at least the length of the suffix it equals `full-recompute` and is exact.
@@ -28,15 +27,9 @@ class LocalSuffixRepair(EraseMethod):
     name: ClassVar[str] = "local-suffix-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the next 32 tokens"
     needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE, Can.RECOMPUTE})
-    moves_keys: ClassVar[bool] = True
-    budget_option: ClassVar[str | None] = "tokens"
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
-
-    def plan(self, edit: Edit) -> Plan:
-        return moving_plan(edit)
+        self.check_tokens(self.tokens)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         repaired = merge_spans((remap(run, edit.spans) for run in edit.runs_behind(self.tokens)), edit.length)

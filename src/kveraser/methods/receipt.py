@@ -18,8 +18,19 @@ from kveraser.spans import Span, gaps
 Ids = TypeVar("Ids", Tensor, list[int], list[list[int]])
 
 
+class OfSpans:
+    """What has to do with erased `spans`."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def span(self) -> Span:
+        """The erased span; with several, the range from the first to the last."""
+        return Span(self.spans[0].start, self.spans[-1].end)
+
+
 @dataclass(frozen=True)
-class EraseReceipt:
+class EraseReceipt(OfSpans):
     """What an erase did, and what is needed to undo it.
 
     Attributes:
@@ -58,11 +69,6 @@ class EraseReceipt:
     stand_ins: tuple[tuple[Span, int], ...] = field(default=(), repr=False)
     id: str = field(default_factory=lambda: uuid.uuid4().hex, repr=False)
     undo: Undo | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def span(self) -> Span:
-        """The erased span; with several, the range from the first to the last."""
-        return Span(self.spans[0].start, self.spans[-1].end)
 
     def token_ids(self, token_ids: Ids) -> Ids:
         """The ids that go with the cache now, from the ids that went with it before the edit.

@@ -9,7 +9,7 @@ which its fellow selected tokens are already new. Finding them costs one layer o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from kveraser.cache import Can, Repair, Tokens
 from kveraser.errors import OptionError
-from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
-from kveraser.methods.delete_and_shift import moving_plan
+from kveraser.methods.base import Edit, Outcome, Plan
+from kveraser.methods.moving import MovingRepair, mended_from
 from kveraser.spans import Span, gaps
 
 
 @dataclass(frozen=True)
-class SelectiveRecompute(EraseMethod):
+class SelectiveRecompute(MovingRepair):
     """Drop the spans, close the gaps and recompute the suffix tokens that deviate most in layer 1.
 
     The last token is always among them. With `ratio=1` it equals `full-recompute` and is exact.
@@ -40,17 +40,12 @@ class SelectiveRecompute(EraseMethod):
     summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
     needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
     timed: ClassVar[bool] = False
-    moves_keys: ClassVar[bool] = True
-    budget_option: ClassVar[str | None] = "tokens"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise OptionError(f"ratio={self.ratio} must be above 0 and at most 1")
-        if self.tokens is not None and self.tokens < 1:
-            raise OptionError(f"tokens={self.tokens} must be at least 1; use delete-and-shift to recompute nothing")
-
-    def plan(self, edit: Edit) -> Plan:
-        return moving_plan(edit)
+        if self.tokens is not None:
+            self.check_tokens(self.tokens)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = edit.spans[0].start
@@ -64,8 +59,7 @@ class SelectiveRecompute(EraseMethod):
         marks = left.contaminated(plan.layout_from)
         if count == len(suffix):
             written += edit.backend.recompute(tokens, suffix)
-            if marks.approximate_from == start:
-                marks = replace(marks, approximate_from=None)
+            marks = mended_from(marks, start)
         else:
             chosen = self._choose(edit, tokens, suffix, live, count).to(tokens.ids.device)
             seen = [torch.arange(run.start, run.end) for run in gaps(left.steered_spans, suffix.end)]

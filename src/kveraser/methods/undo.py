@@ -5,10 +5,12 @@ Knows: backends, slots, marks. Does not know what the edit was, or when undoing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kveraser.cache import Backend, Kept, Marks
+from kveraser.interrupts import uninterrupted
 from kveraser.spans import Span, gaps
 
 
@@ -70,3 +72,21 @@ class Undo:
         for _, states in self.regions:
             states.clear()
         self.regions, self.cleared = [], True
+
+
+@contextmanager
+def put_back_on_failure(
+    backend: Backend, marks: Marks, layout_from: int, in_place: Sequence[Span] = ()
+) -> Iterator[None]:
+    """Bring the cache back to what it was if the block fails or is interrupted.
+
+    Args:
+        layout_from, in_place: as of `Undo.take`, what the block may change.
+    """
+    saved = Undo.take(backend, marks, layout_from, in_place)
+    try:
+        yield
+    except BaseException:
+        with uninterrupted():
+            saved.put_back(backend)
+        raise

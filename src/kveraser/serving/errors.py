@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from kveraser.errors import (
+    ApiError,
     ContextLengthError,
     JobCancelledError,
     JobTimeoutError,
@@ -34,14 +35,6 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 _NO_RETRY = {
     "x-should-retry": "false"
 }  # OpenAI's clients try again by themselves unless they are told that it is of no use
-
-
-class ApiError(Exception):
-    """An error with the status it is answered with."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, object]:
@@ -105,7 +98,7 @@ def install_handlers(app: FastAPI) -> None:
         param, message = explain(error.errors(), error.body)
         return _response(400, message, "invalid_value", param)
 
-    for kind in (ApiError, KVEraserError, Exception):
+    for kind in (KVEraserError, Exception):
         app.add_exception_handler(kind, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)

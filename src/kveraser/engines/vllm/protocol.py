@@ -28,8 +28,18 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _NAMES = {"edit", "load", "compose", "save", "drop", "about"}
 
 
+class _Stretch:
+    """`[start, end)` of something."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
 @dataclass(frozen=True)
-class Piece:
+class Piece(_Stretch):
     """States `[start, end)` of an entry, with keys moved by `move` positions."""
 
     entry: str
@@ -37,24 +47,18 @@ class Piece:
     end: int
     move: int = 0
 
-    def __len__(self) -> int:
-        return self.end - self.start
-
     def cut(self, start: int, end: int) -> Piece:
         """The states `[start, end)` of the piece, counted from its own beginning."""
         return Piece(self.entry, self.start + start, self.start + end, self.move)
 
 
 @dataclass(frozen=True)
-class Save:
+class Save(_Stretch):
     """Positions `[start, end)` of a prompt whose states are to be kept, with keys moved by `move` positions."""
 
     start: int
     end: int
     move: int = 0
-
-    def __len__(self) -> int:
-        return self.end - self.start
 
 
 @dataclass(frozen=True)

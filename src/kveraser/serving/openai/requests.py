@@ -10,9 +10,8 @@ from contextlib import contextmanager
 
 from jinja2 import TemplateError
 
-from kveraser.errors import ContextLengthError
+from kveraser.errors import ApiError, ContextLengthError
 from kveraser.serving.completion import Prompt
-from kveraser.serving.errors import ApiError
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
 from kveraser.serving.service import Service
 

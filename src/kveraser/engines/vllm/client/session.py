@@ -16,11 +16,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kveraser.cache import Window
 from kveraser.context.chat import Message
 from kveraser.context.messages import Conversation
-from kveraser.context.text import decode, find_text, located
+from kveraser.context.talking import Talking
+from kveraser.context.text import decode, find_text
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
 from kveraser.engines.vllm.protocol import Demand
 from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
+from kveraser.methods.receipt import OfSpans
 from kveraser.spans import Span, SpanLedger, merge_spans
 
 What = Span | str | Iterable[Span | str]
@@ -29,7 +31,7 @@ _PROBE = "The café's 3rd door:\n\t{x} = 1,024"
 
 
 @dataclass(frozen=True)
-class VLLMReceipt:
+class VLLMReceipt(OfSpans):
     """What an erase did.
 
     Attributes:
@@ -48,13 +50,8 @@ class VLLMReceipt:
     _before: State | None = field(default=None, repr=False, compare=False)
     _length: int = field(default=0, repr=False)
 
-    @property
-    def span(self) -> Span:
-        """The erased span; with several, the range from the first to the last."""
-        return Span(self.spans[0].start, self.spans[-1].end)
 
-
-class VLLMSession:
+class VLLMSession(Talking):
     """A context on a vLLM server that runs with our connector (see `kveraser.engines.vllm.server.launch`).
 
     Args:
@@ -129,19 +126,11 @@ class VLLMSession:
             self._state = State((*state.ids, *ids), ledger, state.edit)
             return span
 
-    def append_message(self, role: str, content: str, *, id: str | None = None) -> Span:
-        """Put one chat message behind the context; returns the span of its content alone.
+    def _grow(self, ids: list[int]) -> Span:
+        return self.append(ids)
 
-        Args:
-            id: a name by which the message can be erased.
-
-        Raises:
-            ContextError: no content, an id that is taken, or a chat template that is not prefix-stable.
-        """
-        with self._lock:
-            message = self._chat.new(role, content, id)
-            ids, inside = self._chat.ids_of(self.tokenizer, message)
-            return self._chat.enter(message, inside.shift(self.append(ids).start))
+    def _require_tokenizer(self) -> Any:
+        return self.tokenizer
 
     # -- erasing -------------------------------------------------------------------------------------------------
 
@@ -202,14 +191,6 @@ class VLLMSession:
                 ledger.append(added)
             later = now.ids[len(now.ids) - added :] if added else ()
             self._state, self._last = State((*before.ids, *later), ledger, before.edit), None
-
-    def locate(self, what: Span | str) -> Span:
-        """The ledger span meant by a span, a message id, or a text that occurs once.
-
-        Raises:
-            SpanError: neither a message id nor a text in the context, or a text that occurs more than once.
-        """
-        return located(what, self._chat.named, self._find)
 
     # -- reading -------------------------------------------------------------------------------------------------
 

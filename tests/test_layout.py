@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import kveraser
+from kveraser.files import disk
 
 SOURCE = Path(kveraser.__file__).parent
 ROOMS = ("errors", "interrupts", "files", "extensions", "spans", "model", "cache", "readers", "eraser", "methods", "edit", "context",
@@ -98,3 +99,26 @@ def test_every_module_of_the_server_says_what_it_knows_and_what_it_does_not(name
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_begins_with_what_it_is(name):
     assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+
+
+FILES = [name for name in MODULES if name.startswith(("kveraser.context", "kveraser.files", "kveraser.serving.contexts"))
+         and name != "kveraser.files.disk"]  # fmt: skip
+CHANGES = ("unlink", "rmdir", "mkdir", "write_bytes", "write_text", "touch", "chmod", "fchmod", "rename", "link", "fsync", "ftruncate",
+           "symlink_to", "hardlink_to", "rmtree")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_sessions_are_changed_by_the_steps_that_tests_can_stop_at_and_nowhere_else(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = {call.attr for call in called if isinstance(call, ast.Attribute)}
+    assert not named & set(CHANGES)
+    on_os = {
+        ast.unparse(call)
+        for call in called
+        if ast.unparse(call) in ("os.replace", "os.write", "os.open", "open", "os.remove")
+    }
+    assert on_os <= ({"os.open"} if name == "kveraser.files.keys" else set())  # to read one that cannot be changed
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == disk.__name__ for node in ast.walk(tree)), (
+        "by the module's name"
+    )

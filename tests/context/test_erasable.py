@@ -10,6 +10,7 @@ import torch
 
 import kveraser as kv
 from conftest import same
+from files_helpers import readable_bytes
 from kinds import EVERY_KIND
 
 pytestmark = pytest.mark.parametrize("kind", EVERY_KIND)
@@ -216,27 +217,36 @@ def test_an_empty_context_can_be_saved_and_loaded(kind, tmp_path):
     assert loaded.append("the code")
 
 
-def _states_file(folder):
-    return next(file for file in folder.iterdir() if file.name != "session.json")
+def _change(file, change):
+    file.write_bytes(change(file.read_bytes()))
 
 
-def _edit_index(folder, change):
-    data = json.loads((folder / "session.json").read_text())
-    change(data)
-    (folder / "session.json").write_text(json.dumps(data))
+def _head(change):
+    """Changes the line of a saved session that anybody can read."""
+
+    def changed(data):
+        line, _, rest = data.partition(b"\n")
+        head = json.loads(line)
+        change(head)
+        return json.dumps(head).encode() + b"\n" + rest
+
+    return lambda folder: _change(folder / "session.kveraser", changed)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: _states_file(f).write_bytes(_states_file(f).read_bytes()[:-10]), "truncated or altered"),
-        (lambda f: _states_file(f).write_bytes(_states_file(f).read_bytes()[:-1] + b"x"), "truncated or altered"),
-        (lambda f: _states_file(f).unlink(), "is missing"),
-        (lambda f: (f / "session.json").unlink(), "is missing"),
-        (lambda f: (f / "session.json").write_text("{"), "cannot be read"),
-        (lambda f: _edit_index(f, lambda d: d["session"].update(length=1)), "was altered"),
-        (lambda f: _edit_index(f, lambda d: d.update(format=99)), "format 99"),
-        (lambda f: _edit_index(f, lambda d: d.pop("session")), "cannot be read"),
+        (lambda f: _change(f / "session.kveraser", lambda d: d[:-10]), "truncated or altered"),
+        (lambda f: _change(f / "session.kveraser", lambda d: d[:-1] + bytes([d[-1] ^ 1])), "truncated or altered"),
+        (lambda f: _change(f / "session.kveraser", lambda d: d + b"x"), "altered"),
+        (lambda f: (f / "session.kveraser").unlink(), "session.kveraser is missing"),
+        (lambda f: (f / "session.key").unlink(), "session.key is missing"),
+        (lambda f: _change(f / "session.key", lambda d: bytes(len(d))), "key .* is not in"),
+        (lambda f: _change(f / "session.kveraser", lambda d: b"{"), "cannot be read"),
+        (_head(lambda d: d.update(parts=[5, 5])), "truncated or altered"),
+        (_head(lambda d: d.update(more=1)), "truncated or altered"),
+        (_head(lambda d: d.update(format=99)), "format 99"),
+        (_head(lambda d: d.pop("salt")), "cannot be read"),
     ],
 )
 def test_a_damaged_session_is_refused_by_name(kind, tmp_path, damage, words):
@@ -250,12 +260,11 @@ def test_a_save_that_fails_leaves_the_old_session_readable(kind, tmp_path, monke
     ctx = session(kind, tmp_path)
     text = ctx.text
     ctx.append_message("user", "more")
-    import kveraser.files
 
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(kveraser.files.os, "fsync", full)
+    monkeypatch.setattr("kveraser.files.disk.sync", full)
     with pytest.raises(OSError, match="no space"):
         ctx.save(tmp_path / "s")
     monkeypatch.undo()
@@ -291,7 +300,7 @@ def test_after_a_purge_nothing_of_the_span_is_left_in_the_object_or_its_files(ki
     receipt = ctx.erase("secret", method)
     steered = kind.of_slots(ctx, span) if method == "kveraser" else []
     ctx.save(tmp_path / "s")
-    assert SECRET in (tmp_path / "s" / "session.json").read_text()
+    assert SECRET.encode() in readable_bytes((tmp_path / "s").iterdir())
     undo = held.undo
     ctx.purge(receipt)
 
@@ -307,7 +316,8 @@ def test_after_a_purge_nothing_of_the_span_is_left_in_the_object_or_its_files(ki
         if isinstance(item, torch.Tensor) and item.ndim and item.is_floating_point():
             assert not kind.holds(item, cached)
             assert not kind.holds(item, steered)
-    written = b"".join(file.read_bytes() for file in sorted((tmp_path / "s").iterdir()))
+    written = readable_bytes((tmp_path / "s").iterdir())
+    assert b"hello there" in written
     assert SECRET.encode() not in written
     for old in kind.in_files(cached):
         assert old not in written

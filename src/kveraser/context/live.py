@@ -15,7 +15,8 @@ from torch import Tensor
 from kveraser.context.backend import LiveBackend
 from kveraser.context.chat import Message
 from kveraser.context.messages import Conversation
-from kveraser.context.session_file import Session, write_session
+from kveraser.context.session import Session
+from kveraser.context.session_folder import Version, check_purge, purge_session, read_session, write_session
 from kveraser.context.text import any_text, decode, find_text, located
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
@@ -43,7 +44,8 @@ class LiveContext(TokenContext):
     def _begin(self) -> None:
         super()._begin()
         self._chat = Conversation()
-        self._folders: set[Path] = set()
+        self._folders: dict[Path, Version] = {}
+        self._to_purge: set[Path] = set()
 
     # -- growing -------------------------------------------------------------------------------------------------
 
@@ -219,26 +221,61 @@ class LiveContext(TokenContext):
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Write the context to a folder (safetensors and JSON), whole or not at all; an older one there is replaced.
+        """Write the context to a folder, whole or not at all; another session there is replaced, and cannot be read any more.
 
-        What `restore` would need bit-exactly is not saved: a loaded context restores by recomputing.
+        It is encrypted with a key that is kept beside it: whoever can read the folder can read the session, until a purge
+        overwrites the key of all that was written before. What `restore` would need bit-exactly is not saved: a loaded context
+        restores by recomputing.
+
+        Raises:
+            SessionFileError: the path is a file.
         """
         with self._lock:
             target = Path(folder)
-            write_session(target, Session.of(self, self._chat))
-            self._folders.add(target.resolve())
+            known = target.resolve()
+            version = write_session(
+                target, Session.of(self, self._chat), self._folders.get(known), renew=known in self._to_purge
+            )
+            self._folders[known] = version
+            self._to_purge.discard(known)
             return target
 
-    def _install(self, session: Session, folder: str | PathLike[str]) -> None:
+    def _read(self, folder: str | PathLike[str]) -> None:
+        """Fill this empty context with the session in a folder."""
+        self._install(*read_session(Path(folder), self.backend.stored_as), folder)
+
+    def _install(self, session: Session, version: Version, folder: str | PathLike[str]) -> None:
         """Put a session that was read from a folder into this empty context."""
         self._chat = session.install(self, str(folder))
-        self._folders.add(Path(folder).resolve())
+        self._folders[Path(folder).resolve()] = version
+
+    def _check_forget(self) -> None:
+        for folder, version in self._folders.items():
+            check_purge(folder, version)
 
     def _forget(self, spans: tuple[Span, ...]) -> None:
         self._chat.forget(spans)
-        for folder in self._folders:
-            if folder.exists():
-                write_session(folder, Session.of(self, self._chat), overwrite=True)
+        self._to_purge |= set(self._folders)
+
+    def _forget_files(self) -> bool:
+        if not self._to_purge:
+            return False
+        session = Session.of(self, self._chat)
+        failed: Exception | None = None
+        for folder in sorted(self._to_purge):
+            try:
+                version = purge_session(folder, session, self._folders[folder])
+            except Exception as error:  # the others shall be purged all the same
+                failed = error
+                continue
+            self._to_purge.discard(folder)
+            if version is None:
+                del self._folders[folder]
+            else:
+                self._folders[folder] = version
+        if failed is not None:
+            raise failed
+        return True
 
     # -- tokenizer -----------------------------------------------------------------------------------------------
 

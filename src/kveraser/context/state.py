@@ -66,7 +66,7 @@ class ContextState:
         self._ledger = SpanLedger()
         self._ids = IdBuffer()
         self._slots = IdBuffer(device=self.device)
-        self._records: dict[str, EditRecord] = {}
+        self._records: dict[str, EditRecord] = {}  # replaced, not changed: other threads may be looking
         self._repair: Repair | None = None
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -155,6 +155,12 @@ class ContextState:
         return None
 
     # -- records
+
+    def _enter_record(self, record: EditRecord) -> None:
+        self._records = {**self._records, record.receipt.id: record}
+
+    def _drop_record(self, record: EditRecord) -> None:
+        self._records = {name: known for name, known in self._records.items() if known is not record}
 
     def _record(self, receipt: EraseReceipt) -> EditRecord:
         record = self._records.get(receipt.id)

@@ -36,7 +36,8 @@ def test_erasing_by_text_takes_the_one_place_of_it(kind):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("the", r"occurs 3 times, at \["), ("red", "not in the context"), ("", "empty")]
+    ("text", "words"),
+    [("the", "occurs more than once"), ("red", "not in the context"), ("", "empty")],
 )
 def test_a_text_not_found_once_is_refused_and_nothing_changes(kind, text, words):
     ctx = kind.text_context()
@@ -47,11 +48,29 @@ def test_a_text_not_found_once_is_refused_and_nothing_changes(kind, text, words)
     assert same(kind.states(ctx), before)
 
 
-def test_something_that_is_neither_span_nor_text_is_refused(kind):
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [([5], "int 5"), (5, "int 5"), (None, "NoneType None"), ((3, 7), r"int 3\. Write kv.Span"), (3.5, "float 3.5"),
+     ([(3, 7)], r"\(3, 7\)"), ([], "no span")],
+)  # fmt: skip
+def test_something_that_is_neither_span_nor_text_is_refused_with_its_value_and_nothing_changes(kind, what, words):
     ctx = kind.text_context()
-    ctx.append("the code")
-    with pytest.raises(kv.SpanError, match="int 5"):
-        ctx.erase([5])
+    ctx.append("the code of the door")
+    before = kind.states(ctx)
+    for call in (ctx.erase, ctx.readers):
+        with pytest.raises(kv.SpanError, match=words):
+            call(what)
+    assert same(kind.states(ctx), before)
+    assert ctx.receipts == ()
+
+
+@pytest.mark.parametrize("receipt", [None, "x", 5])
+def test_something_that_is_no_receipt_is_refused(kind, receipt):
+    ctx = kind.text_context()
+    ctx.append("the code of the door")
+    for call in (ctx.restore, ctx.purge):
+        with pytest.raises(kv.RestoreError, match=f"got {receipt!r}"):
+            call(receipt)
 
 
 def test_messages_are_rendered_as_the_template_does_and_found_by_id(kind):

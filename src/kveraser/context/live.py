@@ -17,7 +17,7 @@ from kveraser.context.chat import Message
 from kveraser.context.messages import Conversation
 from kveraser.context.session import Session
 from kveraser.context.session_folder import Version, check_purge, purge_session, read_session, write_session
-from kveraser.context.text import any_text, decode, find_text, located
+from kveraser.context.text import any_text, decode, find_text, located, several
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
@@ -55,7 +55,8 @@ class LiveContext(TokenContext):
         A model's beginning-of-text token is put before the first text when its tokenizer does so.
 
         Raises:
-            ContextError: empty text, no tokenizer, an id outside the vocabulary, or no room. Nothing was changed.
+            ContextError: empty text, no tokenizer, an id outside the vocabulary, or no room.
+            OptionError: ids that are no integers. In every case nothing was changed.
         """
         if not isinstance(text, str):
             return self.append_ids(text)
@@ -97,8 +98,7 @@ class LiveContext(TokenContext):
             EraserMismatchError: no eraser for this model. In every case nothing was changed.
         """
         with self._lock:
-            wanted = [what] if isinstance(what, Span | str) else list(what)
-            return self.erase_spans([self.locate(entry) for entry in wanted], method, undo=undo)
+            return self.erase_spans([self.locate(entry) for entry in several(what)], method, undo=undo)
 
     def readers(self, what: What) -> Tensor:
         """How much each token has attended to something: who would have to be recomputed to erase it.
@@ -115,8 +115,7 @@ class LiveContext(TokenContext):
             CalibrationError: keys and values tell too little.
         """
         with self._lock:
-            wanted = [what] if isinstance(what, Span | str) else list(what)
-            return self.readers_of([self.locate(entry) for entry in wanted])
+            return self.readers_of([self.locate(entry) for entry in several(what)])
 
     def locate(self, what: Span | str) -> Span:
         """The ledger span meant by a span, a message id, or a text that occurs once.
@@ -280,7 +279,7 @@ class LiveContext(TokenContext):
     # -- tokenizer -----------------------------------------------------------------------------------------------
 
     def _find(self, text: str) -> Span:
-        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
+        runs = ((run, self._ids.view[run.slice].tolist()) for run in self._ledger.live())
         return find_text(self._require_tokenizer(), runs, text)
 
     def _require_tokenizer(self) -> Any:

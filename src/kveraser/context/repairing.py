@@ -102,8 +102,8 @@ class Repairing(ContextState):
             OSError: a folder could not be written; in memory nothing is left of the span.
         """
         with self._lock:
-            purged = self._records.get(receipt.id)
-            if purged is not None and purged.purged and self._forget_files():
+            known = self._records.get(getattr(receipt, "id", ""))
+            if known is not None and known.purged and self._forget_files():
                 return
             record = self._record(receipt)
             if not record.receipt.tokens_removed:

@@ -355,14 +355,13 @@ class Client(threading.Thread):
         name, receipt = found
 
         def twin(said: Any) -> None:
-            if said is None or not said["bit_exact"]:
-                session.receipts.clear()  # with the states that undo them
-            kept = session.receipts.pop(receipt.spans, receipt)
-            report = session.twin.restore(kept)
+            session.receipts.pop(receipt.spans, None)
+            if receipt.undo is not None and (said is None or not said["bit_exact"]):
+                receipt.undo.clear()  # as the server has let go of what undoes it
+            report = session.twin.restore(receipt)
             if said is not None:
                 self._equal("restore", (said["bit_exact"], said["exact"]), (report.bit_exact, report.exact))
 
-        del found
         self._change("restore", session, lambda: self._ok("POST", f"{session.at}/restore", json={"erase": name}), twin)
 
     def _repair(self, session: Session) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,14 +20,19 @@ SECRET = "xylophone quartz"
 BUDGET = 1 << 24
 
 
+@cache
+def parts():
+    model, tokenizer = text_model(), make_tokenizer()
+    return model, tokenizer, random_eraser(model), Limits.of(model, tokenizer, BUDGET)
+
+
 class Server:
     """What a server has of a state folder, without a thread."""
 
     def __init__(self, folder):
-        self.model, self.tokenizer = text_model(), make_tokenizer()
-        eraser = random_eraser(self.model)
-        self.store = ContextStore(self.model, self.tokenizer, eraser, budget=BUDGET, folder=folder)
-        self.sessions = Sessions(self.store, Limits.of(self.model, self.tokenizer, BUDGET))
+        model, tokenizer, eraser, limits = parts()
+        self.store = ContextStore(model, tokenizer, eraser, budget=BUDGET, folder=folder)
+        self.sessions = Sessions(self.store, limits)
 
     def die(self):
         """Let go of what the system lets go of when a process ends."""
@@ -166,6 +173,19 @@ def test_a_server_that_is_killed_while_it_starts_starts_again(killer, tmp_path):
     assert step > 3
 
 
+def test_a_state_folder_that_was_being_made_when_the_server_was_killed_is_used_by_the_next_one(killer, tmp_path):
+    for step in counted():
+        server, done = Server.__new__(Server), False
+        with killer.until(step):
+            server.__init__(tmp_path / f"s{step}")
+            done = True
+        server.die()
+        Server(tmp_path / f"s{step}").die()
+        if done:
+            break
+    assert step > 3
+
+
 def test_a_conversation_that_is_spilled_or_dropped_is_there_or_not_whatever_step_is_the_last(killer, tmp_path):
     for step in counted():
         folder, killer.kept = tmp_path / f"s{step}", tmp_path / f"kept{step}"
@@ -194,6 +214,38 @@ def test_a_conversation_that_is_spilled_or_dropped_is_there_or_not_whatever_step
         if done:
             break
     assert step > 10
+
+
+def test_nothing_stays_of_a_server_without_a_state_folder_after_the_next_start_whatever_step_is_the_last(
+    killer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / "kveraser-of-mine").mkdir()
+    (tmp_path / "tmp" / "kveraser-of-mine" / "notes.txt").write_text("notes")
+    for step in counted():
+        killer.kept = tmp_path / f"kept{step}"
+        killer.kept.mkdir()
+        server, done = Server.__new__(Server), False
+        with killer.until(step):
+            server.__init__(None)
+            name = server.sessions.create("me").id
+            server.sessions.append_text("me", name, SECRET)
+            server.store.close()
+            done = True
+        server.die()
+        for folder in (tmp_path / "tmp").iterdir():
+            os.utime(folder, (0, 0))  # long ago
+        again = Server(None)
+        (there,) = set((tmp_path / "tmp").iterdir()) - {tmp_path / "tmp" / "kveraser-of-mine"}
+        assert there == again.store._disk.folder
+        assert SECRET.encode() not in readable_bytes(killer.versions())
+        again.store.close()
+        again.die()
+        if done:
+            break
+    assert step > 20
+    assert [path.name for path in (tmp_path / "tmp").iterdir()] == ["kveraser-of-mine"]
 
 
 def test_a_session_that_is_not_there_is_not_found(tmp_path):

@@ -19,7 +19,9 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +48,11 @@ from kveraser.serving.contexts.state_v1 import INDEX, read_index, remove_index
 log = logging.getLogger("kveraser.serving")
 
 MARKER = "kveraser-state.json"
+_MARK = json.dumps({"kveraser": "state", "format": FORMAT}).encode()
 _DELETED = ".deleted"
 _ASIDE = "unreadable"
 _TEMPORARY = "kveraser-"
+_STARTING = 60.0  # seconds between the two steps of making a folder, at most
 
 
 class StateDir:
@@ -179,7 +183,7 @@ class StateDir:
         try:
             found = json.loads(lock.read())["format"]
         except (ValueError, KeyError, TypeError):  # new, or damaged: the contexts' cards are what counts
-            lock.write(json.dumps({"kveraser": "state", "format": FORMAT}).encode())
+            lock.write(_MARK)
             return
         if found != FORMAT:
             raise SessionFileError(
@@ -221,17 +225,25 @@ class StateDir:
 def temporary_state_dir() -> StateDir:
     """A state folder for as long as the server runs; those of servers that were killed are removed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
-        if any((folder / name).is_file() for name in (MARKER, INDEX)) and _is_mine(folder):
-            try:
+        if not _is_mine(folder):
+            continue
+        if any((folder / name).is_file() for name in (MARKER, INDEX)):
+            with suppress(SessionFileError):  # in use, or not ours
                 StateDir(folder).discard()
-            except SessionFileError:  # in use, or not ours
-                continue
+        elif _is_left_empty(folder):
+            with suppress(OSError):
+                disk.remove_folder(folder)
     return StateDir(Path(tempfile.mkdtemp(prefix=_TEMPORARY)))
 
 
 def _has_more_than_a_beginning(folder: Path) -> bool:
     """Whether there is more in a session's folder than what is written before the session itself."""
     return any(file.name not in (CARD, KEYS) and not file.name.startswith(".") for file in folder.iterdir())
+
+
+def _is_left_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder, and nobody can be about to put something into it."""
+    return time.time() - folder.stat().st_mtime > _STARTING and not any(folder.iterdir())
 
 
 def _is_mine(folder: Path) -> bool:
@@ -241,8 +253,9 @@ def _is_mine(folder: Path) -> bool:
 
 
 def _is_marker(file: Path) -> bool:
-    """Whether it is the marker of a state folder."""
+    """Whether it is the marker of a state folder, or the beginning of one: what a crash leaves of it."""
     try:
-        return bool(json.loads(file.read_bytes())["kveraser"] == "state")
+        data = file.read_bytes()
+        return _MARK.startswith(data) or bool(json.loads(data)["kveraser"] == "state")
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -122,3 +123,17 @@ def test_files_of_sessions_are_changed_by_the_steps_that_tests_can_stop_at_and_n
     assert not any(isinstance(node, ast.ImportFrom) and node.module == disk.__name__ for node in ast.walk(tree)), (
         "by the module's name"
     )
+
+
+def test_every_promise_in_the_docs_names_tests_that_are_there():
+    tests = Path(__file__).parent
+    text = (tests.parent / "docs" / "security.md").read_text(encoding="utf-8")
+    table = text.split("## In one table")[1].split("| **not**")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) > 15
+    for _, promised, _, named, _ in rows:
+        found = re.findall(r"`(test_\w+\.py)::(test_\w+)`", named)
+        assert found, f"no test is named for: {promised}"
+        for file, name in found:
+            (where,) = tests.rglob(file)
+            assert re.search(rf"^def {name}\(", where.read_text(encoding="utf-8"), re.M), f"{file} has no {name}"

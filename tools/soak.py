@@ -84,6 +84,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.http = httpx.Client(base_url=self.url, timeout=30)
         self.ready = threading.Event()
         self.idle = self.most_rss = self.most_growth = self.most_bytes = 0
 
@@ -100,7 +101,7 @@ class Server:
                     f"the server ended with {self.process.returncode}: {(self.folder / 'log').read_text()[-2000:]}"
                 )
             with suppress(httpx.TransportError):
-                httpx.get(f"{self.url}/healthz")
+                self.http.get("/healthz")
                 break
             time.sleep(0.1)
         self.idle = psutil.Process(self.process.pid).memory_info().rss
@@ -119,7 +120,7 @@ class Server:
         with suppress(psutil.Error, httpx.HTTPError):
             rss = psutil.Process(self.process.pid).memory_info().rss
             self.most_rss, self.most_growth = max(self.most_rss, rss), max(self.most_growth, rss - self.idle)
-            text = httpx.get(f"{self.url}/metrics", timeout=30).text
+            text = self.http.get("/metrics").text
             line = next(line for line in text.splitlines() if line.startswith("kveraser_cache_bytes "))
             self.most_bytes = max(self.most_bytes, int(float(line.split()[1])))
 

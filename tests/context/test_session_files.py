@@ -305,3 +305,16 @@ def test_a_session_that_an_older_version_has_saved_since_is_not_removed(tmp_path
     shutil.copytree(OLD, tmp_path / "s", dirs_exist_ok=True, copy_function=shutil.copyfile)
     old_session(tmp_path / "s")
     assert json.loads((tmp_path / "s" / "session.json").read_bytes())["format"] == 1
+
+
+def test_files_of_somebody_else_in_the_folder_are_left_alone(tmp_path):
+    mine = {"session.json": '{"sha256": "of mine"}', "states-of-the-art.txt": "notes", ".session.txt": "notes"}
+    (tmp_path / "s").mkdir()
+    for name, text in mine.items():
+        (tmp_path / "s" / name).write_text(text)
+    ctx = talk()
+    ctx.save(tmp_path / "s")
+    ctx.purge(ctx.erase("secret"))
+    ctx = load(tmp_path / "s")
+    ctx.save(tmp_path / "s")
+    assert {name: (tmp_path / "s" / name).read_text() for name in mine} == mine

@@ -52,8 +52,9 @@ def read_session(folder: Path, stored_as: tuple[str, str]) -> tuple[Session, str
 def checksum_of(folder: Path) -> str | None:
     """Tells one saved session from another; None where there is none that can be read."""
     try:
-        return str(json.loads((folder / INDEX).read_text(encoding="utf-8"))["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+        envelope = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return str(envelope["sha256"]) if {"format", "session"} <= envelope.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -66,8 +67,14 @@ def files(folder: Path, stored_as: tuple[str, str] | None = None) -> Iterator[Pa
     for file in sorted(folder.iterdir()):
         name = file.name
         states = _STATES.fullmatch(name) and (stored_as is None or name.lstrip(".").startswith(f"{stored_as[0]}-"))
-        if states or name in (INDEX, f".former-{INDEX}") or name.startswith(f".{INDEX}."):
+        index = name == INDEX and (checksum_of(folder) is not None or _is_half_overwritten(file))
+        if states or index or name == f".former-{INDEX}" or name.startswith(f".{INDEX}."):
             yield file
+
+
+def _is_half_overwritten(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return not any(stream.read(1))
 
 
 def _checksum(body: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ help:
 	@echo "make test-backbones   the tests that need them"
 	@echo "make test-oldest   the tests with the oldest supported transformers"
 	@echo "make test-vllm     the tests of the vLLM engine, in .venv-vllm (3.5 GB, the first time; half an hour)"
+	@echo "make soak     a server under load for half an hour, killed now and then; MINUTES=30 CLIENTS=16 SEED=0 RESTARTS=20"
 	@echo "make demo-vllm     start a vLLM server, erase over HTTP, print the answers"
 
 $(STAMP): pyproject.toml requirements.txt
@@ -169,6 +170,12 @@ bench-full: $(STAMP)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
 	$(BIN)/python benchmarks/serving.py --output $(BENCH)
 	$(FILL_BENCH)
+
+# A server under load, killed and started again now and then, by hand: its replies, its memory and its files are checked.
+SOAK = --minutes $(or $(MINUTES),30) --clients $(or $(CLIENTS),16) --seed $(or $(SEED),0) $(if $(RESTARTS),--restarts $(RESTARTS))
+.PHONY: soak
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py $(SOAK)
 
 format: $(STAMP)
 	$(BIN)/ruff format $(CODE)

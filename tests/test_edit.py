@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
 from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
-from kveraser.cache import TransformersBackend, get_marks
+from kveraser.cache import TransformersBackend, get_marks, growable_cache
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -371,3 +372,30 @@ def test_an_edit_before_all_later_ones_is_put_back_bit_for_bit():
     kv.erase(model, cache, older.token_ids(ids), kv.Span(30, 36), method=method)
     kv.restore(cache, older)
     assert same([t[:, :, :30] for t in states(cache)], [t[:, :, :30] for t in before])
+
+
+@pytest.mark.parametrize("span", [(3, 7), None, 5, 3.5, "text", [None], [(3, 7)], []])
+def test_something_that_is_no_span_is_refused_with_its_value(span):
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids, cache=growable_cache())
+    before = states(cache)
+    shown = "no span" if span == [] else re.escape(repr(span[0] if isinstance(span, list) else span).strip("()"))
+    for call in (kv.erase, kv.readers):
+        with pytest.raises(kv.SpanError, match=shown):
+            call(model, cache, ids, span)
+    assert same(states(cache), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda ids: ids.float(), r"float32 such as \["), (lambda ids: ids + 90, "outside the model's vocabulary of 97"),
+     (lambda ids: ids - 90, "token id -"), (lambda ids: None, "got None"), (lambda ids: ids > 5, "bool")],
+)  # fmt: skip
+def test_ids_that_are_none_of_the_models_are_refused_with_a_value(change, words):
+    model, ids = tiny(), token_ids(20)
+    cache = prefill(model, ids, cache=growable_cache())
+    before = states(cache)
+    for call in (kv.erase, kv.readers):
+        with pytest.raises(kv.OptionError, match=words):
+            call(model, cache, change(ids), kv.Span(3, 7))
+    assert same(states(cache), before)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kveraser
+from kveraser.files import disk
 
 SOURCE = Path(kveraser.__file__).parent
 TESTS = Path(__file__).parent
@@ -159,3 +160,40 @@ def test_the_readme_has_a_line_for_every_file_and_folder_of_the_root():
     there = {f"{name}/" if (TESTS.parent / name).is_dir() else name for name in found.stdout.split()}
     assert set(named("README.md", "## The tree", 0)) | {"README.md"} >= there
     assert all((TESTS.parent / name).exists() for name in named("README.md", "## The tree", 0))
+
+
+FILES = [name for name in MODULES if name.startswith(("kveraser.context", "kveraser.files", "kveraser.serving.contexts"))
+         and name != "kveraser.files.disk"]  # fmt: skip
+CHANGES = ("unlink", "rmdir", "mkdir", "write_bytes", "write_text", "touch", "chmod", "fchmod", "rename", "link", "fsync", "ftruncate",
+           "symlink_to", "hardlink_to", "rmtree")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_sessions_are_changed_by_the_steps_that_tests_can_stop_at_and_nowhere_else(name):
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    named = {call.attr for call in called if isinstance(call, ast.Attribute)}
+    assert not named & set(CHANGES)
+    on_os = {
+        ast.unparse(call)
+        for call in called
+        if ast.unparse(call) in ("os.replace", "os.write", "os.open", "open", "os.remove")
+    }
+    assert on_os <= ({"os.open"} if name == "kveraser.files.keys" else set())  # to read one that cannot be changed
+    assert not any(isinstance(node, ast.ImportFrom) and node.module == disk.__name__ for node in ast.walk(tree)), (
+        "by the module's name"
+    )
+
+
+def test_every_promise_in_the_docs_names_tests_that_are_there():
+    tests = Path(__file__).parent
+    text = (tests.parent / "docs" / "security.md").read_text(encoding="utf-8")
+    table = text.split("## In one table")[1].split("| **not**")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) > 15
+    for _, promised, _, named, _ in rows:
+        found = re.findall(r"`(test_\w+\.py)::(test_\w+)`", named)
+        assert found, f"no test is named for: {promised}"
+        for file, name in found:
+            (where,) = tests.rglob(file)
+            assert re.search(rf"^def {name}\(", where.read_text(encoding="utf-8"), re.M), f"{file} has no {name}"

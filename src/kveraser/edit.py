@@ -26,6 +26,7 @@ from kveraser.cache import (
     check_editable,
     count_positions,
     extend,
+    whole_numbers,
 )
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
@@ -46,7 +47,7 @@ def _tokens(
 ) -> Tokens:
     """Check ids, mask and positions against the cache (or the given length) and put them together."""
     keys = cache.layers[0].keys
-    ids = _whole_numbers(token_ids, keys.device)
+    ids = as_batch(whole_numbers(token_ids), keys.device)
     expected = (keys.shape[0], cache_length(cache) if length is None else length)
     if ids.shape != expected:
         raise CacheMismatchError(
@@ -70,24 +71,6 @@ def _tokens(
             raise CacheMismatchError(f"position_ids has shape {tuple(positions.shape)}, the cache needs {expected}")
         positions = positions.expand(expected)
     return Tokens(ids, positions, mask)
-
-
-def _whole_numbers(token_ids: Tensor | list[int], device: torch.device) -> Tensor:
-    """Token ids as a batch.
-
-    Raises:
-        OptionError: they are no integers.
-    """
-    try:
-        given = torch.as_tensor(token_ids)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"token_ids must be integers, a list or a tensor of them: {error}") from error
-    if given.is_floating_point() or given.is_complex() or given.dtype is torch.bool:
-        example = given.reshape(-1)[:1].tolist()
-        raise OptionError(
-            f"token_ids must be integers, got {given.dtype} such as {example}; give what the tokenizer gave"
-        )
-    return as_batch(given, device)
 
 
 def _check_vocabulary(model: nn.Module, tokens: Tokens) -> None:

@@ -10,6 +10,7 @@
     +-- ContextError (ValueError)
     |   +-- ContextLengthError
     +-- SessionFileError (ValueError)
+    +-- DamagedError (ValueError)
     +-- BackboneError (RuntimeError)
     +-- OptionError (ValueError)
     +-- TrainingError
@@ -69,6 +70,10 @@ class ContextLengthError(ContextError):
 
 class SessionFileError(KVEraserError, ValueError):
     """A saved session that is missing, truncated, altered, of a newer format, or of another model."""
+
+
+class DamagedError(KVEraserError, ValueError):
+    """A sealed file that is truncated or altered, or opened with another key. Whoever reads a session makes a `SessionFileError` of it."""
 
 
 class BackboneError(KVEraserError, RuntimeError):

@@ -9,7 +9,7 @@ differ once an erase has removed slots. An erased span may also keep its slots, 
 from __future__ import annotations
 
 import operator
-from bisect import bisect_right, insort
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -134,12 +134,13 @@ class Erased:
 class SpanLedger:
     """Which ledger positions are erased, and where the others are in the cache.
 
-    Cost of every operation grows with the number of erased spans, never with the number of tokens.
+    Cost of every operation grows with the number of erased spans, never with the number of tokens. What is erased is
+    replaced and never changed in place, so that another thread which looks sees one state of it.
     """
 
     def __init__(self, length: int = 0, erased: Iterable[Erased] = ()) -> None:
         self.length = length
-        self._erased: list[Erased] = sorted(erased)
+        self._erased: tuple[Erased, ...] = tuple(sorted(erased))
 
     def copy(self) -> SpanLedger:
         """An independent copy."""
@@ -148,7 +149,7 @@ class SpanLedger:
     @property
     def erased(self) -> tuple[Erased, ...]:
         """The erased spans in order."""
-        return tuple(self._erased)
+        return self._erased
 
     @property
     def cache_length(self) -> int:
@@ -163,11 +164,11 @@ class SpanLedger:
 
     def mark(self, span: Span, *, in_cache: bool) -> None:
         """Record that the live positions of `span` are erased."""
-        insort(self._erased, Erased(span, in_cache))
+        self._erased = tuple(sorted((*self._erased, Erased(span, in_cache))))
 
     def unmark(self, span: Span) -> None:
         """Record that `span`, which was marked as a whole, is live again."""
-        self._erased = [entry for entry in self._erased if entry.span != span]
+        self._erased = tuple(entry for entry in self._erased if entry.span != span)
 
     def drop_slots(self, removed: Iterable[Span]) -> tuple[Span, ...]:
         """Record that the slots `removed` (sorted, disjoint; before the removal) are gone from the cache.
@@ -184,7 +185,7 @@ class SpanLedger:
     def set_in_cache(self, spans: Iterable[Span], in_cache: bool) -> None:
         """Record whether the given erased spans have slots."""
         chosen = set(spans)
-        self._erased = [Erased(e.span, in_cache) if e.span in chosen else e for e in self._erased]
+        self._erased = tuple(Erased(e.span, in_cache) if e.span in chosen else e for e in self._erased)
 
     def live(self, within: Span | None = None) -> tuple[Span, ...]:
         """The maximal runs of positions that are not erased, in `within` or everywhere."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import sys
+import threading
 import weakref
 
 import pytest
@@ -358,6 +361,26 @@ def test_an_emptied_context_needs_new_text(kind):
     assert len(context.live_ids) == 15
 
 
+@pytest.mark.parametrize(
+    ("ids", "word"),
+    [([1.5], r"float32 such as \[1.5\]"), (torch.tensor([2.0]), r"\[2.0\]"), ([True], "bool"), (None, "got None"), (["a"], "got .'a'."),
+     ([[1, 2], [3]], r"\[3\]")],
+)  # fmt: skip
+def test_ids_that_are_no_integers_are_refused_and_nothing_changes(kind, ids, word):
+    context, _ = filled(kind, 12)
+    before = kind.states(context)
+    for call in (
+        context.append_ids,
+        context.logits_ids,
+        context.advance,
+        lambda ids: context.generate_ids(ids, max_new_tokens=2, keep=True),
+    ):
+        with pytest.raises(kv.OptionError, match=word):
+            call(ids)
+    assert same(kind.states(context), before)
+    assert len(context) == 12
+
+
 @pytest.mark.parametrize(("ids", "word"), [([], "no tokens"), ([5, 500], "500"), ([-1], "-1")])
 def test_ids_that_the_model_does_not_have_are_refused(kind, ids, word):
     context, _ = filled(kind, 12)
@@ -384,3 +407,51 @@ def test_no_erase_leaves_the_context_alone(kind):
     with pytest.raises(kv.RestoreError, match="nothing to purge"):
         context.purge(receipt)
     assert context.restore(receipt).bit_exact
+
+
+def test_receipts_and_erased_spans_can_be_read_while_another_thread_erases(kind):
+    context, spans = filled(kind, 10, 6, 8, 5, 9)
+    context.erase_spans(spans[1])
+    known = next(iter(context._records.values()))
+    more = iter([spans[3]])
+
+    def meanwhile():  # what a worker does while a reader is in the middle
+        for span in more:
+            context.erase_spans(span)
+
+    known.undo = meanwhile
+    assert [receipt.span for receipt in context.receipts] == [spans[1]]
+    assert context.erased == (spans[1], spans[3])
+    assert [receipt.span for receipt in context.receipts] == [spans[1], spans[3]]
+
+
+def test_a_reader_in_another_thread_never_sees_a_context_half_changed(kind):
+    context, _ = filled(kind, 60)
+    problems, stop = [], threading.Event()
+
+    def look():
+        while not stop.is_set():
+            try:
+                erased = context.erased
+                assert erased == tuple(sorted(set(erased)))
+                live = context.live_spans
+                assert not any(a.overlaps(b) for a, b in itertools.combinations(live, 2))
+                assert len({receipt.id for receipt in context.receipts}) <= 3
+            except Exception as error:
+                problems.append(error)
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(15):
+            receipts = [context.erase_spans(kv.Span(at, at + 4), "delete-and-shift") for at in (40, 10, 25)]
+            for receipt in receipts:
+                context.restore(receipt)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert problems == []

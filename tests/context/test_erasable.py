@@ -10,6 +10,7 @@ import torch
 
 import kveraser as kv
 from conftest import same
+from files_helpers import readable_bytes
 from kinds import EVERY_KIND
 
 pytestmark = pytest.mark.parametrize("kind", EVERY_KIND)
@@ -35,7 +36,8 @@ def test_erasing_by_text_takes_the_one_place_of_it(kind):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("the", r"occurs 3 times, at \["), ("red", "not in the context"), ("", "empty")]
+    ("text", "words"),
+    [("the", "occurs more than once"), ("red", "not in the context"), ("", "empty")],
 )
 def test_a_text_not_found_once_is_refused_and_nothing_changes(kind, text, words):
     ctx = kind.text_context()
@@ -46,11 +48,29 @@ def test_a_text_not_found_once_is_refused_and_nothing_changes(kind, text, words)
     assert same(kind.states(ctx), before)
 
 
-def test_something_that_is_neither_span_nor_text_is_refused(kind):
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [([5], "int 5"), (5, "int 5"), (None, "NoneType None"), ((3, 7), r"int 3\. Write kv.Span"), (3.5, "float 3.5"),
+     ([(3, 7)], r"\(3, 7\)"), ([], "no span")],
+)  # fmt: skip
+def test_something_that_is_neither_span_nor_text_is_refused_with_its_value_and_nothing_changes(kind, what, words):
     ctx = kind.text_context()
-    ctx.append("the code")
-    with pytest.raises(kv.SpanError, match="int 5"):
-        ctx.erase([5])
+    ctx.append("the code of the door")
+    before = kind.states(ctx)
+    for call in (ctx.erase, ctx.readers):
+        with pytest.raises(kv.SpanError, match=words):
+            call(what)
+    assert same(kind.states(ctx), before)
+    assert ctx.receipts == ()
+
+
+@pytest.mark.parametrize("receipt", [None, "x", 5])
+def test_something_that_is_no_receipt_is_refused(kind, receipt):
+    ctx = kind.text_context()
+    ctx.append("the code of the door")
+    for call in (ctx.restore, ctx.purge):
+        with pytest.raises(kv.RestoreError, match=f"got {receipt!r}"):
+            call(receipt)
 
 
 def test_messages_are_rendered_as_the_template_does_and_found_by_id(kind):
@@ -216,27 +236,36 @@ def test_an_empty_context_can_be_saved_and_loaded(kind, tmp_path):
     assert loaded.append("the code")
 
 
-def _states_file(folder):
-    return next(file for file in folder.iterdir() if file.name != "session.json")
+def _change(file, change):
+    file.write_bytes(change(file.read_bytes()))
 
 
-def _edit_index(folder, change):
-    data = json.loads((folder / "session.json").read_text())
-    change(data)
-    (folder / "session.json").write_text(json.dumps(data))
+def _head(change):
+    """Changes the line of a saved session that anybody can read."""
+
+    def changed(data):
+        line, _, rest = data.partition(b"\n")
+        head = json.loads(line)
+        change(head)
+        return json.dumps(head).encode() + b"\n" + rest
+
+    return lambda folder: _change(folder / "session.kveraser", changed)
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda f: _states_file(f).write_bytes(_states_file(f).read_bytes()[:-10]), "truncated or altered"),
-        (lambda f: _states_file(f).write_bytes(_states_file(f).read_bytes()[:-1] + b"x"), "truncated or altered"),
-        (lambda f: _states_file(f).unlink(), "is missing"),
-        (lambda f: (f / "session.json").unlink(), "is missing"),
-        (lambda f: (f / "session.json").write_text("{"), "cannot be read"),
-        (lambda f: _edit_index(f, lambda d: d["session"].update(length=1)), "was altered"),
-        (lambda f: _edit_index(f, lambda d: d.update(format=99)), "format 99"),
-        (lambda f: _edit_index(f, lambda d: d.pop("session")), "cannot be read"),
+        (lambda f: _change(f / "session.kveraser", lambda d: d[:-10]), "truncated or altered"),
+        (lambda f: _change(f / "session.kveraser", lambda d: d[:-1] + bytes([d[-1] ^ 1])), "truncated or altered"),
+        (lambda f: _change(f / "session.kveraser", lambda d: d + b"x"), "altered"),
+        (lambda f: (f / "session.kveraser").unlink(), "session.kveraser is missing"),
+        (lambda f: (f / "session.key").unlink(), "session.key is missing"),
+        (lambda f: _change(f / "session.key", lambda d: bytes(len(d))), "key .* is not in"),
+        (lambda f: _change(f / "session.kveraser", lambda d: b"{"), "cannot be read"),
+        (_head(lambda d: d.update(parts=[5, 5])), "truncated or altered"),
+        (_head(lambda d: d.update(more=1)), "truncated or altered"),
+        (_head(lambda d: d.update(format=99)), "format 99"),
+        (_head(lambda d: d.pop("salt")), "cannot be read"),
     ],
 )
 def test_a_damaged_session_is_refused_by_name(kind, tmp_path, damage, words):
@@ -250,12 +279,11 @@ def test_a_save_that_fails_leaves_the_old_session_readable(kind, tmp_path, monke
     ctx = session(kind, tmp_path)
     text = ctx.text
     ctx.append_message("user", "more")
-    import kveraser.files
 
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(kveraser.files.os, "fsync", full)
+    monkeypatch.setattr("kveraser.files.disk.sync", full)
     with pytest.raises(OSError, match="no space"):
         ctx.save(tmp_path / "s")
     monkeypatch.undo()
@@ -291,7 +319,7 @@ def test_after_a_purge_nothing_of_the_span_is_left_in_the_object_or_its_files(ki
     receipt = ctx.erase("secret", method)
     steered = kind.of_slots(ctx, span) if method == "kveraser" else []
     ctx.save(tmp_path / "s")
-    assert SECRET in (tmp_path / "s" / "session.json").read_text()
+    assert SECRET.encode() in readable_bytes((tmp_path / "s").iterdir())
     undo = held.undo
     ctx.purge(receipt)
 
@@ -307,7 +335,8 @@ def test_after_a_purge_nothing_of_the_span_is_left_in_the_object_or_its_files(ki
         if isinstance(item, torch.Tensor) and item.ndim and item.is_floating_point():
             assert not kind.holds(item, cached)
             assert not kind.holds(item, steered)
-    written = b"".join(file.read_bytes() for file in sorted((tmp_path / "s").iterdir()))
+    written = readable_bytes((tmp_path / "s").iterdir())
+    assert b"hello there" in written
     assert SECRET.encode() not in written
     for old in kind.in_files(cached):
         assert old not in written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,33 @@ def test_a_session_of_llama_cpp_goes_on(tmp_path, monkeypatch):
     ctx.restore(first)
     assert ctx.text == "the cat and the hat then the dog came home"
     assert ctx.exact
+
+
+def _states_file(folder):
+    return next(file for file in folder.iterdir() if file.name != "session.json")
+
+
+def _edit_index(folder, change):
+    data = json.loads((folder / "session.json").read_text())
+    change(data)
+    (folder / "session.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: _states_file(f).write_bytes(_states_file(f).read_bytes()[:-10]), "truncated or altered"),
+        (lambda f: _states_file(f).write_bytes(_states_file(f).read_bytes()[:-1] + b"x"), "truncated or altered"),
+        (lambda f: _states_file(f).unlink(), "is missing"),
+        (lambda f: (f / "session.json").unlink(), "is missing"),
+        (lambda f: (f / "session.json").write_text("{"), "cannot be read"),
+        (lambda f: _edit_index(f, lambda d: d["session"].update(length=1)), "was altered"),
+        (lambda f: _edit_index(f, lambda d: d.update(format=99)), "format 99"),
+        (lambda f: _edit_index(f, lambda d: d.pop("session")), "cannot be read"),
+    ],
+)
+def test_a_damaged_one_is_refused_by_name(tmp_path, damage, words):
+    shutil.copytree(SESSIONS / "transformers", tmp_path / "s")
+    damage(tmp_path / "s")
+    with pytest.raises(kv.SessionFileError, match=words):
+        kv.ErasableContext.load(tmp_path / "s", text_model(), make_tokenizer(), random_eraser(text_model()))

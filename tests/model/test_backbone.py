@@ -100,7 +100,7 @@ def test_the_default_type_is_one_the_device_computes_in():
 
 def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_atomically(tmp_path / "a" / "file", b"old")
-    monkeypatch.setattr("kveraser.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("kveraser.files.disk.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "a" / "file", b"new")
     assert [file.read_bytes() for file in (tmp_path / "a").iterdir()] == [b"old"]

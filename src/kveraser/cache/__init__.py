@@ -40,7 +40,7 @@ from kveraser.cache.surgery import (
     write,
     write_all,
 )
-from kveraser.cache.tokens import Tokens, count_positions, slots_of
+from kveraser.cache.tokens import Tokens, count_positions, slots_of, whole_numbers
 from kveraser.cache.transformers import TransformersBackend
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "snapshots",
     "state_bytes",
     "truncate",
+    "whole_numbers",
     "window_spans",
     "write",
     "write_all",

@@ -11,7 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kveraser.errors import OptionError
 from kveraser.spans import Span
+
+
+def whole_numbers(token_ids: Sequence[int] | Tensor) -> Tensor:
+    """Token ids as a tensor.
+
+    Raises:
+        OptionError: they are no integers.
+    """
+    try:
+        given = torch.as_tensor(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(
+            f"token ids must be integers, a list or a tensor of them; got {token_ids!r:.60} ({error})"
+        ) from error
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype is torch.bool):
+        example = given.reshape(-1)[:1].tolist()
+        raise OptionError(
+            f"token ids must be integers, got {given.dtype} such as {example}; give what the tokenizer gave"
+        )
+    return given
 
 
 def slots_of(runs: Iterable[Span], device: torch.device) -> Tensor:

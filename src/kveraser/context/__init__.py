@@ -4,7 +4,8 @@ Knows: backends, the ledger, erasing methods; and, in files of their own, text, 
 know about tasks, servers or engines.
 
     token_context   state, erasing, restoring, repairing, running: a context of ids, one file for each thing it can do
-    live            what people have instead of ids, on top of it: text.py, chat.py, messages.py and talking.py, session_file.py
+    live            what people have instead of ids, on top of it: text.py, chat.py, messages.py and talking.py, session.py;
+                    its files: session_folder.py, session_v1.py
     decoding        the one decoder: from logits to the next token, and on
     backend         what both ask of a cache and the model that fills it
     erasable        all that over transformers (transformers.py); engines have theirs

@@ -6,14 +6,12 @@ Knows: models, their caches, tokenizers, on top of `LiveContext`. Does not know 
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from kveraser.context.live import LiveContext
-from kveraser.context.session_file import read_session
 from kveraser.context.transformers import LiveTransformers
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
@@ -88,5 +86,5 @@ class ErasableContext(LiveContext):
             SessionFileError: missing, truncated, altered, of a newer format, or of another model.
         """
         context = cls(model, tokenizer, eraser)
-        context._install(read_session(Path(folder), LiveTransformers.stored_as), folder)
+        context._read(folder)
         return context

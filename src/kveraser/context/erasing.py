@@ -77,7 +77,7 @@ class Erasing(ContextState):
         record = EditRecord(replace(receipt, undo=None), dropped)
         if receipt.undo is not None:
             record.undo = weakref.ref(receipt.undo)
-        self._records[receipt.id] = record
+        self._enter_record(record)
 
     def _follow(self, receipt: EraseReceipt) -> None:
         """Keep the slot ids in step with the cache."""

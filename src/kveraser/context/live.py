@@ -18,9 +18,10 @@ from kveraser.context.backend import LiveBackend
 from kveraser.context.chat import Message
 from kveraser.context.decoding import GREEDY, Drawing, Watch
 from kveraser.context.messages import Conversation
-from kveraser.context.session_file import Session, write_session
+from kveraser.context.session import Session
+from kveraser.context.session_folder import Version, check_purge, purge_session, read_session, write_session
 from kveraser.context.talking import Talking
-from kveraser.context.text import any_text, decode, find_text
+from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
@@ -47,7 +48,8 @@ class LiveContext(Talking, TokenContext):
     def _begin(self) -> None:
         super()._begin()
         self._chat = Conversation()
-        self._folders: set[Path] = set()
+        self._folders: dict[Path, Version] = {}
+        self._to_purge: set[Path] = set()
 
     # -- growing -------------------------------------------------------------------------------------------------
 
@@ -57,7 +59,8 @@ class LiveContext(Talking, TokenContext):
         A model's beginning-of-text token is put before the first text when its tokenizer does so.
 
         Raises:
-            ContextError: empty text, no tokenizer, an id outside the vocabulary, or no room. Nothing was changed.
+            ContextError: empty text, no tokenizer, an id outside the vocabulary, or no room.
+            OptionError: ids that are no integers. In every case nothing was changed.
         """
         if not isinstance(text, str):
             return self.append_ids(text)
@@ -88,8 +91,7 @@ class LiveContext(Talking, TokenContext):
             EraserMismatchError: no eraser for this model. In every case nothing was changed.
         """
         with self._lock:
-            wanted = [what] if isinstance(what, Span | str) else list(what)
-            return self.erase_spans([self.locate(entry) for entry in wanted], method, undo=undo)
+            return self.erase_spans([self.locate(entry) for entry in several(what)], method, undo=undo)
 
     def readers(self, what: What) -> Tensor:
         """How much each token has attended to something: who would have to be recomputed to erase it.
@@ -106,8 +108,7 @@ class LiveContext(Talking, TokenContext):
             CalibrationError: keys and values tell too little.
         """
         with self._lock:
-            wanted = [what] if isinstance(what, Span | str) else list(what)
-            return self.readers_of([self.locate(entry) for entry in wanted])
+            return self.readers_of([self.locate(entry) for entry in several(what)])
 
     def _calibration_text(self) -> Text | None:
         tokenizer = self.tokenizer
@@ -239,31 +240,66 @@ class LiveContext(Talking, TokenContext):
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | PathLike[str]) -> Path:
-        """Write the context to a folder (safetensors and JSON), whole or not at all; an older one there is replaced.
+        """Write the context to a folder, whole or not at all; another session there is replaced, and cannot be read any more.
 
-        What `restore` would need bit-exactly is not saved: a loaded context restores by recomputing.
+        It is encrypted with a key that is kept beside it: whoever can read the folder can read the session, until a purge
+        overwrites the key of all that was written before. What `restore` would need bit-exactly is not saved: a loaded context
+        restores by recomputing.
+
+        Raises:
+            SessionFileError: the path is a file.
         """
         with self._lock:
             target = Path(folder)
-            write_session(target, Session.of(self, self._chat))
-            self._folders.add(target.resolve())
+            known = target.resolve()
+            version = write_session(
+                target, Session.of(self, self._chat), self._folders.get(known), renew=known in self._to_purge
+            )
+            self._folders[known] = version
+            self._to_purge.discard(known)
             return target
 
-    def _install(self, session: Session, folder: str | PathLike[str]) -> None:
+    def _read(self, folder: str | PathLike[str]) -> None:
+        """Fill this empty context with the session in a folder."""
+        self._install(*read_session(Path(folder), self.backend.stored_as), folder)
+
+    def _install(self, session: Session, version: Version, folder: str | PathLike[str]) -> None:
         """Put a session that was read from a folder into this empty context."""
         self._chat = session.install(self, str(folder))
-        self._folders.add(Path(folder).resolve())
+        self._folders[Path(folder).resolve()] = version
+
+    def _check_forget(self) -> None:
+        for folder, version in self._folders.items():
+            check_purge(folder, version)
 
     def _forget(self, spans: tuple[Span, ...]) -> None:
         self._chat.forget(spans)
-        for folder in self._folders:
-            if folder.exists():
-                write_session(folder, Session.of(self, self._chat), overwrite=True)
+        self._to_purge |= set(self._folders)
+
+    def _forget_files(self) -> bool:
+        if not self._to_purge:
+            return False
+        session = Session.of(self, self._chat)
+        failed: Exception | None = None
+        for folder in sorted(self._to_purge):
+            try:
+                version = purge_session(folder, session, self._folders[folder])
+            except Exception as error:  # the others shall be purged all the same
+                failed = error
+                continue
+            self._to_purge.discard(folder)
+            if version is None:
+                del self._folders[folder]
+            else:
+                self._folders[folder] = version
+        if failed is not None:
+            raise failed
+        return True
 
     # -- tokenizer -----------------------------------------------------------------------------------------------
 
     def _find(self, text: str) -> Span:
-        runs = [(run, self._ids.view[run.slice].tolist()) for run in self._ledger.live()]
+        runs = ((run, self._ids.view[run.slice].tolist()) for run in self._ledger.live())
         return find_text(self._require_tokenizer(), runs, text)
 
     def _require_tokenizer(self) -> Any:

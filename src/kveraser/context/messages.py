@@ -14,16 +14,20 @@ from kveraser.spans import Span
 
 
 class Conversation:
-    """Messages in order, each with the ledger span of its content."""
+    """Messages in order, each with the ledger span of its content. Another thread which looks sees one state of it."""
 
     def __init__(self, messages: Iterable[Message] = (), spans: Iterable[Span] = ()) -> None:
-        self._messages, self._spans = list(messages), list(spans)
+        self._entries = tuple(zip(messages, spans, strict=True))
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[tuple[Message, Span]]:
-        return zip(self._messages, self._spans, strict=True)
+        return iter(self._entries)
+
+    @property
+    def _messages(self) -> list[Message]:
+        return [message for message, _ in self._entries]
 
     @property
     def named(self) -> list[tuple[str | None, Span]]:
@@ -32,8 +36,7 @@ class Conversation:
 
     def enter(self, message: Message, span: Span) -> Span:
         """Note a message whose content has that span; returns it."""
-        self._messages.append(message)
-        self._spans.append(span)
+        self._entries = (*self._entries, (message, span))
         return span
 
     def new(self, role: str, content: str, id: str | None = None) -> Message:
@@ -88,9 +91,12 @@ class Conversation:
 
     def forget(self, spans: Sequence[Span]) -> None:
         """Drop the content of messages that lie in purged spans."""
-        for index, (message, span) in enumerate(self):
-            if any(span.overlaps(gone) for gone in spans):
-                self._messages[index] = Message(message.role, "(removed)", message.id)
+        self._entries = tuple(
+            (Message(message.role, "(removed)", message.id), span)
+            if any(map(span.overlaps, spans))
+            else (message, span)
+            for message, span in self._entries
+        )
 
 
 def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -93,15 +93,22 @@ class Repairing(ContextState):
         """Make an erase final: repair exactly, then leave no id and no state of the span anywhere in this object.
 
         States kept for undoing *any* edit are freed, since they may have seen the span; those edits can still be
-        restored by recomputing. The span's ledger positions stay, its ids are gone.
+        restored by recomputing. The span's ledger positions stay, its ids are gone. An erase can be purged at any time, also one
+        that was saved and loaded; where files could not be written, purging it again goes on with them.
 
         Raises:
             RestoreError: a receipt of another context, restored before, or purged before.
+            SessionFileError: another context has saved to a folder of this one since. Nothing was changed.
+            OSError: a folder could not be written; in memory nothing is left of the span.
         """
         with self._lock:
+            known = self._records.get(getattr(receipt, "id", ""))
+            if known is not None and known.purged and self._forget_files():
+                return
             record = self._record(receipt)
             if not record.receipt.tokens_removed:
                 raise RestoreError(f"the {record.receipt.method} edit of {record.receipt.span} erased nothing to purge")
+            self._check_forget()
             self._repair_now(wipe=True)
             with uninterrupted():
                 for entry in self._records.values():
@@ -113,6 +120,14 @@ class Repairing(ContextState):
                 record.purged = True
                 self._became_exact(self._ledger)
                 self._forget(record.erased)
+            self._forget_files()
+
+    def _check_forget(self) -> None:
+        """Hook: raise unless everything that is known of spans can be dropped."""
 
     def _forget(self, spans: tuple[Span, ...]) -> None:
-        """Hook: drop what else is known of purged spans (text, files)."""
+        """Hook: drop what else is known of purged spans."""
+
+    def _forget_files(self) -> bool:
+        """Hook: make what was written of purged spans unreadable; whether there was any left."""
+        return False

@@ -149,7 +149,7 @@ class Restoring(ContextState):
         for span in record.erased:
             self._ledger.unmark(span)
         self._ledger.set_in_cache(record.dropped, True)
-        self._records.pop(record.receipt.id)
+        self._drop_record(record)
         self._repair = None
 
     def _ledger_without(self, record: EditRecord) -> SpanLedger:
@@ -182,7 +182,7 @@ class Restoring(ContextState):
             backend.crop(start)
             backend.extend(self._tokens_of(ids))
         with uninterrupted():
-            self._records.pop(record.receipt.id)
+            self._drop_record(record)
             self._became_exact(ledger)
         return len(ids) - start
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kveraser.cache import Marks, Tokens
+from kveraser.cache import Marks, Tokens, whole_numbers
 from kveraser.context.backend import LiveBackend
 from kveraser.context.ids import IdBuffer
 from kveraser.errors import ContextError, RestoreError
@@ -66,7 +66,7 @@ class ContextState:
         self._ledger = SpanLedger()
         self._ids = IdBuffer()
         self._slots = IdBuffer(device=self.device)
-        self._records: dict[str, EditRecord] = {}
+        self._records: dict[str, EditRecord] = {}  # replaced, not changed: other threads may be looking
         self._repair: Repair | None = None
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -117,6 +117,7 @@ class ContextState:
 
         Raises:
             ContextError: no token, an id outside the vocabulary, or no room.
+            OptionError: ids that are no integers.
         """
         with self._lock:
             new = self._checked_ids(ids)
@@ -126,7 +127,7 @@ class ContextState:
             return self._register(new)
 
     def _checked_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
-        new = torch.as_tensor(ids, dtype=torch.long, device="cpu").reshape(-1)
+        new = whole_numbers(ids).to("cpu", torch.long).reshape(-1)
         vocabulary = self.backend.vocabulary
         if len(new) and not (int(new.min()) >= 0 and int(new.max()) < vocabulary):
             bad = next(int(token) for token in new if not 0 <= int(token) < vocabulary)
@@ -156,7 +157,15 @@ class ContextState:
 
     # -- records
 
+    def _enter_record(self, record: EditRecord) -> None:
+        self._records = {**self._records, record.receipt.id: record}
+
+    def _drop_record(self, record: EditRecord) -> None:
+        self._records = {name: known for name, known in self._records.items() if known is not record}
+
     def _record(self, receipt: EraseReceipt) -> EditRecord:
+        if not isinstance(receipt, EraseReceipt):
+            raise RestoreError(f"a receipt is needed, as `erase` gave it; got {receipt!r:.60}")
         record = self._records.get(receipt.id)
         if record is None:
             raise RestoreError(

@@ -74,18 +74,9 @@ class TokenBorders:
         return self._lengths[count]
 
 
-def occurrences(tokenizer: PreTrainedTokenizerBase, ids: list[int], needle: str) -> list[Span]:
-    """Every place of `needle` in the text of `ids`, as the smallest spans of whole tokens that hold it.
-
-    A token that holds a part of the text belongs to the span as a whole.
-    """
-    borders = TokenBorders(tokenizer, ids)
-    spans = []
-    at = borders.text.find(needle)
-    while at >= 0:
-        spans.append(borders.span(at, at + len(needle)))
-        at = borders.text.find(needle, at + 1)
-    return spans
+def several(what: Span | str | Iterable[Span | str]) -> list[Span | str]:
+    """What is meant, one by one. What cannot be meant stays as it is, for `located` to refuse."""
+    return list(what) if isinstance(what, Iterable) and not isinstance(what, Span | str) else [what]
 
 
 def located(what: Span | str, named: Iterable[tuple[str | None, Span]], find: Callable[[str], Span]) -> Span:
@@ -101,28 +92,33 @@ def located(what: Span | str, named: Iterable[tuple[str | None, Span]], find: Ca
     if isinstance(what, Span):
         return what
     if not isinstance(what, str):
-        raise SpanError(f"a Span, a message id or a text is needed, got {type(what).__name__} {what!r}")
+        raise SpanError(
+            f"a Span, a message id or a text is needed, got {type(what).__name__} {what!r}. Write kv.Span(3, 7)"
+        )
     return next((span for name, span in named if name == what), None) or find(what)
 
 
 def find_text(tokenizer: PreTrainedTokenizerBase, runs: Iterable[tuple[Span, list[int]]], needle: str) -> Span:
-    """The one place of a text in runs of live tokens (a text that reaches over an erased span is not found).
+    """The one place of a text in runs of live tokens (a text that reaches over an erased span is not found): the smallest span of
+    whole tokens that holds it. Tokens are looked at only once it is known to be the only one: a short text may be everywhere.
 
     Raises:
-        SpanError: empty, not found, or found more than once.
+        SpanError: empty, not found, or found more than once; what comes after the second place is not looked at.
     """
     if not needle:
         raise SpanError("the text to erase is empty")
-    found = [span.shift(run.start) for run, ids in runs for span in occurrences(tokenizer, ids, needle)]
     shown = needle if len(needle) <= 60 else f"{needle[:57]}..."
-    if not found:
+    found: tuple[Span, TokenBorders, int] | None = None
+    for run, ids in runs:
+        borders = TokenBorders(tokenizer, ids)
+        at = borders.text.find(needle)
+        if at >= 0 and (found is not None or borders.text.find(needle, at + 1) >= 0):
+            raise SpanError(f"the text {shown!r} occurs more than once; give a longer text, or a Span")
+        found = (run, borders, at) if at >= 0 else found
+    if found is None:
         raise SpanError(
             f"the text {shown!r} is not in the context (and there is no message with that id); check spaces and line "
             "breaks, or give a Span"
         )
-    if len(found) > 1:
-        places = ", ".join(str(span) for span in found[:5])
-        raise SpanError(
-            f"the text {shown!r} occurs {len(found)} times, at {places}; give a longer text or one of these spans"
-        )
-    return found[0]
+    run, borders, at = found
+    return borders.span(at, at + len(needle)).shift(run.start)

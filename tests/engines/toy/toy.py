@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from kveraser.cache import Can, Kept, slots_of
 from kveraser.context import LiveBackend, LiveContext
-from kveraser.context.session_file import read_session
 
 SIZE = 16
 
@@ -145,5 +143,5 @@ class ToyContext(LiveContext):
     @classmethod
     def load(cls, folder, tokenizer=None, eraser=None):
         context = cls(tokenizer, eraser)
-        context._install(read_session(Path(folder), ToyBackend.stored_as), folder)
+        context._read(folder)
         return context

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from kveraser.engines.vllm import demo as vllm_demo
-from kveraser.engines.vllm.client.http import VLLMClient
+from kveraser.engines.vllm.client.http import VLLMClient, client_id
 from kveraser.engines.vllm.protocol import KEY, Demand
 from kveraser.engines.vllm.server import launch
 from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
@@ -61,7 +61,8 @@ def test_a_completion_carries_the_demand_the_salt_and_the_key(answering):
     body, headers = server.asked
     assert body["prompt"] == [1, 2]
     assert (body["cache_salt"], body["top_p"], body["temperature"]) == ("s", 0.5, 0.0)
-    assert body["kv_transfer_params"] == {KEY: {"edit": "0" * 32}}
+    assert body["kv_transfer_params"] == {KEY: {"edit": "0" * 32, "client": client_id("key")}}
+    assert client_id("key") == client_id("key") != client_id("another")
     assert headers["Authorization"] == "Bearer key"
 
 

@@ -28,7 +28,7 @@ def some_states(tokens, seed=0):
     return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
 
 
-def keep(store, tokens, seed=0, stages=1, workers=1):
+def keep(store, tokens, seed=0, stages=1, workers=1, client=None):
     """An entry written by several pipeline stages and tensor-parallel workers; returns its id and its states."""
     keys, values = some_states(tokens, seed)
     name = store.new_id()
@@ -37,7 +37,7 @@ def keep(store, tokens, seed=0, stages=1, workers=1):
         for worker in range(workers):
             rows, columns = slice(stage * layers, (stage + 1) * layers), slice(worker * heads, (worker + 1) * heads)
             store.write(name, rows.start, columns.start, keys[rows, :, columns], values[rows, :, columns])
-    store.seal(name, tokens)
+    store.seal(name, tokens, client)
     return name, keys, values
 
 
@@ -166,6 +166,33 @@ def test_making_room_drops_what_was_used_longest_ago(tmp_path):
     assert store.ids() == [names[2]]
 
 
+def test_one_client_cannot_evict_what_others_keep(tmp_path):
+    size = 100 * GEOMETRY.bytes_per_token
+    store = make_store(tmp_path, capacity=int(6.5 * size))
+    mine, theirs = [keep(store, 100, seed, client="a" * 32)[0] for seed in range(2)], []
+    edit = store.compose([Piece(mine[0], 0, 100)], digest_ids(range(100)), "a" * 32).id
+    for seed in range(2, 20):
+        store.make_room(size, client="b" * 32)
+        theirs.append(keep(store, 100, seed, client="b" * 32)[0])
+    assert set(store.ids()) == {*mine, edit, *theirs[-4:]}
+    store.make_room(size, client="a" * 32)  # a third of mine beside four of theirs
+    assert set(store.ids()) == {*mine, edit, *theirs[-3:]}
+    keep(store, 100, 30, client="a" * 32)
+    store.make_room(3 * size, client="c" * 32)  # equal shares
+    assert {store.entry(name).client for name in store.ids()} == {"a" * 32, "b" * 32}
+
+
+def test_those_who_do_not_say_who_they_are_count_as_one(tmp_path):
+    size = 100 * GEOMETRY.bytes_per_token
+    store = make_store(tmp_path, capacity=int(4.5 * size))
+    mine = keep(store, 100, 1, client="a" * 32)[0]
+    for seed in range(8):
+        store.make_room(size)
+        keep(store, 100, seed)
+    assert mine in store.ids()
+    assert len(store.ids()) == 4
+
+
 def test_a_half_written_entry_of_a_dead_process_is_cleaned_up(tmp_path):
     store = make_store(tmp_path)
     keys, values = some_states(10)
@@ -210,7 +237,7 @@ def test_a_demand_reads_back_as_it_was_said(start, count, move):
     for demand in (
         Demand(load=(piece,), save=(Save(start, start + count, move),)),
         Demand(compose=(piece,)),
-        Demand(edit="1" * 32, drop=("2" * 32,), about=True),
+        Demand(edit="1" * 32, drop=("2" * 32,), about=True, client="3" * 32),
     ):
         assert read_demand(demand.params()) == demand
 

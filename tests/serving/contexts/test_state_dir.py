@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import stat
 from pathlib import Path
@@ -14,6 +15,8 @@ from serving_helpers import TALK, ask, without
 
 import kveraser as kv
 from kveraser.serving.sessions.sessions import Sessions
+
+OLD = Path(__file__).parents[2] / "context" / "sessions" / "transformers"
 
 
 def session(service, text="the code is 1234", owner="me"):
@@ -84,12 +87,17 @@ def test_a_folder_of_version_one_whose_index_is_damaged_is_refused_and_left_as_i
     assert content is None or (tmp_path / "index.sqlite").read_bytes() == content
 
 
-def test_a_session_that_cannot_be_read_is_never_deleted(make_service, tmp_path, caplog):
+@pytest.mark.parametrize(("lost", "kept"), [("session.key", "session.kveraser"), ("session.json", "states-*")])
+def test_a_session_that_cannot_be_read_is_never_deleted(make_service, tmp_path, caplog, lost, kept):
     service = make_service(state_dir=tmp_path)
     name = session(service)
     service.close()
-    (tmp_path / "contexts" / name / "session.json").unlink()
-    (states,) = (tmp_path / "contexts" / name).glob("states-*")
+    if lost == "session.json":  # as an older version wrote it
+        for file in (tmp_path / "contexts" / name).glob("session.*"):
+            file.unlink()
+        shutil.copytree(OLD, tmp_path / "contexts" / name, dirs_exist_ok=True)
+    (tmp_path / "contexts" / name / lost).unlink()
+    (states,) = (tmp_path / "contexts" / name).glob(kept)
     content = states.read_bytes()
     service = make_service(state_dir=tmp_path)
     assert Sessions(service.store, service.limits).names("me") == []
@@ -107,7 +115,7 @@ def test_what_a_crash_leaves_half_written_or_half_deleted_is_removed(make_servic
         Sessions(service.store, service.limits).delete("me", name)
     monkeypatch.undo()
     service.close()
-    (conversation,) = (tmp_path / "contexts").glob("[0-9a-f]*/session.json")
+    (conversation,) = (tmp_path / "contexts").glob("[0-9a-f]*/session.kveraser")
     conversation.unlink()  # as if the crash had come before it was written
     service = make_service(state_dir=tmp_path)
     assert list((tmp_path / "contexts").iterdir()) == []

@@ -44,7 +44,7 @@ def test_a_damaged_conversation_on_disk_is_dropped_and_read_again(make_service, 
     service = make_service(state_dir=tmp_path / "s")
     text = ask(service, TALK).text
     service.close()
-    for file in (tmp_path / "s" / "contexts").glob("*/*.safetensors"):
+    for file in (tmp_path / "s" / "contexts").glob("*/session.kveraser"):
         file.write_bytes(file.read_bytes()[:-4])
     service = make_service(state_dir=tmp_path / "s")
     reply = ask(service, TALK)

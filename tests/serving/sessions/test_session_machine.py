@@ -63,6 +63,15 @@ class Machine(RuleBasedStateMachine):
         self.sessions.restore("me", self.name, piece[2])
         piece[2] = None
 
+    @precondition(lambda self: any(piece[2] and not piece[3] for piece in self.pieces))
+    @rule(data=st.data())
+    def purge_later(self, data):
+        piece = data.draw(st.sampled_from([piece for piece in self.pieces if piece[2] and not piece[3]]))
+        self.sessions.purge("me", self.name, piece[2])
+        piece[3] = True
+        assert self.context.exact
+        assert self.context.text_of(piece[1]) == ""
+
     @rule()
     def repair(self):
         self.sessions.repair("me", self.name, Job(lambda job: None, 60))

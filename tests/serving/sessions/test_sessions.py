@@ -12,6 +12,7 @@ from serving_helpers import running, servers, tiny_service
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
+from files_helpers import readable_bytes
 from kveraser.serving.sessions.comparing import Question, compare
 from kveraser.serving.worker import Job
 
@@ -109,6 +110,7 @@ def test_another_key_sees_and_changes_no_session(serve):
         ("POST", f"{at}/text", {"text": "x"}),
         ("POST", f"{at}/erase", {"message": "call-0"}),
         ("POST", f"{at}/restore", {"erase": "x"}),
+        ("POST", f"{at}/purge", {"erase": "x"}),
         ("POST", f"{at}/repair", None),
         ("POST", f"{at}/generate", {"prompt": "x"}),
     ):
@@ -117,16 +119,21 @@ def test_another_key_sees_and_changes_no_session(serve):
     assert server.call("GET", at, "alpha").status_code == 200
 
 
-@pytest.mark.parametrize("how", ["at once", "steered and saved before"])
+@pytest.mark.parametrize("how", ["at once", "steered and saved before", "later"])
 def test_after_a_purge_the_secret_is_in_no_file_and_no_reply(serve, tmp_path, how):
     server = serve(state_dir=tmp_path / "state")
     name = create(server, None, "the car is blue", SECRET, "the door is fast")
     at = f"/v1/sessions/{name}"
-    everything = lambda: b"".join(f.read_bytes() for f in sorted(tmp_path.rglob("*")) if f.is_file())  # noqa: E731
+    everything = lambda: readable_bytes(f for f in sorted(tmp_path.rglob("*")) if f.is_file())  # noqa: E731
     assert SECRET.encode() in everything()
     ids = make_tokenizer().encode(SECRET)
     if how == "at once":
         reply = server.call("DELETE", f"{at}/messages/call-1?purge=true&method=kveraser")
+    elif how == "later":
+        erased = server.call("DELETE", f"{at}/messages/call-1").json()
+        assert server.call("POST", f"{at}/purge", json={"erase": "another"}).status_code == 400
+        reply = server.call("POST", f"{at}/purge", json={"erase": erased["id"]})
+        assert reply.json()["purged"]
     else:
         erased = server.call("DELETE", f"{at}/messages/call-1").json()
         server.call("POST", f"{at}/restore", json={"erase": erased["id"]})

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from kveraser.context import LiveContext
-from kveraser.context.session_file import read_session
+from kveraser.context.session_folder import read_session
 from kveraser.engines.llama_cpp.backend import LlamaCppBackend, check_saved
 from kveraser.engines.llama_cpp.model import LlamaCppModel
 from kveraser.export import GgufEraser
@@ -74,8 +74,8 @@ class LlamaCppContext(LiveContext):
         Raises:
             SessionFileError: missing, truncated, altered, of a newer format, or of another model.
         """
-        session = read_session(Path(folder), LlamaCppBackend.stored_as)
+        session, version = read_session(Path(folder), LlamaCppBackend.stored_as)
         check_saved(session.index, model)
         context = cls(model, eraser, length=length or int(session.index["length"]), **session.index["settings"])
-        context._install(session, folder)
+        context._install(session, version, folder)
         return context

@@ -10,6 +10,7 @@ Request (one or several of):
     save      [[from, to, move]..]      keep the states of these positions of the prompt, keys moved
     drop      [id..]                    forget entries
     about     true                      say how the engine is set up
+    client    id                        who asks: what it keeps is counted as its own when room is needed
 Response:
     saved [id..], edit {id, tokens, salt}, about {..}, or error "..."
 """
@@ -25,7 +26,7 @@ from kveraser.errors import EngineError
 
 KEY = "kveraser"
 _ID = re.compile(r"[0-9a-f]{32}")
-_NAMES = {"edit", "load", "compose", "save", "drop", "about"}
+_NAMES = {"edit", "load", "compose", "save", "drop", "about", "client"}
 
 
 class _Stretch:
@@ -71,6 +72,7 @@ class Demand:
     save: tuple[Save, ...] = ()
     drop: tuple[str, ...] = ()
     about: bool = False
+    client: str | None = None
 
     def params(self) -> dict[str, Any]:
         """The value for a request's `kv_transfer_params`."""
@@ -86,6 +88,8 @@ class Demand:
             said["drop"] = list(self.drop)
         if self.about:
             said["about"] = True
+        if self.client:
+            said["client"] = self.client
         return {KEY: said}
 
 
@@ -108,6 +112,7 @@ def read_demand(params: Any) -> Demand | None:
             save=tuple(Save(*_range(*entry)) for entry in said.get("save", ())),
             drop=tuple(checked_id(entry) for entry in said.get("drop", ())),
             about=bool(said.get("about", False)),
+            client=None if said.get("client") is None else checked_id(said["client"]),
         )
     except (TypeError, ValueError) as error:
         raise EngineError(f"kv_transfer_params[{KEY!r}] is malformed: {error}; got {said!r:.200}") from error

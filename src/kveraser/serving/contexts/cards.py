@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from kveraser.context import session_folder
+from kveraser.files import disk
+from kveraser.files.writing import shred
 from kveraser.serving.contexts.matching import Ids
 
 log = logging.getLogger("kveraser.serving")
 
 CARD = "kveraser-context.json"
-SESSION = "session.json"
-"""What `ErasableContext.save` writes last: a folder with it holds a whole context."""
 FORMAT = 2
 NAME = re.compile(r"[0-9a-f]{32}")
 """What folders of ours are called."""
@@ -85,31 +86,37 @@ def is_abandoned(folder: Path, name: str) -> bool:
 def measured(row: StoredContext, folder: Path) -> StoredContext:
     """A context with its size and the time of its last change."""
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return replace(row, bytes=size, used=(folder / SESSION).stat().st_mtime)
+    saved = session_folder.saved_file(folder)
+    return replace(row, bytes=size, used=0.0 if saved is None else saved.stat().st_mtime)
 
 
 def make_private(folder: Path) -> None:
     """A folder that its user alone can enter, made when it is not there."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    disk.make_folder(folder, 0o700)
     if folder.stat().st_mode & 0o777 != 0o700:
-        folder.chmod(0o700)
+        disk.protect(folder, 0o700)
 
 
 def protect(folder: Path) -> None:
     """Have a context's folder and files readable by their user alone, as older versions did not."""
     make_private(folder)
     for file in folder.iterdir():
-        if not file.is_symlink() and file.is_file():
-            file.chmod(0o600)
+        if not file.is_symlink() and file.is_file() and file.stat().st_mode & 0o777 != 0o600:
+            disk.protect(file, 0o600)
 
 
 def destroy(folder: Path) -> None:
-    """Delete a context's folder, its card last, so that what is left of it after a crash is still known as ours."""
-    files = [file for file in folder.iterdir() if file.name != CARD]
-    for file in [*files, folder / CARD]:
-        if file.is_symlink() or not file.is_dir():
-            file.unlink(missing_ok=True)
+    """Delete a context's folder, so that nothing of it can be read any more: first its key is overwritten. Its card goes last, so
+    that what is left after a crash is still known as ours."""
+    session_folder.destroy(folder)
+    for file in folder.iterdir():
+        if file.name != CARD and (file.is_symlink() or not file.is_dir()):
+            (shred if file.name.startswith(f".{CARD}.") else disk.remove)(file)
+    if (folder / CARD).is_file():  # half overwritten it would be no card, and nobody's
+        gone = folder / f".{CARD}.gone"
+        disk.replace(folder / CARD, gone)
+        shred(gone)
     try:
-        folder.rmdir()
+        disk.remove_folder(folder)
     except OSError as error:  # a folder of somebody else's is in it
         log.warning("%s could not be removed: %s", folder, error)

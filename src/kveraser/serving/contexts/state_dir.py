@@ -4,11 +4,11 @@ Knows: files and owners (digests of API keys). Does not know about HTTP, models 
 
     DIR/kveraser-state.json             marks the folder as ours; held while a server uses it
     DIR/contexts/ID/kveraser-context.json   the card: marks a context's folder as ours, and says whose it is
-    DIR/contexts/ID/session.json ...    the context itself, as `ErasableContext.save` writes it
+    DIR/contexts/ID/session.kveraser, session.key   the context itself, as `ErasableContext.save` writes it
     DIR/contexts/ID.deleted/            on the way out
     DIR/unreadable/ID/                      what could not be read, moved aside
 
-There is no index that could be lost. A context is there when its folder has a card and `session.json`, which is written last;
+There is no index that could be lost. A context is there when its folder has a card and a saved session, which is written last;
 it is gone when its folder is renamed. Only folders with a name *and* a card of ours are ever moved or removed. Everything is
 readable by the server's user alone.
 """
@@ -19,18 +19,20 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from kveraser.context.session_folder import FILE, KEYS, saved_file
 from kveraser.errors import SessionFileError
-from kveraser.files import write_atomically
+from kveraser.files import disk, write_atomically
 from kveraser.serving.contexts.cards import (
     CARD,
     FORMAT,
     NAME,
-    SESSION,
     StoredContext,
     card_of,
     destroy,
@@ -46,9 +48,11 @@ from kveraser.serving.contexts.state_v1 import INDEX, read_index, remove_index
 log = logging.getLogger("kveraser.serving")
 
 MARKER = "kveraser-state.json"
+_MARK = json.dumps({"kveraser": "state", "format": FORMAT}).encode()
 _DELETED = ".deleted"
 _ASIDE = "unreadable"
 _TEMPORARY = "kveraser-"
+_STARTING = 60.0  # seconds between the two steps of making a folder, at most
 
 
 class StateDir:
@@ -63,7 +67,7 @@ class StateDir:
         self.folder = folder
         self._contexts = folder / "contexts"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            disk.make_folder(folder, 0o700)
             self._lock = self._take()
             try:
                 make_private(folder)
@@ -115,7 +119,7 @@ class StateDir:
         if read_card(folder, name) is None:
             return
         deleted = folder.with_name(name + _DELETED)
-        os.replace(folder, deleted)
+        disk.replace(folder, deleted)
         destroy(deleted)
 
     def close(self) -> None:
@@ -130,9 +134,9 @@ class StateDir:
                     if read_card(path, path.name) is not None:
                         destroy(path)
                 if folder.is_dir():
-                    folder.rmdir()
-            (self.folder / MARKER).unlink()
-            self.folder.rmdir()
+                    disk.remove_folder(folder)
+            disk.remove(self.folder / MARKER)
+            disk.remove_folder(self.folder)
         except OSError as error:  # something of somebody else's is in it
             log.warning("%s could not be removed: %s", self.folder, error)
         finally:
@@ -164,7 +168,7 @@ class StateDir:
             self._check_marker(lock)
             for row in rows:
                 folder = self.path(row.id)
-                if NAME.fullmatch(row.id) and (folder / SESSION).is_file():
+                if NAME.fullmatch(row.id) and saved_file(folder) is not None:
                     ids = np.frombuffer(row.ids, dtype=np.int64)
                     card = StoredContext(row.id, row.owner, row.is_session, ids, row.placeholders, row.prompt_end)
                     write_atomically(folder / CARD, card_of(card))
@@ -179,7 +183,7 @@ class StateDir:
         try:
             found = json.loads(lock.read())["format"]
         except (ValueError, KeyError, TypeError):  # new, or damaged: the contexts' cards are what counts
-            lock.write(json.dumps({"kveraser": "state", "format": FORMAT}).encode())
+            lock.write(_MARK)
             return
         if found != FORMAT:
             raise SessionFileError(
@@ -202,11 +206,9 @@ class StateDir:
             protect(folder)
             if folder.name != name:
                 destroy(folder)
-            elif (folder / SESSION).is_file():
+            elif (saved := saved_file(folder)) is not None and (saved.name != FILE or (folder / KEYS).is_file()):
                 rows.append(measured(row, folder))
-            elif row.is_session and any(
-                file.name != CARD and not file.name.startswith(".") for file in folder.iterdir()
-            ):
+            elif row.is_session and _has_more_than_a_beginning(folder):
                 self._set_aside(folder)
             else:  # a cached conversation, or a session that was never acknowledged
                 destroy(folder)
@@ -216,19 +218,32 @@ class StateDir:
         aside = self.folder / _ASIDE
         make_private(aside)
         target = aside / folder.name
-        os.replace(folder, target)
-        log.warning("the session %s has no %s; its files were moved to %s", folder.name, SESSION, target)
+        disk.replace(folder, target)
+        log.warning("files of the session %s are missing; the others were moved to %s", folder.name, target)
 
 
 def temporary_state_dir() -> StateDir:
     """A state folder for as long as the server runs; those of servers that were killed are removed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
-        if any((folder / name).is_file() for name in (MARKER, INDEX)) and _is_mine(folder):
-            try:
+        if not _is_mine(folder):
+            continue
+        if any((folder / name).is_file() for name in (MARKER, INDEX)):
+            with suppress(SessionFileError):  # in use, or not ours
                 StateDir(folder).discard()
-            except SessionFileError:  # in use, or not ours
-                continue
+        elif _is_left_empty(folder):
+            with suppress(OSError):
+                disk.remove_folder(folder)
     return StateDir(Path(tempfile.mkdtemp(prefix=_TEMPORARY)))
+
+
+def _has_more_than_a_beginning(folder: Path) -> bool:
+    """Whether there is more in a session's folder than what is written before the session itself."""
+    return any(file.name not in (CARD, KEYS) and not file.name.startswith(".") for file in folder.iterdir())
+
+
+def _is_left_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder, and nobody can be about to put something into it."""
+    return time.time() - folder.stat().st_mtime > _STARTING and not any(folder.iterdir())
 
 
 def _is_mine(folder: Path) -> bool:
@@ -238,8 +253,9 @@ def _is_mine(folder: Path) -> bool:
 
 
 def _is_marker(file: Path) -> bool:
-    """Whether it is the marker of a state folder."""
+    """Whether it is the marker of a state folder, or the beginning of one: what a crash leaves of it."""
     try:
-        return bool(json.loads(file.read_bytes())["kveraser"] == "state")
+        data = file.read_bytes()
+        return _MARK.startswith(data) or bool(json.loads(data)["kveraser"] == "state")
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -1,12 +1,15 @@
-"""A file that one process holds at a time, for as long as it lives.
+"""The file that says that a state folder is held, for as long as the server lives, and what it is.
 
-Knows: the operating system's file locks, which end with the process, however it ends. Does not know what is locked.
+Knows: locked files. Does not know what the folder is for.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from kveraser.files import disk
+from kveraser.files.locks import lock
 
 
 class FileLock:
@@ -18,11 +21,14 @@ class FileLock:
     """
 
     def __init__(self, file: Path) -> None:
-        self._handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
-            _lock(self._handle)
-            if hasattr(os, "fchmod"):
-                os.fchmod(self._handle, 0o600)
+            self._handle = disk.create(file)
+        except FileExistsError:
+            self._handle = disk.open_to_change(file)
+        try:
+            lock(self._handle)
+            if os.fstat(self._handle).st_mode & 0o777 != 0o600:
+                disk.protect(file, 0o600)
         except BaseException:
             os.close(self._handle)
             raise
@@ -34,29 +40,12 @@ class FileLock:
 
     def write(self, data: bytes) -> None:
         """Put something into the file instead of what is there."""
-        os.lseek(self._handle, 0, os.SEEK_SET)
-        os.write(self._handle, data)
-        os.ftruncate(self._handle, len(data))
-        os.fsync(self._handle)
+        disk.write(self._handle, data, 0)
+        disk.cut(self._handle, len(data))
+        disk.sync(self._handle)
 
     def release(self) -> None:
         """Let go of it; the file stays."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-
-
-def _lock(handle: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            # Far behind the end of the file, so that others can still read it.
-            os.lseek(handle, 1 << 30, os.SEEK_SET)
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError as error:
-            raise BlockingIOError(str(error)) from error
-    else:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,8 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
+from kveraser.files.writing import shred
+
 INDEX = "index.sqlite"
 FORMAT = 1
 
@@ -55,6 +57,4 @@ def read_index(folder: Path) -> list[RowV1]:
 def remove_index(folder: Path) -> None:
     """Overwrite and remove the index and its journals, which others could read and which keep ids that were deleted."""
     for file in folder.glob(f"{INDEX}*"):
-        with file.open("r+b") as stream:
-            stream.write(b"\0" * file.stat().st_size)
-        file.unlink()
+        shred(file)

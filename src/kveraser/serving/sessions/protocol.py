@@ -64,8 +64,8 @@ class EraseBody(SelectionBody):
     purge: bool = Field(False, description="Make it final: repaired exactly, then overwritten everywhere.")
 
 
-class RestoreBody(Body):
-    """Which erase to undo."""
+class ReceiptBody(Body):
+    """Which erase is meant."""
 
     erase: Name = Field(description="The id of the erase.")
 

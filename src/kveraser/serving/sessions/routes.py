@@ -25,7 +25,7 @@ from kveraser.serving.sessions.protocol import (
     GenerateBody,
     NewMessage,
     NewText,
-    RestoreBody,
+    ReceiptBody,
     SelectionBody,
 )
 from kveraser.serving.sessions.sessions import Sessions
@@ -117,11 +117,20 @@ def session_router(service: Service) -> APIRouter:
         return await run(service, request, stoppable(work))
 
     @router.post("/{session_id}/restore")
-    async def restore(session_id: SessionId, body: RestoreBody, request: Request, owner: Owner) -> dict[str, Any]:
+    async def restore(session_id: SessionId, body: ReceiptBody, request: Request, owner: Owner) -> dict[str, Any]:
         """Undo an erase."""
         return restored(
             await run(service, request, stoppable(lambda job: sessions.restore(owner, session_id, body.erase)))
         )
+
+    @router.post("/{session_id}/purge")
+    async def purge(session_id: SessionId, body: ReceiptBody, request: Request, owner: Owner) -> dict[str, Any]:
+        """Make an erase final that was made before."""
+
+        def work(job: Job) -> dict[str, Any]:
+            return {**shown(sessions.purge(owner, session_id, body.erase)), "exact": True, "purged": True}
+
+        return await run(service, request, stoppable(work))
 
     @router.post("/{session_id}/repair", response_model=None, responses=STREAMS)
     async def repair(

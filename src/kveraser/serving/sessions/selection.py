@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kveraser.context import ErasableContext
-from kveraser.context.text import TokenBorders
+from kveraser.context.text import TokenBorders, find_text
 from kveraser.errors import SpanError
 from kveraser.spans import Span
 
@@ -41,7 +41,8 @@ class Selection:
             return tuple(found)
         if self.text is None:
             return self.spans
-        return (_only_place(context, self.text),)
+        assert context.tokenizer is not None
+        return (find_text(context.tokenizer, ((run, context.ids_of(run)) for run in context.live_spans), self.text),)
 
 
 @dataclass(frozen=True, order=True)
@@ -77,33 +78,6 @@ def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, in
             raise SpanError(f"the characters [{start}, {end}) are erased already")
         spans += inside
     return tuple(spans)
-
-
-def _only_place(context: ErasableContext, text: str) -> Span:
-    """The one place of a text in what is live; the smallest span of whole tokens that holds it.
-
-    Tokens are looked at only once it is known to be the only one: a short text may be everywhere.
-
-    Raises:
-        SpanError: empty, not there, or there more than once.
-    """
-    if not text:
-        raise SpanError("the text is empty")
-    shown = text if len(text) <= 60 else f"{text[:57]}..."
-    found = list[tuple[Span, int]]()
-    for run in context.live_spans:
-        whole = context.text_of(run)
-        at = whole.find(text)
-        while at >= 0:
-            found.append((run, at))
-            if len(found) > 1:
-                raise SpanError(f"the text {shown!r} occurs more than once; give a longer text, spans or characters")
-            at = whole.find(text, at + 1)
-    if not found:
-        raise SpanError(f"the text {shown!r} is not in the session; check spaces and line breaks")
-    ((run, at),) = found
-    assert context.tokenizer is not None
-    return TokenBorders(context.tokenizer, context.ids_of(run)).span(at, at + len(text)).shift(run.start)
 
 
 def characters_of(context: ErasableContext, spans: Sequence[Span]) -> list[tuple[int, int]]:

@@ -89,16 +89,30 @@ class Sessions:
 
     def restore(self, owner: str, name: str, receipt_id: str) -> RestoreReport:
         """Undo an erase."""
-        held = self.get(owner, name)
-        self.fit(held, 0)
-        found = next((receipt for receipt in held.context.receipts if receipt.id == receipt_id), None)
-        if found is None:
-            raise RestoreError(f"the session has no erase {receipt_id!r} that can be undone")
+        held, found = self._erase_of(owner, name, receipt_id, "undone")
         with self.saved(held):
             report = held.context.restore(found)
             held.receipts.pop(receipt_id, None)
             held.has_copy = False
             return report
+
+    def purge(self, owner: str, name: str, receipt_id: str) -> EraseReceipt:
+        """Make an erase final that was made before: repaired exactly, then overwritten everywhere."""
+        held, found = self._erase_of(owner, name, receipt_id, "made final")
+        with self.saved(held, whole=False):
+            held.context.purge(found)
+            held.receipts.clear()
+            held.has_copy = False
+            return found
+
+    def _erase_of(self, owner: str, name: str, receipt_id: str, what: str) -> tuple[HeldContext, EraseReceipt]:
+        """A session, and one of its erases; there is room for it to be run again."""
+        held = self.get(owner, name)
+        self.fit(held, 0)
+        found = next((receipt for receipt in held.context.receipts if receipt.id == receipt_id), None)
+        if found is None:
+            raise RestoreError(f"the session has no erase {receipt_id!r} that can be {what}")
+        return held, found
 
     def repair(
         self,

@@ -5,11 +5,14 @@ Knows: HTTP and JSON, by the standard library. Does not know about text, spans o
 
 from __future__ import annotations
 
+import getpass
+import hashlib
 import json
+import platform
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kveraser.engines.vllm.protocol import KEY, Demand
@@ -35,6 +38,15 @@ class Completion:
     cached: int | None = None
 
 
+def client_id(api_key: str | None = None) -> str:
+    """Who asks: one for each key, machine and user, so that it is the same after a restart; tells nothing about them."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):  # a user without a name
+        user = ""
+    return hashlib.sha256(repr((platform.node(), user, api_key)).encode()).hexdigest()[:32]
+
+
 class VLLMClient:
     """One server.
 
@@ -49,6 +61,7 @@ class VLLMClient:
         if not self.base_url.startswith(("http://", "https://")):
             raise EngineError(f"a server's address begins with http:// or https://, got {base_url!r}")
         self._api_key, self._timeout = api_key, timeout
+        self._client = client_id(api_key)
 
     def models(self) -> list[dict[str, Any]]:
         """The models and adapters that the server offers."""
@@ -85,7 +98,7 @@ class VLLMClient:
             **options,
         }
         if demand is not None:
-            body["kv_transfer_params"] = demand.params()
+            body["kv_transfer_params"] = replace(demand, client=self._client).params()
         if salt is not None:
             body["cache_salt"] = salt
         data = self.call("/v1/completions", body)

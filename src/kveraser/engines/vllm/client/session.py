@@ -17,7 +17,7 @@ from kveraser.cache import Window
 from kveraser.context.chat import Message
 from kveraser.context.messages import Conversation
 from kveraser.context.talking import Talking
-from kveraser.context.text import decode, find_text
+from kveraser.context.text import decode, find_text, several
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
 from kveraser.engines.vllm.protocol import Demand
@@ -147,8 +147,7 @@ class VLLMSession(Talking):
             EngineError: the server could not do it. In every case the session is as it was.
         """
         with self._lock:
-            wanted = [what] if isinstance(what, Span | str) else list(what)
-            spans = merge_spans([self.locate(entry) for entry in wanted], self._state.ledger.length)
+            spans = merge_spans([self.locate(entry) for entry in several(what)], self._state.ledger.length)
             for span in spans:
                 self._state.ledger.check_live(span)
             before = self._state

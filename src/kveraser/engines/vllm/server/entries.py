@@ -84,6 +84,7 @@ class Entry:
         parts: where they are.
         ids: for an edited context, the checksum of the token ids that stand for it (see `digest_ids`).
         salt: for an edited context, the secret that keeps its blocks apart in the engine's prefix cache.
+        client: for whom it is kept; None for all who do not say who they are.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Entry:
     parts: tuple[Part, ...]
     ids: str | None = None
     salt: str | None = None
+    client: str | None = None
 
 
 def to_manifest(entry: Entry) -> bytes:
@@ -102,6 +104,7 @@ def to_manifest(entry: Entry) -> bytes:
         "parts": [[part.start, part.end, list(part.files)] for part in entry.parts],
         "ids": entry.ids,
         "salt": entry.salt,
+        "client": entry.client,
     }
     return json.dumps({"format": FORMAT, "sha256": _digest(body), "body": body}).encode()
 
@@ -123,6 +126,7 @@ def from_manifest(entry: str, text: str) -> Entry:
         parts=tuple(Part(start, end, tuple(files)) for start, end, files in body["parts"]),
         ids=body["ids"],
         salt=body["salt"],
+        client=body.get("client"),
     )
 
 

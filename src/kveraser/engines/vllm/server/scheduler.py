@@ -116,9 +116,9 @@ class SchedulerSide:
                     raise EngineError(f"entry {piece.entry} has no states [{piece.start}, {piece.end})")
         if demand.save or demand.compose:
             size = sum(len(save) for save in demand.save) * self._store.geometry.bytes_per_token
-            self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces])
+            self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces], client=demand.client)
         if demand.compose:
-            edit = self._store.compose(demand.compose, digest_ids(ids[: admitted.loads]))
+            edit = self._store.compose(demand.compose, digest_ids(ids[: admitted.loads]), demand.client)
             admitted.composed, salt = edit, edit.salt
             admitted.answer["edit"] = {"id": edit.id, "tokens": edit.tokens, "salt": edit.salt}
         admitted.saves = tuple(self._store.new_id() for _ in demand.save)
@@ -185,7 +185,7 @@ class SchedulerSide:
                 if not (done and admitted.written):
                     self._store.discard(entry)
                 else:
-                    sealed.append(self._store.seal(entry, len(save)).id)
+                    sealed.append(self._store.seal(entry, len(save), admitted.demand.client).id)
         except (KVEraserError, OSError) as error:
             logger.error("kveraser: states of request %s were not kept: %s", request.request_id, error)
             for entry in sealed:

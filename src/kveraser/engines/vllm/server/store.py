@@ -11,8 +11,8 @@ everything and renames the folder. So an entry is there whole or not at all, and
 workers than it was written with. An edited context shares its files with the entries it is made of by hard links (copies
 where the file system has none), so that every entry stands on its own and the file system counts the references.
 
-The folder is bounded: making room drops the entries that were used longest ago. Whatever is missing or altered is an
-error, never a guess.
+The folder is bounded: making room drops entries of the client that takes the most, those used longest ago first, so nobody
+loses one while somebody else takes more. Whatever is missing or altered is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class EditStore:
         """An id that nobody can guess."""
         return secrets.token_hex(16)
 
-    def seal(self, entry: str, tokens: int) -> Entry:
+    def seal(self, entry: str, tokens: int, client: str | None = None) -> Entry:
         """Make what the workers wrote an entry.
 
         Raises:
@@ -101,12 +101,12 @@ class EditStore:
                         f"{self.geometry.layers * self.geometry.kv_heads} layers x heads are there"
                     )
                 parts.append(Part(0, min(CHUNK, tokens - start), tuple(sorted(file.name for file in mine))))
-            return self._finish(folder, Entry(entry, self.geometry, tokens, tuple(parts)))
+            return self._finish(folder, Entry(entry, self.geometry, tokens, tuple(parts), client=client))
         except (OSError, StoreError) as error:
             self.discard(entry)
             raise error if isinstance(error, StoreError) else StoreError(f"entry {entry}: {error}") from error
 
-    def compose(self, pieces: Sequence[Piece], ids: str) -> Entry:
+    def compose(self, pieces: Sequence[Piece], ids: str, client: str | None = None) -> Entry:
         """Make an edited context of pieces of other entries; it keeps working when those are dropped.
 
         Args:
@@ -130,7 +130,7 @@ class EditStore:
                         _share(self.folder / piece.entry / name, folder / name)
                     parts.append(part)
             tokens = sum(len(piece) for piece in pieces)
-            made = Entry(new, self.geometry, tokens, tuple(parts), ids, secrets.token_hex(16))
+            made = Entry(new, self.geometry, tokens, tuple(parts), ids, secrets.token_hex(16), client)
             return self._finish(folder, made)
         except OSError as error:
             raise StoreError(f"an edited context cannot be written: {error}") from error
@@ -172,8 +172,8 @@ class EditStore:
         """Remove what was written of an entry that will not be sealed."""
         shutil.rmtree(self._pending(entry), ignore_errors=True)
 
-    def make_room(self, size: int, keep: Iterable[str] = ()) -> None:
-        """Drop the entries used longest ago, but not those in `keep`, until `size` more bytes fit.
+    def make_room(self, size: int, keep: Iterable[str] = (), client: str | None = None) -> None:
+        """Drop entries of the client that takes the most, but not those in `keep`, until `size` more bytes of a client fit.
 
         Raises:
             StoreError: they never will.
@@ -183,14 +183,21 @@ class EditStore:
             raise StoreError(
                 f"the states take {size:,} bytes, the store holds {self.capacity:,}; give it more with capacity_gb"
             )
-        oldest = sorted((entry for entry in self.ids() if entry not in kept), key=self._last_use)
+        clients = {entry: self._client_of(entry) for entry in self.ids()}
+        oldest = sorted((entry for entry in clients if entry not in kept), key=self._last_use)
         while self.size() + size > self.capacity:
             if not oldest:
                 raise StoreError(
                     f"no room for {size:,} bytes beside the {self.size():,} in use, the store holds {self.capacity:,}; "
                     "give it more with capacity_gb"
                 )
-            self.drop(oldest.pop(0))
+            taken = {who: size if who == client else 0 for who in {clients[entry] for entry in oldest}}
+            for who in taken:
+                taken[who] += self._size(entry for entry, owner in clients.items() if owner == who)
+            last = next(entry for entry in oldest if taken[clients[entry]] == max(taken.values()))
+            self.drop(last)
+            oldest.remove(last)
+            del clients[last]
 
     def ids(self) -> list[str]:
         """Ids of all entries."""
@@ -198,15 +205,23 @@ class EditStore:
 
     def size(self) -> int:
         """Bytes that the files take; shared ones count once."""
+        return self._size(_names(self.folder))
+
+    def _size(self, entries: Iterable[str]) -> int:
         seen: dict[tuple[int, int], int] = {}
-        for root, _, files in os.walk(self.folder):
-            for name in files:
-                try:
-                    info = os.stat(os.path.join(root, name))
-                except OSError:
-                    continue
-                seen[info.st_dev, info.st_ino] = info.st_size
+        for entry in entries:
+            for root, _, files in os.walk(self.folder / entry):
+                for name in files:
+                    with suppress(OSError):  # dropped meanwhile
+                        info = os.stat(os.path.join(root, name))
+                        seen[info.st_dev, info.st_ino] = info.st_size
         return sum(seen.values())
+
+    def _client_of(self, entry: str) -> str | None:
+        try:
+            return from_manifest(entry, (self.folder / entry / _MANIFEST).read_text(encoding="utf-8")).client
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def clean(self) -> None:
         """Remove what processes that died have left half-written."""

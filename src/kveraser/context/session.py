@@ -1,20 +1,15 @@
-"""Saved sessions: a folder with `session.json` and one file of states, versioned and checksummed.
+"""What a saved session says, and how it becomes a context again.
 
-Knows: files, and what of a context has to be kept. Does not know what states look like (their backend does), or about methods.
-
-The states go into a file named after their checksum; `session.json` names it and is exchanged last, so that a reader sees
-the old session or the new one, never a mixture. Nothing that is loaded is executable.
+Knows: what of a context has to be kept, as JSON and bytes. Does not know files (`session_folder.py`), what states look like (their
+backend does), or methods. Nothing that is loaded is executable.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -25,15 +20,11 @@ from kveraser.context.ids import IdBuffer
 from kveraser.context.messages import Conversation
 from kveraser.context.state import EditRecord
 from kveraser.errors import RestoreError, SessionFileError
-from kveraser.files import write_atomically
 from kveraser.methods import EraseReceipt
 from kveraser.spans import Erased, Span, SpanLedger
 
 if TYPE_CHECKING:
     from kveraser.context.token_context import TokenContext
-
-FORMAT = 1
-INDEX = "session.json"
 
 
 @dataclass(frozen=True)
@@ -65,6 +56,22 @@ class Session:
         }
         return cls(index, data, context.backend.stored_as)
 
+    @classmethod
+    def of_bytes(cls, index: bytes, data: bytes, stored_as: tuple[str, str]) -> Session:
+        """What `to_bytes` gave.
+
+        Raises:
+            SessionFileError: of another kind of context.
+        """
+        said = json.loads(index)
+        if said["stored_as"] != stored_as[0]:
+            raise SessionFileError(f"it holds {said['stored_as']}, this kind of context has {stored_as[0]}")
+        return cls(said, data, stored_as)
+
+    def to_bytes(self) -> list[bytes]:
+        """Index and states."""
+        return [json.dumps({**self.index, "stored_as": self.stored_as[0]}).encode(), self.data]
+
     def install(self, context: TokenContext, what: str) -> Conversation:
         """Put it into an empty context; returns the messages. `what` says in errors where it was read from.
 
@@ -72,7 +79,7 @@ class Session:
             SessionFileError: it is of another model, or cannot be read.
         """
         index, backend = self.index, context.backend
-        with _readable(what):
+        with readable(what):
             context._ids = IdBuffer(backend.unpack(index, self.data))
             context._ledger = SpanLedger(len(context._ids), (Erased(Span(a, b), c) for a, b, c in index["erased"]))
             context._records = {entry.receipt.id: entry for entry in map(_record_from_json, index["edits"])}
@@ -83,69 +90,8 @@ class Session:
             return Conversation(messages, (Span(a, b) for a, b in index.get("message_spans", ())))
 
 
-def write_session(folder: Path, session: Session, *, overwrite: bool = False) -> None:
-    """Write a session; what an older one left in the folder is removed afterwards.
-
-    Args:
-        overwrite: also overwrite the older files with zeros before they are removed (best effort: a copy-on-write or
-            journaling disk may keep the old bytes all the same).
-
-    Raises:
-        SessionFileError: the path is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise SessionFileError(f"{folder} is a file; a session is saved to a folder")
-    name, suffix = session.stored_as
-    checksum = hashlib.sha256(session.data).hexdigest()
-    states = folder / f"{name}-{checksum[:16]}{suffix}"
-    old = [file for file in folder.glob(f"{name}-*{suffix}") if file.name != states.name]
-    write_atomically(states, session.data)
-    body = {**session.index, name: {"file": states.name, "sha256": checksum, "bytes": len(session.data)}}
-    envelope = {"format": FORMAT, "sha256": _checksum(body), "session": body}
-    index = folder / INDEX
-    former = folder / f".former-{INDEX}"
-    if overwrite and index.exists():  # a second name for the old bytes, so that they can be overwritten afterwards
-        former.unlink(missing_ok=True)
-        os.link(index, former)
-        old.append(former)
-    write_atomically(index, json.dumps(envelope, sort_keys=True, indent=1).encode())
-    for file in old:
-        if overwrite:
-            file.write_bytes(b"\0" * file.stat().st_size)
-        file.unlink(missing_ok=True)
-
-
-def read_session(folder: Path, stored_as: tuple[str, str]) -> Session:
-    """Read and check a session.
-
-    Raises:
-        SessionFileError: missing, truncated, altered, or of a newer format.
-    """
-    index_file = folder / INDEX
-    with _readable(str(folder)):
-        envelope = json.loads(index_file.read_text(encoding="utf-8"))
-        form = envelope["format"]
-        if form > FORMAT:
-            raise SessionFileError(f"{index_file} has format {form}, this version reads {FORMAT}; update kveraser")
-        body = envelope["session"]
-        if _checksum(body) != envelope["sha256"]:
-            raise SessionFileError(
-                f"{index_file} was altered: its checksum does not fit; restore the file or start a new session"
-            )
-        expected = body[stored_as[0]]
-        file = folder / str(expected["file"])
-        if file.parent != folder:
-            raise SessionFileError(f"{index_file} names a states file outside its folder: {expected['file']}")
-        data = file.read_bytes()
-        if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise SessionFileError(
-                f"{file} is truncated or altered ({len(data)} of {expected['bytes']} bytes, or another checksum)"
-            )
-        return Session(body, data, stored_as)
-
-
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def readable(what: str) -> Iterator[None]:
     """Whatever goes wrong in the block says that this cannot be read as a session."""
     try:
         yield
@@ -156,10 +102,6 @@ def _readable(what: str) -> Iterator[None]:
             raise
         why = error if isinstance(error, RestoreError) else repr(error)
         raise SessionFileError(f"{what} cannot be read as a session: {why}") from error
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _record_to_json(record: EditRecord) -> dict[str, Any]:

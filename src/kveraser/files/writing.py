@@ -1,0 +1,76 @@
+"""Writing files so that they are there whole or not at all, and overwriting them.
+
+Knows: the steps of `disk`. Does not know what is in the files.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kveraser.files import disk
+
+_PIECE = 1 << 20
+
+
+def write_atomically(file: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file so that it is there whole or not at all, also when the machine stops in between.
+
+    Args:
+        data: in one piece or several.
+    """
+    disk.make_folder(file.parent)
+    partial = partial_name(file)
+    handle = disk.create(partial)
+    try:
+        try:
+            for piece in [data] if isinstance(data, bytes) else data:
+                disk.write(handle, piece)
+            disk.sync(handle)
+        finally:
+            os.close(handle)
+        disk.replace(partial, file)
+    except BaseException:
+        disk.remove(partial)
+        raise
+    disk.sync_folder(file.parent)
+
+
+def partial_name(file: Path) -> Path:
+    """A name, beside a file, for what is to become it."""
+    return file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}"
+
+
+def overwrite(file: Path) -> None:
+    """Overwrite a file with zeros, in place: whoever has it under another name has zeros, too. A link is left alone."""
+    if file.is_symlink() or not file.is_file():
+        return
+    handle = disk.open_to_change(file)
+    try:
+        size = os.fstat(handle).st_size
+        for at in range(0, size, _PIECE):
+            disk.write(handle, bytes(min(_PIECE, size - at)), at)
+        disk.sync(handle)
+    finally:
+        os.close(handle)
+
+
+def shred(file: Path) -> None:
+    """Overwrite a file, then remove it."""
+    overwrite(file)
+    disk.remove(file)
+
+
+@contextmanager
+def appearing_whole(file: Path) -> Iterator[Path]:
+    """A path to write a large file to; it gets its name when the block ends well, and is removed when it does not."""
+    disk.make_folder(file.parent)
+    partial = partial_name(file)
+    try:
+        yield partial
+        disk.replace(partial, file)
+    finally:
+        disk.remove(partial)

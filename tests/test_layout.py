@@ -74,8 +74,8 @@ def test_contributing_shows_the_rooms_in_this_order():
     assert [name for name in names if name] == list(ROOMS[:-1])
 
 
-SERVING = ("beside", "exposure", "fields", "invalid", "decoding", "worker", "stopping", "contexts", "completion", "service", "errors", "waiting", "events", "access",
-           "metrics", "openai", "sessions", "page", "app")  # fmt: skip
+SERVING = ("beside", "exposure", "fields", "invalid", "decoding", "worker", "stopping", "contexts", "completion", "service", "errors", "chat", "waiting", "events", "access",
+           "metrics", "openai", "anthropic", "sessions", "page", "app")  # fmt: skip
 """The rooms and files of the server, from below to above."""
 
 

@@ -12,13 +12,14 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
 from kveraser.serving.access import Owner, owner_of
-from kveraser.serving.completion import Prompt, Reply
+from kveraser.serving.chat.answering import Answer, Asked, Progress, answer
+from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.errors import ApiError
 from kveraser.serving.events import line_response
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
-from kveraser.serving.openai.replies import ChatShape, CompletionShape, Progress, reply_lines
-from kveraser.serving.openai.requests import chat_prompt, completion_prompt
+from kveraser.serving.openai.replies import ChatShape, CompletionShape, reply_lines
+from kveraser.serving.openai.requests import chat_asked, completion_asked
 from kveraser.serving.service import Service
 from kveraser.serving.waiting import first_of, run, stream
 from kveraser.serving.worker import Job
@@ -26,10 +27,11 @@ from kveraser.serving.worker import Job
 Response = dict[str, Any] | StreamingResponse
 
 
-def openai_router(service: Service, name: str, metrics: Metrics, started: int) -> APIRouter:
+def openai_router(service: Service, renderer: ChatRenderer, name: str, metrics: Metrics, started: int) -> APIRouter:
     """The routes.
 
     Args:
+        renderer: of conversations, for this model.
         name: the model's name in requests and replies.
         started: when the server started, seconds since the epoch.
     """
@@ -53,16 +55,15 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
         check_model(model)
         return card
 
-    async def answer(
-        request: Request, body: ChatRequest | CompletionRequest, prompt: Prompt, shape: ChatShape
+    async def respond(
+        request: Request, body: ChatRequest | CompletionRequest, asked: Asked, shape: ChatShape
     ) -> Response:
-        logprobs = prompt.sampling.logprobs is not None
+        logprobs = asked.prompt.sampling.logprobs is not None
 
-        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Reply:
-            tell = None if emit is None else lambda delta, reply: emit((delta, reply))
-            reply = service.complete(prompt, job, tell)
-            metrics.count(reply)
-            return reply
+        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Answer:
+            found = answer(service, asked, job, emit)
+            metrics.count(found.reply)
+            return found
 
         def work(job: Job, emit: Callable[[Progress], None]) -> None:
             complete(job, emit)
@@ -77,14 +78,14 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
     async def chat(body: ChatRequest, request: Request, owner: Owner) -> Response:
         """Answer a conversation. The field `kveraser` of the reply says what was reused, and whether it is exact."""
         check_model(body.model)
-        prompt = await service.beside.run(lambda: chat_prompt(service, body, owner))
-        return await answer(request, body, prompt, ChatShape(service.tokenizer, name))
+        asked = await service.beside.run(lambda: chat_asked(service, renderer, body, owner))
+        return await respond(request, body, asked, ChatShape(service.tokenizer, name))
 
     @router.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request, owner: Owner) -> Response:
         """Continue a text, or token ids."""
         check_model(body.model)
-        prompt = await service.beside.run(lambda: completion_prompt(service, body, owner))
-        return await answer(request, body, prompt, CompletionShape(service.tokenizer, name))
+        asked = await service.beside.run(lambda: completion_asked(service, body, owner))
+        return await respond(request, body, asked, CompletionShape(service.tokenizer, name))
 
     return router

@@ -22,6 +22,7 @@ import kveraser as kv
 from conftest import same, token_ids
 from kinds import EVERY_KIND, Kind
 from kveraser.cache import Can
+from kveraser.context import Drawing
 
 pytestmark = pytest.mark.parametrize("kind", EVERY_KIND)
 
@@ -296,6 +297,46 @@ def test_keeping_what_was_generated_equals_appending_it(kind):
     assert kept.live_ids[-len(answer) - 2 :] == [5, 6, *answer]
     assert kept.backend.length == len(kept)
     assert kind.off(kept) < kind.tolerance / 10
+
+
+def test_every_engine_replies_by_the_same_decoder(kind):
+    context, _ = filled(kind, 12)
+    before = kind.states(context)
+    greedy = context.reply_ids([5, 6], max_new_tokens=6, min_new_tokens=6)
+    assert len(greedy) == 6
+    assert greedy == context.generate_ids([5, 6], max_new_tokens=6, min_new_tokens=6)
+    seen = []
+    assert context.reply_ids([5, 6], watch=lambda step: seen.append(step.token) or len(step.answer) == 2) == greedy[:2]
+    assert seen == greedy[:2]
+
+    drawn = [context.reply_ids([5, 6], Drawing(3.0, 0.95, seed), max_new_tokens=8) for seed in (1, 1, 2, 3, 4)]
+    assert drawn[0] == drawn[1]
+    assert any(other != drawn[0] for other in drawn[2:])
+    assert context.reply_ids([5, 6], Drawing(5.0, 1e-9, 3), max_new_tokens=6, min_new_tokens=6) == greedy
+    with pytest.raises(kv.OptionError, match="top_p=0"):
+        Drawing(top_p=0)
+    with pytest.raises(kv.OptionError, match="max_new_tokens=0"):
+        context.reply_ids([5, 6], max_new_tokens=0)
+    assert same(kind.states(context), before)
+
+    assert context.reply_ids([5, 6], max_new_tokens=6, min_new_tokens=6, keep=True) == greedy
+    assert context.live_ids[-8:] == [5, 6, *greedy]
+    assert kind.off(context) < kind.tolerance / 10
+
+
+def test_a_reply_that_is_stopped_by_who_watches_it_leaves_the_context_as_it_was(kind):
+    context, _ = filled(kind, 12)
+    before = kind.states(context)
+
+    def stop(step):
+        if len(step.answer) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        context.reply_ids([5, 6], max_new_tokens=8, min_new_tokens=8, keep=True, watch=stop)
+    assert same(kind.states(context), before)
+    assert len(context) == 12
 
 
 def test_an_emptied_context_needs_new_text(kind):

@@ -145,7 +145,7 @@ def test_an_erratum_is_known_to_tables_and_is_no_method_of_the_library():
 def test_a_given_token_ends_an_answer():
     context, spans = read()
     said = []
-    context.generate_ids, usual = lambda *a, **o: said.append(usual(*a, **o)) or said[-1], context.generate_ids
+    context.reply_ids, usual = lambda *a, **o: said.append(usual(*a, **o)) or said[-1], context.reply_ids
     compare_methods(context, spans, " so", [kv.FullRecompute()])
     first = said[0][0]
     compare_methods(context, spans, " so", [kv.FullRecompute()], ends=[first])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import make_tokenizer, text_model
 from kveraser import ErasableContext
-from kveraser.serving.decoding import Sampling, _StoppingText, decode
+from kveraser.serving.decoding import GrowingText, Sampling, decode
 
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
@@ -16,7 +16,7 @@ def test_pieces_join_to_the_text_before_the_first_stop(text, stop):
     tokenizer = make_tokenizer()
     ids = tokenizer.encode(text, add_special_tokens=False)
     whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    state = _StoppingText(tokenizer, tuple(stop))
+    state = GrowingText(tokenizer, tuple(stop))
     out = ""
     for token in ids:
         out += state.push(token)
@@ -35,7 +35,7 @@ def _continue(**options):
     model, tokenizer = text_model(), make_tokenizer()
     context = ErasableContext(model, tokenizer)
     logits = context.advance(tokenizer.encode("the code of the"))
-    pieces = list(decode(context, logits, Sampling(max_tokens=12, **options), tokenizer, set(), lambda: None))
+    pieces = list(decode(context, logits, Sampling(max_tokens=12, **options), tokenizer, lambda: None))
     return "".join(piece.text for piece in pieces), pieces, context
 
 

@@ -5,6 +5,7 @@ know about tasks, servers or engines.
 
     token_context   state, erasing, restoring, repairing, running: a context of ids, one file for each thing it can do
     live            what people have instead of ids, on top of it: text.py, chat.py and messages.py, session_file.py
+    decoding        the one decoder: from logits to the next token, and on
     backend         what both ask of a cache and the model that fills it
     erasable        all that over transformers (transformers.py); engines have theirs
 """
@@ -12,17 +13,21 @@ know about tasks, servers or engines.
 from __future__ import annotations
 
 from kveraser.context.backend import Keep, LiveBackend, Run
+from kveraser.context.decoding import GREEDY, Drawing, Step, Watch, steps
 from kveraser.context.erasable import ErasableContext
 from kveraser.context.live import LiveContext
 from kveraser.context.repairing import RepairProgress
 from kveraser.context.restoring import RestoreReport
 from kveraser.context.state import PURGED, ContextState, EditRecord
+from kveraser.context.text import says_a_line
 from kveraser.context.token_context import TokenContext
 from kveraser.context.transformers import LiveTransformers
 
 __all__ = [
+    "GREEDY",
     "PURGED",
     "ContextState",
+    "Drawing",
     "EditRecord",
     "ErasableContext",
     "Keep",
@@ -32,5 +37,9 @@ __all__ = [
     "RepairProgress",
     "RestoreReport",
     "Run",
+    "Step",
     "TokenContext",
+    "Watch",
+    "says_a_line",
+    "steps",
 ]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kveraser.cache import Backend, Eraser, Tokens
-from kveraser.context.generating import generate
-from kveraser.errors import ContextError
+from kveraser.context.decoding import GREEDY, Drawing, Step, Watch, steps
+from kveraser.errors import ContextError, OptionError
 from kveraser.interrupts import uninterrupted
 
 Keep = Callable[[list[int], int], None]
@@ -93,29 +93,69 @@ class LiveBackend(Backend):
         with self.ahead(from_last) as run:
             return run([*slots[len(slots) - from_last :].tolist(), *new.tolist()], True)
 
-    def generate(
-        self, slots: Tensor, new: Tensor, *, max_new_tokens: int, keep: Keep | None, **options: Any
+    def reply(
+        self,
+        slots: Tensor,
+        new: Tensor,
+        *,
+        max_new_tokens: int,
+        keep: Keep | None,
+        min_new_tokens: int = 0,
+        drawing: Drawing = GREEDY,
+        watch: Watch | None = None,
     ) -> list[int]:
-        """Continue after the new tokens, or without any after the last slot's token, which runs again; the new ids.
+        """Continue token by token after the new ones, or without any after the last slot's token, which runs again; the new ids.
 
         Args:
             slots, new: as of `logits`.
             keep: None leaves the cache as it is; else states that were computed on the way may be kept, and it is told how many.
-            options: of the engine; here those of `generating.generate`.
+            watch: called with every step; may end the answer.
+
+        Raises:
+            OptionError: an impossible number of tokens.
+            ContextError: no room.
         """
+        if max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens={max_new_tokens} must be at least 1")
         given, again = new.tolist(), len(new) == 0
         self.check_room(len(given) + again + max_new_tokens)
-        first = given or slots[-1:].tolist()
         with self.ahead(again) as run:
-            answer = generate(
-                lambda ids: run(ids, False)[-1], first, first, self.ends, max_new_tokens=max_new_tokens, **options
-            )
+            logits = run(given or slots[-1:].tolist(), False)[-1]
+            answer: list[int] = []
+            for step in steps(
+                logits, lambda token: run([token], False)[-1], self.ends, drawing, min_tokens=min_new_tokens
+            ):
+                answer = step.answer
+                stop = watch is not None and watch(step)
+                if stop or step.ended or len(answer) >= max_new_tokens:
+                    break
             if keep and given:
                 count = len(given) + len(answer) - 1
                 with uninterrupted():
                     self.keep_ahead(count)
                     keep(answer, count)
         return answer
+
+    def generate(
+        self, slots: Tensor, new: Tensor, *, max_new_tokens: int, keep: Keep | None, **options: Any
+    ) -> list[int]:
+        """As `reply`, with the options of the engine.
+
+        Args:
+            options: here `min_new_tokens`, those of `Drawing`, and `stopping_criteria`: called with the ids seen and new
+                `(1, tokens)` and the logits `(1, vocab)`, as transformers does; the answer ends when one says so.
+        """
+        criteria, shortest = options.pop("stopping_criteria", ()), options.pop("min_new_tokens", 0)
+        seen = new.tolist() or slots[-1:].tolist()
+
+        def stops(step: Step) -> bool:
+            ids = torch.tensor([[*seen, *step.answer]])
+            return any(bool(torch.as_tensor(stop(ids, step.logits[None])).all()) for stop in criteria)
+
+        return self.reply(
+            slots, new, max_new_tokens=max_new_tokens, min_new_tokens=shortest, drawing=Drawing(**options), keep=keep,
+            watch=stops if criteria else None,
+        )  # fmt: skip
 
     # -- other caches --------------------------------------------------------------------------------------------
 

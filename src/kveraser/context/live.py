@@ -5,15 +5,18 @@ Knows: tokenizers, chat messages, session files, on top of `TokenContext`. Does 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kveraser.context.backend import LiveBackend
 from kveraser.context.chat import Message
+from kveraser.context.decoding import GREEDY, Drawing, Watch
 from kveraser.context.messages import Conversation
 from kveraser.context.session_file import Session, write_session
 from kveraser.context.text import any_text, decode, find_text, located
@@ -181,27 +184,62 @@ class LiveContext(TokenContext):
         Raises:
             ContextError: an emptied context without a prompt, a user's message without content, or no room.
         """
+        run = partial(self.generate_ids, max_new_tokens=max_new_tokens, keep=keep, **options)
+        return self._answered(prompt, chat, keep, run)
+
+    def reply(
+        self,
+        prompt: str | Sequence[int] | Tensor | None = None,
+        drawing: Drawing = GREEDY,
+        *,
+        max_new_tokens: int = 64,
+        keep: bool = False,
+        chat: bool | None = None,
+        watch: Watch | None = None,
+    ) -> str:
+        """Continue the context and return the new text: as `generate`, token by token as `reply_ids` does it."""
+        run = partial(self.reply_ids, drawing=drawing, max_new_tokens=max_new_tokens, keep=keep, watch=watch)
+        return self._answered(prompt, chat, keep, run)
+
+    def prompt_ids(self, prompt: str | Sequence[int] | Tensor | None, *, chat: bool | None = None) -> list[int]:
+        """What `generate` puts behind the context for a prompt, in ids: in a chat, a user's message and the beginning of its reply.
+
+        Raises:
+            ContextError: a user's message without content.
+        """
         with self._lock:
-            tokenizer = self._require_tokenizer()
-            chat = (
-                bool(self._chat) and not (prompt is not None and not isinstance(prompt, str)) if chat is None else chat
-            )
-            ids: list[int] | Tensor | Sequence[int] = []
-            user: Message | None = None
-            text = ""
-            if chat:
-                if isinstance(prompt, str):
-                    user = self._chat.question(prompt)
-                    text = self._chat.text_of(tokenizer, user)
-                ids = self._encode(text + self._chat.reply_prompt(tokenizer, user))
-            elif isinstance(prompt, str):
-                ids = self._encode(prompt, first=len(self) == 0)
-            elif prompt is not None:
-                ids = prompt
+            return self._asked(prompt, chat)[0]
+
+    def _asked(
+        self, prompt: str | Sequence[int] | Tensor | None, chat: bool | None
+    ) -> tuple[list[int], Message | None, bool]:
+        """The ids of a prompt, the user's message that it is, and whether this is a chat."""
+        text = isinstance(prompt, str) or prompt is None
+        if chat is None:
+            chat = bool(self._chat) and text
+        if not chat:
+            if isinstance(prompt, str):
+                return self._encode(prompt, first=len(self) == 0), None, False
+            return [] if prompt is None else torch.as_tensor(prompt).tolist(), None, False
+        tokenizer = self._require_tokenizer()
+        user = self._chat.question(prompt) if isinstance(prompt, str) else None
+        added = self._chat.text_of(tokenizer, user) if user else ""
+        return self._encode(added + self._chat.reply_prompt(tokenizer, user)), user, True
+
+    def _answered(
+        self,
+        prompt: str | Sequence[int] | Tensor | None,
+        chat: bool | None,
+        keep: bool,
+        run: Callable[[list[int]], list[int]],
+    ) -> str:
+        with self._lock:
+            self._require_tokenizer()
+            ids, user, talk = self._asked(prompt, chat)
             start = len(self)
-            answer = self.generate_ids(ids, max_new_tokens=max_new_tokens, keep=keep, **options)
+            answer = run(ids)
             reply = self.decode(answer)
-            if keep and chat:
+            if keep and talk:
                 self._keep_reply(user, reply, start, len(ids), answer)
             return reply
 

@@ -1,22 +1,24 @@
-"""Running ahead of a context: logits and generation, which leave it as it was; and token by token, which does not.
+"""Running ahead of a context: logits and answers, which leave it as it was unless they are to be kept; and token by token.
 
 Knows: the ledger, what a backend runs ahead. Does not know how it does that, or about erasing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kveraser.context.decoding import GREEDY, Drawing, Watch
 from kveraser.context.state import ContextState
 from kveraser.errors import ContextError
 
 
 class Running(ContextState):
-    """`logits_ids`, `generate_ids` and `advance`."""
+    """`logits_ids`, `reply_ids`, `generate_ids` and `advance`."""
 
     @torch.no_grad()
     def logits_ids(self, ids: Sequence[int] | Tensor, *, from_last: bool = False) -> Tensor:
@@ -56,6 +58,34 @@ class Running(ContextState):
             return logits
 
     @torch.no_grad()
+    def reply_ids(
+        self,
+        ids: Sequence[int] | Tensor = (),
+        drawing: Drawing = GREEDY,
+        *,
+        max_new_tokens: int = 64,
+        min_new_tokens: int = 0,
+        keep: bool = False,
+        watch: Watch | None = None,
+    ) -> list[int]:
+        """Continue the context, after `ids` when given, by the one decoder that all engines share; returns the new ids.
+
+        As `generate_ids`, but for what the engine adds: nothing but `drawing` has a say in the choice of a token.
+
+        Args:
+            max_new_tokens, min_new_tokens: at most and at least so many.
+            watch: called with every step; True ends the answer there, and what it raises leaves the context as it was.
+
+        Raises:
+            ContextError: an emptied context without new ids, or no room.
+            OptionError: an impossible number of tokens.
+        """
+        return self._continued(
+            ids, keep, partial(self.backend.reply, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens,
+                               drawing=drawing, watch=watch),
+        )  # fmt: skip
+
+    @torch.no_grad()
     def generate_ids(
         self, ids: Sequence[int] | Tensor = (), *, max_new_tokens: int = 64, keep: bool = False, **options: Any
     ) -> list[int]:
@@ -71,6 +101,9 @@ class Running(ContextState):
         Raises:
             ContextError: an emptied context without new ids, or no room.
         """
+        return self._continued(ids, keep, partial(self.backend.generate, max_new_tokens=max_new_tokens, **options))
+
+    def _continued(self, ids: Sequence[int] | Tensor, keep: bool, run: Callable[..., list[int]]) -> list[int]:
         with self._lock:
             new = self._checked_ids(ids)
             if len(new) == 0 and len(self._slots) == 0:
@@ -82,10 +115,7 @@ class Running(ContextState):
                 kept = count
                 self._register(torch.cat([new, torch.tensor(answer, dtype=torch.long)])[:count])
 
-            answer = self.backend.generate(
-                self._slots.view, new.to(self.device), max_new_tokens=max_new_tokens, keep=enter if keep else None,
-                **options,
-            )  # fmt: skip
+            answer = run(self._slots.view, new.to(self.device), keep=enter if keep else None)
             if keep:
                 self.append_ids([*new.tolist(), *answer][kept:])
             return answer

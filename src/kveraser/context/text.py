@@ -30,6 +30,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
+def says_a_line(text: str) -> bool:
+    """Whether a text has a whole line that is not blank."""
+    return "\n" in text.lstrip()
+
+
 class TokenBorders:
     """Where the tokens of a text begin and end.
 

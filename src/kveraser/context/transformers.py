@@ -21,7 +21,6 @@ from kveraser.cache import (
     PREFILL_CHUNK,
     GrowableLayer,
     Kept,
-    Tokens,
     TransformersBackend,
     append,
     check_model,
@@ -49,6 +48,7 @@ class LiveTransformers(TransformersBackend, LiveBackend):
     def __init__(self, model: PreTrainedModel) -> None:
         check_model(model)
         super().__init__(model, growable_cache())
+        self._kept = 0
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -80,16 +80,7 @@ class LiveTransformers(TransformersBackend, LiveBackend):
             yield lambda ids, every: self._run(torch.tensor(ids, device=self.device), cache, every)
 
     def keep_ahead(self, count: int) -> None:
-        raise NotImplementedError  # `model.generate` runs ahead for itself
-
-    def advance(self, tokens: Tokens) -> Tensor:
-        length = self.length
-        try:
-            return self._run(tokens.ids[0, length:], self.cache, False)[-1]
-        except BaseException:
-            with uninterrupted():
-                self.crop(length)
-            raise
+        self._kept = count
 
     def _run(self, ids: Tensor, cache: DynamicCache, every: bool) -> Tensor:
         """Run tokens behind a cache; their logits, float32 `(tokens, vocab)`, or of the last alone."""
@@ -104,15 +95,16 @@ class LiveTransformers(TransformersBackend, LiveBackend):
 
     @contextmanager
     def _scratch(self, drop_last: bool) -> Iterator[DynamicCache]:
-        """The cache to be run ahead (without its last slot, if wanted); as it was, bit for bit, when the block ends."""
+        """The cache to be run ahead (without its last slot, if wanted); when the block ends, what it was, bit for bit, and what is kept."""
         length = self.length
         last = snapshot(self.cache, Span(length - 1, length)) if drop_last else None
+        self._kept = 0
         try:
             self.crop(length - drop_last)
             yield self.cache
         finally:
             with uninterrupted():
-                self.crop(length - drop_last)
+                self.crop(length - drop_last + self._kept)
                 if last is not None:
                     append(self.cache, last)
 
@@ -122,7 +114,6 @@ class LiveTransformers(TransformersBackend, LiveBackend):
         prompt = torch.cat([slots, new])[None]
         rows = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
         settings = {"do_sample": False, "pad_token_id": self._pad_id(), **options}
-        kept = None
         with self._scratch(len(new) == 0) as cache:
             if rows > 1:
                 cache = copy.deepcopy(cache)
@@ -133,13 +124,11 @@ class LiveTransformers(TransformersBackend, LiveBackend):
                     max_new_tokens=max_new_tokens, **settings,
                 )  # fmt: skip
             answer: list[int] = output[0, prompt.shape[1] :].tolist()
-            run = len(new) + len(answer) - 1  # the last new token has not been run yet
-            if keep and rows == 1 and len(new) and cache.get_seq_length() == len(slots) + run:
-                kept = snapshot(cache, Span(len(slots), len(slots) + run))
-        if keep and kept is not None:
-            with uninterrupted():
-                append(self.cache, kept)
-                keep(answer, run)
+            count = len(new) + len(answer) - 1  # the last new token has not been run yet
+            if keep and rows == 1 and len(new) and cache.get_seq_length() == len(slots) + count:
+                with uninterrupted():
+                    self.keep_ahead(count)
+                    keep(answer, count)
         return answer
 
     def _pad_id(self) -> int:

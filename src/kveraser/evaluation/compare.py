@@ -14,9 +14,8 @@ from typing import Protocol as Interface
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
 
-from kveraser.context import RestoreReport
+from kveraser.context import RestoreReport, Step, says_a_line
 from kveraser.errors import OptionError
 from kveraser.evaluation.erratum import Errata, Erratum
 from kveraser.evaluation.metrics import agreement, kl_divergence, log_probability
@@ -40,7 +39,7 @@ class Context(Interface):
     def restore(self, receipt: Any) -> RestoreReport: ...
     def logits_ids(self, ids: Any, *, from_last: bool = False) -> Tensor: ...
     @property
-    def generate_ids(self) -> Callable[..., list[int]]: ...
+    def reply_ids(self) -> Callable[..., list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,6 @@ def read_parts(context: Context, parts: Iterable[tuple[str, bool]], *, chat: boo
             if erased:
                 spans.append(span)
     return tuple(spans)
-
-
-class _AnswerEnd(StoppingCriteria):
-    """Ends an answer with its first line that is not blank, or with one of the given tokens."""
-
-    def __init__(self, context: Context, ends: Sequence[int]) -> None:
-        self.context, self.ends, self.start = context, set(ends), 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        self.start = self.start or input_ids.shape[1] - 1
-        ended = [
-            int(row[-1]) in self.ends or "\n" in self.context.decode(row[self.start :].tolist()).lstrip()
-            for row in input_ids
-        ]
-        return torch.tensor(ended, device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -193,11 +177,12 @@ class _Comparison:
         return receipt, time.perf_counter() - started
 
     def _answer(self, question: list[int]) -> list[int]:
-        lengths: dict[str, Any] = {
-            "max_new_tokens": self.answering.max_new_tokens, "min_new_tokens": self.answering.min_new_tokens,
-        }  # fmt: skip
-        stop = [_AnswerEnd(self.context, self.answering.ends)]
-        return self.context.generate_ids(question, stopping_criteria=stop, **lengths)
+        def stops(step: Step) -> bool:
+            return step.token in self.answering.ends or says_a_line(self.context.decode(step.answer))
+
+        return self.context.reply_ids(
+            question, max_new_tokens=self.answering.max_new_tokens, min_new_tokens=self.answering.min_new_tokens, watch=stops
+        )  # fmt: skip
 
     def _logits(self, question: list[int], answer: list[int]) -> Tensor:
         """Logits `(len(answer), vocab)` that predict an answer behind the question or (none) the context's end."""

@@ -1,6 +1,6 @@
-"""From logits to text: sampling, stop strings, log-probabilities, token by token.
+"""From the steps of the decoder to a reply: text as it becomes certain, stop texts, log-probabilities.
 
-Knows: contexts of ids, tokenizers. Does not know about HTTP or where a context comes from.
+Knows: the decoder, contexts of ids, tokenizers. Does not know about HTTP or where a context comes from.
 """
 
 from __future__ import annotations
@@ -8,38 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase
 
-from kveraser.context import TokenContext
+from kveraser.context import Drawing, TokenContext, steps
 
 
-@dataclass(frozen=True)
-class Sampling:
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Drawing):
     """How to continue.
 
     Attributes:
         max_tokens: at most so many.
-        temperature: 0 takes the most likely token.
-        top_p: sample from the smallest set of tokens that has this probability.
-        seed: the same seed gives the same reply; None draws one.
         stop: the reply ends before the first of these texts.
         logprobs: how many of the most likely tokens to report beside each token; None reports nothing.
     """
 
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most likely token is taken: also where the temperature is too small to divide by."""
-        return self.temperature < 1e-4
 
 
 @dataclass(frozen=True)
@@ -61,18 +49,11 @@ class Delta:
     finish_reason: str | None = None
 
 
-def end_ids(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a reply."""
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
-
-
 def decode(
     context: TokenContext,
     logits: Tensor,
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase,
-    end_ids: set[int],
     check: Callable[[], None],
 ) -> Iterator[Delta]:
     """Continue a context whose last token gave `logits`; every sampled token but the last is appended to it.
@@ -82,33 +63,22 @@ def decode(
     Args:
         check: called before every token; what it raises ends the reply.
     """
-    generator = torch.Generator(logits.device)
-    generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-    text = _StoppingText(tokenizer, sampling.stop)
-    count = 0
-    while True:
+
+    def advance(token: int) -> Tensor:
         check()
-        token = _sample(logits, sampling, generator)
-        count += 1
-        logprob = () if sampling.logprobs is None else (_logprob(logits, token, sampling.logprobs),)
-        new = "" if token in end_ids else text.push(token)
-        if token in end_ids or text.stopped:
-            yield Delta(new + text.finish(), logprob, 1, "stop")
-            return
-        if count >= sampling.max_tokens:
-            yield Delta(new + text.finish(), logprob, 1, "stop" if text.stopped else "length")
+        return context.advance([token])
+
+    check()
+    text = GrowingText(tokenizer, sampling.stop)
+    for count, step in enumerate(steps(logits, advance, context.backend.ends, sampling), 1):
+        logprob = () if sampling.logprobs is None else (_logprob(step.logits, step.token, sampling.logprobs),)
+        new = "" if step.ended else text.push(step.token)
+        done = step.ended or text.stopped
+        if done or count >= sampling.max_tokens:
+            new += text.finish()
+            yield Delta(new, logprob, 1, "stop" if done or text.stopped else "length")
             return
         yield Delta(new, logprob, 1)
-        logits = context.advance([token])
-
-
-def _sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    if sampling.greedy:
-        return int(logits.argmax())
-    scores = logits / sampling.temperature
-    if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(torch.empty(1, 0, dtype=torch.long), scores[None])[0]
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
 
 def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
@@ -118,10 +88,10 @@ def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), top)
 
 
-class _StoppingText:
+class GrowingText:
     """Text of tokens as it becomes certain: whole characters only, and nothing that may belong to a stop text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []

@@ -27,7 +27,7 @@ from kveraser.serving.contexts.idle_repair import IdleRepair
 from kveraser.serving.contexts.limits import Limits
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.contexts.store import ContextStore
-from kveraser.serving.decoding import Delta, decode, end_ids
+from kveraser.serving.decoding import Delta, decode
 from kveraser.serving.worker import Job, Worker
 
 
@@ -85,7 +85,6 @@ class Service:
             folder=self.options.state_dir,
         )  # fmt: skip
         self._finder = ContextFinder(self.store, self.limits, tokenizer)
-        self._end_ids = end_ids(model)
         self.numbers = self.store.numbers()
         """Of the store, after the last piece of work; for all threads."""
         self.beside = Beside(self.options.queue_size)
@@ -137,7 +136,7 @@ class Service:
                 eraser=reuse.eraser,
             )
             reply = Reply(report, len(prompt.ids))
-            for delta in decode(held.context, logits, prompt.sampling, self.tokenizer, self._end_ids, job.check):
+            for delta in decode(held.context, logits, prompt.sampling, self.tokenizer, job.check):
                 reply.text += delta.text
                 reply.completion_tokens += delta.sampled
                 reply.tokens += delta.tokens

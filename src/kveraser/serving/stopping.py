@@ -3,7 +3,7 @@
 Knows: torch's function modes. Does not know what the work is, nor who waits.
 
 What is stopped sees an exception in the middle of a pass, as from Ctrl-C: contexts are as they were then. The mode sees every call
-of torch, which makes decoding token by token a seventh slower, so that is stopped between tokens instead (`generation_hooks`, `decoding`).
+of torch, which makes decoding token by token a seventh slower, so that is stopped between tokens instead (`decoding`, `sessions/watching`).
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def ask(self):
         before = self.context.live_ids
-        asking.ask(self.sessions, "me", self.name, "and?", Sampling(3), False, Job(lambda job: None, 60))
+        asking.ask(self.sessions, "me", self.name, "and?", Sampling(max_tokens=3), False, Job(lambda job: None, 60))
         assert self.context.live_ids == before
 
     @invariant()

@@ -4,5 +4,5 @@ Knows: sessions of owners, and JSON about them. Does not know about OpenAI's API
 
     protocol: the bodies of requests -> routes -> sessions: changing one; asking: questions that leave it as it is
     selection: what of a session is meant      showing: a session in JSON      comparing: one question, three versions
-    generation_hooks: what looks on while a model generates
+    watching: what looks on while a session is answered
 """

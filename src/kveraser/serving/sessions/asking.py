@@ -9,17 +9,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from transformers import StoppingCriteriaList
 
 from kveraser.cache import cache_length
 from kveraser.serving.completion import ReuseReport
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.sessions.comparing import Comparison, Event, Question, compare
-from kveraser.serving.sessions.generation_hooks import Emitter, Watch
 from kveraser.serving.sessions.sessions import Sessions
+from kveraser.serving.sessions.watching import Watcher
 from kveraser.serving.worker import Job
 
 
@@ -51,31 +47,24 @@ def ask(
     context = held.context
     asked = sessions.count_tokens(held, prompt) if prompt else 1
     sessions.fit(held, asked + sampling.max_tokens)
-    options: dict[str, Any] = {"do_sample": False}
-    if not sampling.greedy:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    if emit is not None:
-        assert context.tokenizer is not None
-        options["streamer"] = Emitter(context.tokenizer, emit)
-    watch = Watch(job)
+    assert context.tokenizer is not None
+    watch = Watcher(job, context.tokenizer, emit)
     before, exact = cache_length(context.cache), held.exact
-    with torch.random.fork_rng(), sessions.saved(held, whole=False) if keep else nullcontext():
-        torch.manual_seed(sampling.seed) if sampling.seed is not None else torch.seed()
-        text = context.generate(
-            prompt, max_new_tokens=sampling.max_tokens, keep=keep, stopping_criteria=StoppingCriteriaList([watch]),
-            **options,
-        )  # fmt: skip
-    run = watch.prompt_length - before if watch.prompt_length > before else 1
+    given = len(context.prompt_ids(prompt))
+    with sessions.saved(held, whole=False) if keep else nullcontext():
+        text = context.reply(prompt, sampling, max_new_tokens=sampling.max_tokens, keep=keep, watch=watch)
+    watch.finish()
+    run = given or 1
     report = ReuseReport(
         method="prefix",
         exact=exact,
         spans=(),
-        tokens_reused=watch.prompt_length - run,
+        tokens_reused=before + given - run,
         tokens_recomputed=run,
         seconds=watch.first - started,
         residual=0.0 if exact else None,
     )
-    return SessionReply(text, watch.prompt_length, report)
+    return SessionReply(text, before + given, report)
 
 
 def compare_versions(

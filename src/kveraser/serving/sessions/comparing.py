@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from kveraser.cache import PREFILL_CHUNK, get_marks
 from kveraser.context import ErasableContext
-from kveraser.context.chat import Message, added_by, reply_prompt
 from kveraser.errors import ContextError
-from kveraser.serving.decoding import end_ids
 from kveraser.serving.sessions.distributions import Distributions, Version, distributions
-from kveraser.serving.sessions.generation_hooks import Emitter, FirstLine, NotEmpty, Rows, Watch
+from kveraser.serving.sessions.watching import Watcher
 from kveraser.serving.worker import Job
 from kveraser.spans import Span
 
@@ -104,7 +101,7 @@ def compare(
     tell = emit or (lambda event: None)
     if len(context) == 0:
         raise ContextError("the session is empty; append something before asking")
-    ids = _prompt_ids(context, question.prompt)
+    ids = context.prompt_ids(question.prompt)
 
     def ask(version: Version, asked: ErasableContext, methods: tuple[str, ...], seconds: float | None) -> _Said:
         said = _answer(version, asked, ids, question, methods, seconds, job, tell)
@@ -139,19 +136,6 @@ def _compared(context: ErasableContext, said: list[_Said], top: int) -> Comparis
     return Comparison(answers, found)
 
 
-def _prompt_ids(context: ErasableContext, prompt: str) -> list[int]:
-    """The question's ids: as a user's message in a chat, else as they are."""
-    if not context.messages:
-        return context.encode(prompt)
-    if not prompt.strip():
-        raise ContextError("the question has no content")
-    assert context.tokenizer is not None
-    messages = [message for message, _ in context.messages]
-    user = Message("user", prompt)
-    text = added_by(context.tokenizer, messages, user).text
-    return context.encode(text + reply_prompt(context.tokenizer, [*messages, user]))
-
-
 def _read(scratch: ErasableContext, ids: list[int], version: Version, job: Job, tell: Callable[[Event], None]) -> None:
     """Have a scratch context read more, a chunk at a time."""
     for at in range(0, len(ids), PREFILL_CHUNK):
@@ -166,14 +150,13 @@ def _answer(
     edit_seconds: float | None, job: Job, tell: Callable[[Event], None],
 ) -> _Said:  # fmt: skip
     assert context.tokenizer is not None
-    started, watch, rows = time.perf_counter(), Watch(job), Rows(LOOK)
-    ends = end_ids(context.model)
-    stop: list[Any] = [watch, *([FirstLine(context.tokenizer)] if question.first_line else [])]
-    said = context.generate_ids(
-        ids, max_new_tokens=question.max_tokens, stopping_criteria=StoppingCriteriaList(stop),
-        logits_processor=LogitsProcessorList([rows, NotEmpty(ends)]),
-        streamer=Emitter(context.tokenizer, lambda text: tell({"version": version, "text": text})),
+    started = time.perf_counter()
+    watch = Watcher(
+        job, context.tokenizer, lambda text: tell({"version": version, "text": text}),
+        first_line=question.first_line, keep=LOOK,
     )  # fmt: skip
+    said = context.reply_ids(ids, max_new_tokens=question.max_tokens, min_new_tokens=1, watch=watch)
+    watch.finish()
     answer = VersionAnswer(
         version=version,
         exact=context.exact,
@@ -184,4 +167,4 @@ def _answer(
         text=context.decode(said),
         tokens=len(said),
     )
-    return _Said(answer, said, rows.rows)
+    return _Said(answer, said, watch.rows)

@@ -83,7 +83,7 @@ class GenerateBody(Body):
 
     def sampling(self) -> Sampling:
         """How to continue."""
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        return Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
 
 class CompareBody(Body):

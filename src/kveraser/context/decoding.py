@@ -1,0 +1,115 @@
+"""The one decoder: from logits to the next token, and on.
+
+Knows: logits, sampling. Does not know how tokens are run, what a context is, or about text.
+
+Contexts of every engine reply with it, the server and the comparisons answer with it. What an engine brings of its own (`model.generate` of
+transformers, a vLLM server) is reached by `generate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import TopPLogitsWarper
+
+from kveraser.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_p: draw from the smallest set of tokens that has this probability.
+        seed: the same seed gives the same tokens; None draws one.
+
+    Raises:
+        OptionError: a negative temperature, or `top_p` not in (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise OptionError(
+                f"temperature={self.temperature} must be at least 0, top_p={self.top_p} above 0 and at most 1"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken: also where the temperature is too small to divide by."""
+        return self.temperature < 1e-4
+
+    def sampler(self, device: torch.device) -> Callable[[Tensor], int]:
+        """What draws one token after the other from logits `(vocab,)`."""
+        if self.greedy:
+            return lambda logits: int(logits.argmax())
+        generator = torch.Generator(device)
+        generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
+
+        def draw(logits: Tensor) -> int:
+            scores = logits / self.temperature
+            if self.top_p < 1:
+                scores = TopPLogitsWarper(self.top_p)(torch.empty(1, 0, dtype=torch.long), scores[None])[0]
+            return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+        return draw
+
+
+GREEDY = Drawing()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One more token.
+
+    Attributes:
+        answer: the ids drawn so far, this one included.
+        logits: what it was drawn from, float32 `(vocab,)`.
+        ended: whether it ends a text or a turn.
+    """
+
+    answer: list[int]
+    logits: Tensor
+    ended: bool
+
+    @property
+    def token(self) -> int:
+        """The new token."""
+        return self.answer[-1]
+
+
+Watch = Callable[[Step], bool]
+"""Called with every step; True ends the answer there."""
+
+
+def steps(
+    logits: Tensor,
+    advance: Callable[[int], Tensor],
+    ends: Callable[[int], bool],
+    drawing: Drawing = GREEDY,
+    *,
+    min_tokens: int = 0,
+) -> Iterator[Step]:
+    """Continue after `logits`, without end: whoever asks for the next step has the last token run first.
+
+    Args:
+        advance: runs a token behind those before; returns the logits after it, float32 `(vocab,)`.
+        ends: whether a token ends a text or a turn; none of the first `min_tokens` does.
+    """
+    draw, answer = drawing.sampler(logits.device), list[int]()
+    while True:
+        token, allowed = draw(logits), logits
+        while len(answer) < min_tokens and ends(token):
+            allowed = allowed.clone() if allowed is logits else allowed
+            allowed[token] = -torch.inf
+            token = draw(allowed)
+        answer.append(token)
+        yield Step(answer, logits, ends(token))
+        logits = advance(token)

@@ -34,20 +34,35 @@ def messages(talk=None):
     return [{"role": role, "content": content} for role, content in (TALK if talk is None else talk)]
 
 
-TOOL_TEMPLATE = (
-    "{%- if tools %}<s>system\n{{ messages[0].content + '\n' if messages[0].role == 'system' else '' }}# Tools"
-    "{%- for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n<tool_call></tool_call></s>\n"
-    "{%- elif messages[0].role == 'system' %}<s>system\n{{ messages[0].content }}</s>\n{% endif %}"
-    "{%- for m in messages %}{% if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls and not m.reasoning_content) %}"
-    "<s>{{ m.role }}\n{{ m.content }}</s>\n"
-    "{%- elif m.role == 'assistant' %}<s>assistant"
-    "{%- if m.reasoning_content and loop.index0 > messages | length - 3 %}\n<think>\n{{ m.reasoning_content }}\n</think>{% endif %}"
-    "{%- if m.content %}\n{{ m.content }}{% endif %}"
-    '{%- for c in m.tool_calls or [] %}\n<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
-    "\n</tool_call>{% endfor %}</s>\n"
-    "{%- elif m.role == 'tool' %}<s>user\n<tool_response>\n{{ m.content }}\n</tool_response></s>\n{% endif %}{% endfor %}"
-    "{%- if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
+TOOL_TEMPLATE = r"""
+{%- if tools %}
+    {{- '<s>system\n' + (messages[0].content + '\n' if messages[0].role == 'system' else '') + '# Tools' }}
+    {%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
+    {{- '\n<tool_call></tool_call></s>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<s>system\n' + messages[0].content + '</s>\n' }}
+{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls and not m.reasoning_content) %}
+        {{- '<s>' + m.role + '\n' + m.content + '</s>\n' }}
+    {%- elif m.role == 'assistant' %}
+        {{- '<s>assistant' }}
+        {%- if m.reasoning_content and loop.index0 > messages | length - 3 %}
+            {{- '\n<think>\n' + m.reasoning_content + '\n</think>\n' }}
+        {%- endif %}
+        {%- if m.content %}{{- '\n' + m.content }}{%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '</s>\n' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<s>user\n<tool_response>\n' + m.content + '\n</tool_response></s>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<s>assistant\n' }}{%- endif %}
+"""
 """As Qwen's: with tools and calls, and what was thought shown for the last messages only."""
 
 
@@ -65,19 +80,22 @@ class Script:
     def __init__(self, *texts):
         self.texts, self.told = texts, 0
 
-    def decode(self, context, logits, sampling, tokenizer, end_ids, check):
+    def decode(self, context, logits, sampling, tokenizer, check):
         text = self.texts[min(self.told, len(self.texts) - 1)]
         self.told += 1
-        ids = [*tokenizer.encode(text, add_special_tokens=False), *end_ids, *end_ids]
-        told = iter(ids)
+        ids = iter([*tokenizer.encode(text, add_special_tokens=False), *[tokenizer.eos_token_id] * 2])
+
+        def scores():
+            return torch.nn.functional.one_hot(torch.tensor(next(ids)), len(logits)).float()
 
         class Told:
+            backend = context.backend
+
             def advance(self, ids):
                 context.advance(ids)
-                return torch.nn.functional.one_hot(torch.tensor(next(told)), len(logits)).float()
+                return scores()
 
-        first = torch.nn.functional.one_hot(torch.tensor(next(told)), len(logits)).float()
-        yield from decoding.decode(Told(), first, replace(sampling, temperature=0.0), tokenizer, end_ids, check)
+        yield from decoding.decode(Told(), scores(), replace(sampling, temperature=0.0), tokenizer, check)
 
 
 @pytest.fixture

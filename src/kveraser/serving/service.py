@@ -141,6 +141,7 @@ class Service:
                 reply.completion_tokens += delta.sampled
                 reply.tokens += delta.tokens
                 reply.finish_reason = delta.finish_reason or reply.finish_reason
+                reply.stopped_by = delta.stopped_by
                 if emit is not None and emit(delta, reply):
                     break
             return reply

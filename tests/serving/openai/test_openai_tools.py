@@ -22,7 +22,7 @@ def server():
 
 
 def post(server, talk=ASK, **changes):
-    body = {"model": NAME, "messages": talk, "max_tokens": 120, "temperature": 0, "tools": [LOOK, OPEN], **changes}
+    body = {"model": NAME, "messages": talk, "max_tokens": 300, "temperature": 0, "tools": [LOOK, OPEN], **changes}
     return server.call("POST", "/v1/chat/completions", json=body)
 
 

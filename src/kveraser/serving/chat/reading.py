@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from kveraser.serving.chat.dialects import Dialect
 from kveraser.serving.chat.tools import BadCallError, Toolset
+from kveraser.serving.decoding import overlap
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,3 @@ class ReplyReader:
         told, self._blanks = self._blanks + text, ""
         self._skip = False
         return [TextPiece(told)]
-
-
-def overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that begins `tag`."""
-    return next((n for n in range(min(len(text), len(tag) - 1), 0, -1) if text.endswith(tag[:n])), 0)

@@ -88,8 +88,14 @@ class ChatTemplate:
             reader = ReplyReader(dialect, toolset)
             calls = [piece for piece in [*reader.push(text), *reader.finish()] if isinstance(piece, CallPiece)]
             if [piece.name for piece in calls] == [_PROBE] and "kveraser_key" in calls[0].arguments:
-                return dialect
+                return dialect if self._shows(dialect) else "the tags around calls are not in this model's replies"
         return f"the chat template of this model writes calls in a form that is none of {', '.join(d.name for d in DIALECTS)}"
+
+    def _shows(self, dialect: Dialect) -> bool:
+        """Whether a reply's text has the tags: special tokens are left out of it."""
+        tags = dialect.opening + dialect.closing
+        ids = self._tokenizer.encode(tags, add_special_tokens=False)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)) == tags
 
     @property
     def dialect(self) -> Dialect:

@@ -17,6 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from kveraser import __version__
 from kveraser.serving.access import BodyLimit, Keys, SameOrigin, owner_of
+from kveraser.serving.anthropic.routes import anthropic_router
 from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.errors import install_handlers
 from kveraser.serving.metrics import CountRequests, Metrics
@@ -59,6 +60,7 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
     app.state.keys = keys
     install_handlers(app)
     app.include_router(openai_router(service, renderer, options.model_name, metrics, int(time.time())))
+    app.include_router(anthropic_router(service, renderer, options.model_name, metrics))
     app.include_router(session_router(service))
     app.include_router(page_router(service))
 

@@ -6,7 +6,8 @@ Knows: the service, readers. Does not know about HTTP or any API's JSON.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from kveraser.serving.chat.reading import CallPiece, Piece, PlainReader, joined
 from kveraser.serving.chat.rendering import Reader
@@ -41,6 +42,11 @@ class Answer:
     def calls(self) -> bool:
         """Whether it has calls."""
         return any(isinstance(piece, CallPiece) for piece in self.pieces)
+
+    def report(self) -> dict[str, Any]:
+        """The object `kveraser` of a reply, in every API."""
+        problems = {} if self.problems is None else {"malformed_calls": list(self.problems)}
+        return {**asdict(self.reply.reuse), **problems}
 
 
 Progress = tuple[Delta, list[Piece], Answer]

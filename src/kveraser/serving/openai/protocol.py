@@ -18,20 +18,12 @@ from kveraser.serving.chat.tools import Tool, ToolChoice
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.fields import Body, Count, Role, Text, template_role
+from kveraser.serving.options import Options, StopText
 
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Note = Annotated[str, Field(max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
 _HARMLESS = "Accepted, and without effect on the reply."
 _NOT_SERVED = "Not served."
-
-
-class Options(Body):
-    """The field `kveraser` of a request (`extra_body` of the OpenAI client)."""
-
-    policy: Policy | None = Field(
-        None, description="How edits of a cached conversation are done; default: the server's."
-    )
 
 
 class StreamOptions(Body):

@@ -19,6 +19,7 @@ from kveraser.serving.completion import Reply
 from kveraser.serving.decoding import TokenLogprob
 from kveraser.serving.events import event_line
 from kveraser.serving.openai.token_bytes import TokenBytes
+from kveraser.serving.waiting import with_first
 
 
 class ChatShape:
@@ -45,7 +46,7 @@ class ChatShape:
             "object": self.object,
             "choices": [choice],
             "usage": usage(reply),
-            "kveraser": report(answer),
+            "kveraser": answer.report(),
         }
 
     def chunk(self, delta: dict[str, Any], shown: Any, finish_reason: str | None) -> dict[str, Any]:
@@ -122,12 +123,6 @@ def finish_reason(answer: Answer) -> str:
     return "tool_calls" if answer.calls and answer.reply.finish_reason == "stop" else answer.reply.finish_reason
 
 
-def report(answer: Answer) -> dict[str, Any]:
-    """The object `kveraser` of a reply."""
-    problems = {} if answer.problems is None else {"malformed_calls": list(answer.problems)}
-    return {**asdict(answer.reply.reuse), **problems}
-
-
 def _text(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
 
@@ -151,7 +146,7 @@ async def reply_lines(
     if opening is not None:
         yield event_line(shape.chunk(opening, None, None))
 
-    async for delta, pieces, _ in _with_first(first, events):
+    async for delta, pieces, _ in with_first(first, events):
         shown = shape.logprobs(delta.tokens, offset) if logprobs and delta.tokens else None
         parts: list[dict[str, Any]] = []
         for piece in pieces:
@@ -167,14 +162,8 @@ async def reply_lines(
             shown = None
         if delta.finish_reason:
             last = shape.chunk(shape.delta(""), None, finish_reason(answer))
-            yield event_line({**last, "kveraser": report(answer)})
+            yield event_line({**last, "kveraser": answer.report()})
         offset += sum(len(shape.token_text(token.id)) for token in delta.tokens)
     if with_usage:
         yield event_line({**shape.head, "object": shape.chunk_object, "choices": [], "usage": usage(answer.reply),
-                     "kveraser": report(answer)})  # fmt: skip
-
-
-async def _with_first(first: Progress, events: AsyncGenerator[Progress]) -> AsyncGenerator[Progress]:
-    yield first
-    async for event in events:
-        yield event
+                     "kveraser": answer.report()})  # fmt: skip

@@ -6,10 +6,11 @@ import json
 import threading
 import time
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving_helpers import NAME, servers, tool_tokenizer
+from serving_helpers import NAME, running, servers, tiny_service, tool_tokenizer
 
 from kveraser.serving.anthropic.replies import BlockEvents
 from kveraser.serving.chat.reading import CallPiece, TextPiece, ThinkingPiece
@@ -270,7 +271,7 @@ REFUSED = [
     ({"talk": [{"role": "tool", "content": "x"}]}, "messages[0]"),
     ({"talk": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]"),
     ({"talk": [{"role": "user", "content": [USE]}]}, "messages[0].content[0]"),
-    ({"talk": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "5"}]}]}, "no call 'x'"),
+    ({"talk": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x", "content": "5"}]}]}, "messages[0].content[0].tool_use_id: there is no call 'x'"),
     ({"talk": [*ASK, {"role": "assistant", "content": [USE]}]}, "messages[1]"),
     ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management.edits[0]"),
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919", "keep": {"type": "turns", "value": 1}}]}}, "keep"),
@@ -352,6 +353,17 @@ def test_the_key_may_come_as_anthropics_clients_send_it(serve, say):
     assert good(shared)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     assert send(**{"x-api-key": "gamma"}).status_code == 401
     assert send(**{"x-api-key": ""}).status_code == 401
+
+
+def test_a_client_that_goes_away_frees_the_model(say):
+    say("and so on " * 2000)
+    with running(tiny_service(tool_tokenizer(), cache_budget=1 << 24)) as url:
+        body = {"model": NAME, "messages": ASK, "max_tokens": 8000}
+        with httpx.stream("POST", f"{url}/v1/messages", json={**body, "stream": True}) as reply:
+            assert next(reply.iter_lines()) == "event: message_start"
+        started = time.monotonic()
+        assert httpx.post(f"{url}/v1/messages", json={**body, "max_tokens": 2}).status_code == 200
+        assert time.monotonic() - started < 5
 
 
 def test_a_model_without_tools_in_its_template_says_so():

@@ -22,15 +22,17 @@ def chat_of(body: CountRequest) -> Chat:
         ApiError: something in it does not fit together.
     """
     messages: list[ChatMessage] = []
+    called: set[str] = set()
     system = text_of(body.system)
     if system:
         messages.append(ChatMessage("system", system))
     for index, message in enumerate(body.messages):
         place = f"messages[{index}]"
         if isinstance(message, UserMessage):
-            messages += _said(message, place)
+            messages += _said(message, place, called)
         elif isinstance(message, AssistantMessage):
             messages.append(_replied(message))
+            called |= {call.id for call in messages[-1].calls}
         else:
             messages.append(ChatMessage("system", text_of(message.content)))
     chat = Chat(
@@ -42,13 +44,16 @@ def chat_of(body: CountRequest) -> Chat:
     return _begun(chat, place) if messages[-1].role == "assistant" else chat
 
 
-def _said(message: UserMessage, place: str) -> list[ChatMessage]:
-    """What a user's message holds: results first, as they stand, and texts between them."""
+def _said(message: UserMessage, place: str, called: set[str]) -> list[ChatMessage]:
+    """What a user's message holds, in its order: results of what was `called`, and texts."""
     blocks = [TextBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
     said: list[ChatMessage] = []
-    for block in blocks:
+    for number, block in enumerate(blocks):
         last = said[-1] if said else None
         if isinstance(block, ToolResultBlock):
+            if block.tool_use_id not in called:
+                at = f"{place}.content[{number}].tool_use_id"
+                raise ApiError(400, f"{at}: there is no call {block.tool_use_id!r} before this result", param=at)
             said.append(ChatMessage("tool", _result(block), call_id=block.tool_use_id))
         elif last is not None and last.role == "user":
             said[-1] = replace(last, text=f"{last.text}\n{block.text}")

@@ -68,6 +68,8 @@ def written(problem: Problem, path: str = "") -> Written:
     if problem.param and not text.startswith(problem.param):
         text = f"{problem.param}: {text}"
     name = request_id()
-    error = {"type": _ANTHROPIC.get(status, "invalid_request_error"), "message": text}
+    error: dict[str, Any] = {"type": _ANTHROPIC.get(status, "invalid_request_error"), "message": text}
+    if problem.code:
+        error["details"] = {"error_code": problem.code}
     body = {"type": "error", "error": error, "request_id": name}
     return Written(status, body, {**problem.headers, "request-id": name})

@@ -194,4 +194,7 @@ class MessagesRequest(CountRequest):
     top_k: int | None = Field(None, ge=0, le=1 << 20)
     metadata: Metadata | None = Field(None, description=NO_EFFECT)
     service_tier: Literal["auto", "standard_only"] | None = Field(None, description=NO_EFFECT)
+    thread: dict[str, Any] | None = Field(
+        None, description="Not served; refused in a way that clients know to do without."
+    )
     kveraser: Options | None = None

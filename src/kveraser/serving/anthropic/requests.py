@@ -15,6 +15,7 @@ from kveraser.serving.chat.answering import Asked
 from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
+from kveraser.serving.errors import ApiError
 from kveraser.serving.service import Service
 
 
@@ -39,6 +40,9 @@ def message_asked(service: Service, renderer: ChatRenderer, body: MessagesReques
         ApiError: the chat template refuses it; something in it does not fit together.
         ContextError: it can never be answered: too many tokens.
     """
+    if body.thread is not None:
+        text = "thread: conversations are not kept for clients; send the whole conversation without it"
+        raise ApiError(400, text, code="thread_unsupported_request", param="thread")
     made = edited(renderer, chat_of(body), body.context_management)
     ids = made.rendered.ids
     limit = max(min(body.max_tokens, service.limits.longest - len(ids)), 1)

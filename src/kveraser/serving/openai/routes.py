@@ -6,6 +6,7 @@ Knows: routes, what a request asks of its reply. Does not know how bodies become
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -37,6 +38,11 @@ def openai_router(service: Service, renderer: ChatRenderer, name: str, metrics: 
     """
     router = APIRouter(tags=["OpenAI"])
     card = {"id": name, "object": "model", "created": started, "owned_by": "kveraser"}
+    # Anthropic's clients ask for the same paths, and read other fields.
+    made = datetime.fromtimestamp(started, UTC).isoformat().replace("+00:00", "Z")
+    card |= {"type": "model", "display_name": name, "created_at": made, "lifecycle": "active"}
+    card |= {"max_input_tokens": service.limits.longest, "max_tokens": service.limits.longest}
+    page = {"object": "list", "data": [card], "has_more": False, "first_id": name, "last_id": name}
 
     def check_model(wanted: str) -> None:
         if wanted != name:
@@ -47,7 +53,7 @@ def openai_router(service: Service, renderer: ChatRenderer, name: str, metrics: 
     @router.get("/v1/models", dependencies=[Depends(owner_of)])
     async def list_models() -> dict[str, Any]:
         """The one model there is."""
-        return {"object": "list", "data": [card]}
+        return page
 
     @router.get("/v1/models/{model:path}", dependencies=[Depends(owner_of)])
     async def get_model(model: str) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def written(problem: Problem, path: str = "") -> Written:
     text = problem.message.encode("utf-8", "replace").decode()
     if not is_anthropic(path):
         kind = _OPENAI.get(problem.status, "invalid_request_error")
-        error = {"message": text, "type": kind, "param": problem.param, "code": problem.code}
-        return Written(problem.status, {"error": error}, dict(problem.headers))
+        told = {"message": text, "type": kind, "param": problem.param, "code": problem.code}
+        return Written(problem.status, {"error": told}, dict(problem.headers))
     status = _BY_CODE.get(problem.code or "", problem.status)
     if problem.param and not text.startswith(problem.param):
         text = f"{problem.param}: {text}"

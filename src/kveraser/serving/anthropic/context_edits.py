@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kveraser.serving.anthropic.protocol import ClearThinking, ClearToolUses, ContextManagement
+from kveraser.serving.anthropic.protocol import ClearThinking, ClearToolUses, ContextManagement, ThinkingTurns
 from kveraser.serving.chat.clearing import Cleared
 from kveraser.serving.chat.messages import ChatMessage
 from kveraser.serving.chat.rendering import Chat, ChatRenderer, Rendered
@@ -59,7 +59,7 @@ def edited(renderer: ChatRenderer, chat: Chat, management: ContextManagement | N
 
 def old_thinking(messages: Sequence[ChatMessage], edit: ClearThinking) -> frozenset[int]:
     """The messages whose thinking is cleared."""
-    if not hasattr(edit.keep, "value"):
+    if not isinstance(edit.keep, ThinkingTurns):
         return frozenset()
     thought = [index for index, message in enumerate(messages) if message.reasoning]
     return frozenset(thought[: -edit.keep.value])

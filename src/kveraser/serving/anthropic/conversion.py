@@ -5,6 +5,7 @@ Knows: Anthropic's messages and blocks. Does not know about templates or tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kveraser.serving.anthropic.blocks import TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock, text_of
@@ -46,7 +47,16 @@ def chat_of(body: CountRequest) -> Chat:
 
 def _said(message: UserMessage, place: str, called: set[str]) -> list[ChatMessage]:
     """What a user's message holds, in its order: results of what was `called`, and texts."""
-    blocks = [TextBlock(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+    if isinstance(message.content, str):
+        said = [ChatMessage("user", message.content)]
+    else:
+        said = _blocks(message.content, place, called)
+    if any(each.role == "user" and not each.text for each in said):
+        raise ApiError(400, f"{place}.content: a user's message needs text", param=f"{place}.content")
+    return said
+
+
+def _blocks(blocks: Sequence[TextBlock | ToolResultBlock], place: str, called: set[str]) -> list[ChatMessage]:
     said: list[ChatMessage] = []
     for number, block in enumerate(blocks):
         last = said[-1] if said else None
@@ -59,8 +69,6 @@ def _said(message: UserMessage, place: str, called: set[str]) -> list[ChatMessag
             said[-1] = replace(last, text=f"{last.text}\n{block.text}")
         else:
             said.append(ChatMessage("user", block.text))
-    if any(each.role == "user" and not each.text for each in said):
-        raise ApiError(400, f"{place}.content: a user's message needs text", param=f"{place}.content")
     return said
 
 

@@ -48,7 +48,7 @@ class Shape:
 
     def head(self, answer: Answer) -> dict[str, Any]:
         """A message without its content."""
-        nothing = {"content": [], "stop_reason": None, "stop_sequence": None}
+        nothing: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         about = {"id": self._id, "type": "message", "role": "assistant", "model": self._name}
         return {**about, **nothing, "usage": usage(answer), "kveraser": answer.report()}
 

@@ -52,6 +52,15 @@ REPLIES = [
     (call("free", a='</tool_call> "<tool_call>'), [piece("free", a='</tool_call> "<tool_call>')]),
     ('<tool_call>{"name": "free"}</tool_call>', [piece("free")]),
     ('<tool_call>{"name": "free", "arguments": {}}', [piece("free")]),  # the reply ended where the tag was to be
+    ('<tool_call>{"name": "free"}\n</tool_response>', [piece("free"), TextPiece("</tool_response>")]),  # another tag
+    ('<tool_call>{"name": "free"} so </tool_call>', [piece("free"), TextPiece("so </tool_call>")]),
+    (' {"name": "free", "arguments": {"a": "}"}}\n', [piece("free", a="}")]),  # no tags at all
+    ('{ "name": "free"}</tool_call>{"name": "free"} so', [piece("free"), piece("free"), TextPiece("so")]),
+    ('{"name": "Bob", "arguments": {}} ', [TextPiece('{"name": "Bob", "arguments": {}} ')]),
+    ('{"name": "free"', [TextPiece('{"name": "free"')]),
+    ('{"name": "Bob", "age": 5}', [TextPiece('{"name": "Bob", "age": 5}')]),
+    (' {"other": 1}', [TextPiece(' {"other": 1}')]),
+    ('so {"name": "free"}', [TextPiece('so {"name": "free"}')]),
     ("a < b, <tool, <tool_cal", [TextPiece("a < b, <tool, <tool_cal")]),
 ]
 
@@ -73,14 +82,15 @@ MALFORMED = [
     (call("fly"), "no tool of that name"),
     (call("look", city=5), "do not fit the tool's schema"),
     (call("look"), "city"),
+    ('{"name": "look", "arguments": {"city": 5}}', "do not fit the tool's schema"),
     ('<tool_call>{"name": "free", "argu', "has no end"),
 ]
 
 
 @pytest.mark.parametrize(("text", "reason"), MALFORMED)
 def test_what_only_looks_like_a_call_is_text_as_it_stands_and_a_problem(text, reason):
-    pieces, problems = read([f"so:\n{text} "])
-    assert pieces == [TextPiece(f"so:\n{text} ")]
+    pieces, problems = read([f"{text} "])
+    assert pieces == [TextPiece(f"{text} ")]
     assert len(problems) == 1
     assert reason in problems[0]
 
@@ -117,7 +127,9 @@ def test_another_tool_than_the_one_that_was_named_is_not_called():
         [TextPiece(call("free"))], ["the tool to call is 'look'"])  # fmt: skip
 
 
-FRAGMENTS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "\n", " ", '"', "\\", "word", "é🎈", "<", "{", "}",
+FRAGMENTS = [
+    '{"na',
+    'me": "free"}',"<tool_call>", "</tool_call>", "<think>", "</think>", "\n", " ", '"', "\\", "word", "é🎈", "<", "{", "}",
              '{"name": "free", "arguments": {}}', '{"name": "look", "arguments": {"city": "x"}}', OSLO, call("free", a="\\\"</tool_call>")]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 

@@ -9,6 +9,7 @@ text, as it stands, and a problem. Blanks between text and a call belong to the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kveraser.serving.chat.dialects import Dialect
@@ -90,7 +91,7 @@ class ReplyReader:
         self._dialect, self._tools, self._thinking = dialect, tools, thinking
         self._state = "thinking" if thinking and inside else "start" if thinking else "text"
         self._text, self._blanks = "", ""  # not read yet; blanks that may stand before a call
-        self._looked = 0  # how far a closing text was looked for
+        self._fresh = True  # whether a call without an opening may begin here
         self._skip = self._state == "thinking"  # blanks, until something else comes
         self.problems: list[str] = []
         self.done = False
@@ -143,13 +144,37 @@ class ReplyReader:
         if self._dialect is None:
             before, held, found = self._text, 0, ""
         else:
+            if self._fresh:
+                bare = self._dialect.is_bare(self._text.lstrip(), last)
+                self._fresh = bare is None
+                self._state = "bare" if bare else "text"
+                if bare is not False:
+                    return []
             before, found, behind = self._text.partition(self._dialect.opening)
             held = 0 if found or last else overlap(before, self._dialect.opening)
         piece = self._certain(before[: len(before) - held])
         self._text = before[len(before) - held :]
         if found:
-            self._state, self._text, self._looked = "call", behind, 0
+            self._state, self._text = "call", behind
         return [TextPiece(piece)] if piece else []
+
+    def _read_bare(self, last: bool) -> list[Piece]:
+        """A call without an opening; what is none is text like all other."""
+        assert self._dialect
+        parts = self._dialect.split(self._text.lstrip(), last)
+        if parts is None and not last:
+            return []
+        self._state = "text"
+        raw = None
+        with suppress(BadCallError):
+            raw = self._dialect.read(parts[0]) if parts else None
+        if raw is None or parts is None or not self._tools.has(raw.name):
+            return []
+        try:
+            return self._told(CallPiece(raw.name, self._tools.check(raw.name, raw.arguments)), parts[1])
+        except BadCallError as error:
+            self.problems.append(str(error))
+            return []
 
     def _certain(self, text: str) -> str:
         """What of some text can be told: not the blanks that it ends with, since a tag may follow."""
@@ -162,32 +187,30 @@ class ReplyReader:
         return told
 
     def _read_call(self, last: bool) -> list[Piece]:
+        """A call, or the text that it looks like: up to the next one where it has no end."""
         assert self._dialect
-        closing = self._dialect.closing
-        while (at := self._text.find(closing, self._looked)) >= 0:
-            if not self._dialect.is_inside(self._text[:at]):
-                return self._call(self._text[:at], self._text[at + len(closing) :], closing)
-            self._looked = at + len(closing)
-        self._looked = max(self._looked, len(self._text) - len(closing) + 1)
-        return self._call(self._text, "", "") if last else []
-
-    def _call(self, body: str, behind: str, closing: str) -> list[Piece]:
-        """Tell a call, or the text that it looks like: up to the next one where it has no end."""
-        assert self._dialect
-        self._state = "text"
+        parts = self._dialect.split(self._text, last)
+        if parts is None and not last:
+            return []
+        body, behind = parts or (self._text, "")
         try:
             raw = self._dialect.read(body)
-            piece = CallPiece(raw.name, self._tools.check(raw.name, raw.arguments))
+            return self._told(CallPiece(raw.name, self._tools.check(raw.name, raw.arguments)), behind)
         except BadCallError as error:
-            self.problems.append(str(error) if closing else f"the call has no end, and: {error}")
-            said = self._dialect.opening + (body if closing else "") + closing
-            self._text = behind if closing else body
-            return self._say(said)
-        self._text, self._blanks, self._skip = behind, "", True
+            self.problems.append(str(error) if parts else f"the call has no end, and: {error}")
+        self._state = "text"
+        if parts is None:
+            return self._say(self._dialect.opening)
+        said, self._text = self._text[: len(self._text) - len(behind)], behind
+        return self._say(self._dialect.opening + said)
+
+    def _told(self, call: CallPiece, behind: str) -> list[Piece]:
+        self._state, self._text, self._blanks = "text", behind, ""
+        self._skip = self._fresh = True
         self.done = not self._tools.choice.parallel
-        return [piece]
+        return [call]
 
     def _say(self, text: str) -> list[Piece]:
         told, self._blanks = self._blanks + text, ""
-        self._skip = False
+        self._skip = self._fresh = False
         return [TextPiece(told)]

@@ -96,13 +96,17 @@ class Toolset:
         """The name of the tool that has to be called, where that leaves no choice."""
         return self.choice.name or (self.tools[0].name if self.forced and len(self.tools) == 1 else None)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tool of that name."""
+        return name in self._validators
+
     def check(self, name: str, arguments: dict[str, Any]) -> str:
         """The arguments as JSON, once they are known to be right.
 
         Raises:
             BadCallError: there is no such tool, it was not the one to call, or its schema does not allow these arguments.
         """
-        if name not in self._validators:
+        if not self.has(name):
             raise BadCallError("there is no tool of that name")
         if self.choice.name not in (None, name):
             raise BadCallError(f"the tool to call is {self.choice.name!r}")

@@ -21,7 +21,7 @@ class RawCall:
 
 
 class Dialect(ABC):
-    """A form of calls: each between an `opening` and a `closing` text, and nothing else of a reply begins like them.
+    """A form of calls: each behind an `opening` text, and before a `closing` one.
 
     Attributes:
         name: what the form is called.
@@ -43,8 +43,23 @@ class Dialect(ABC):
     def begin(self, name: str | None) -> str:
         """The beginning of a call of a tool (None: of any); no blank ends it, since models begin their words with one."""
 
-    def is_inside(self, body: str) -> bool:
-        """Whether a closing text behind this much of a call is a part of it, as within quotes."""
+    def split(self, text: str, last: bool) -> tuple[str, str] | None:
+        """What stands between the two texts, and what is behind; None where the end is not there.
+
+        Args:
+            text: of a reply, behind an opening.
+            last: whether there is no more of the reply.
+        """
+        body, found, behind = text.partition(self.closing)
+        return (body, behind) if found else None
+
+    def is_bare(self, text: str, last: bool) -> bool | None:
+        """Whether a reply begins with a call that has no opening, as small models write them; None where that cannot be told yet.
+
+        Args:
+            text: of a reply; it begins with no blank.
+            last: whether there is no more of the reply.
+        """
         return False
 
 

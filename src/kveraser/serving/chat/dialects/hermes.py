@@ -1,5 +1,8 @@
 """Calls as Hermes and Qwen write them: `<tool_call>{"name": "look", "arguments": {"city": "Oslo"}}</tool_call>`.
 
+Small models forget a tag, or write another one. So a call ends with its JSON object, and a reply that begins with one that has
+a `name` may be a call as well.
+
 Knows: this form. Does not know which tools there are.
 """
 
@@ -38,9 +41,39 @@ class Hermes(Dialect):
         head = f'{self.opening}\n{{"name":'
         return head if name is None else f'{head} {json.dumps(name, ensure_ascii=False)}, "arguments":'
 
-    def is_inside(self, body: str) -> bool:
-        return '"' in _QUOTED.sub("", body)
+    def split(self, text: str, last: bool) -> tuple[str, str] | None:
+        end = _object_end(text)
+        if end is not None:
+            behind = text[end:].lstrip()
+            if behind.startswith(self.closing):
+                return text[:end], behind[len(self.closing) :]
+            return None if not last and self.closing.startswith(behind) else (text[:end], text[end:])
+        at = -1
+        while (at := text.find(self.closing, at + 1)) >= 0:
+            if '"' not in _QUOTED.sub("", text[:at]):  # not within quotes
+                return text[:at], text[at + len(self.closing) :]
+        return None
+
+    def is_bare(self, text: str, last: bool) -> bool | None:
+        if not text.startswith("{"):
+            return None if not text and not last else False
+        key, begun = '"name"', text[1:].lstrip()
+        return begun.startswith(key) or (None if not last and key.startswith(begun) else False)
+
+
+def _object_end(text: str) -> int | None:
+    """Where the JSON object ends that a text begins with, if it does."""
+    start = len(text) - len(text.lstrip())
+    if not text.startswith("{", start):
+        return None
+    try:
+        return int(_DECODER.raw_decode(text, start)[1])
+    except (ValueError, RecursionError):
+        return None
 
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 
 import anthropic
 import pytest
 from serving_helpers import NAME, running, tiny_service, tool_tokenizer
 
+README = Path(__file__).parents[2] / "README.md"
 ASK = [{"role": "user", "content": "what is the code of the door?"}]
 LOOK = {
     "name": "look",
@@ -126,3 +129,11 @@ def test_the_asynchronous_client_gets_the_same(url, say):
     events = asyncio.run(go())
     assert "".join(event.delta.text for event in events if event.type == "content_block_delta") == "it is 1234"
     assert json.loads(events[-2].to_json())["kveraser"]["method"] in ("prefill", "prefix")
+
+
+def test_what_the_readme_shows_runs(url, say, capsys):
+    say("hello, hello")
+    (shown,) = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    shown = shown.replace("http://127.0.0.1:8000", url).replace("none", "alpha").replace("smollm2-135m-instruct", NAME)
+    exec(compile(shown, str(README), "exec"), {})
+    assert capsys.readouterr().out.strip() == "hello, hello"

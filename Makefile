@@ -74,7 +74,7 @@ $(VLLM_STAMP): requirements-vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/engines/test_vllm_connector.py tests/engines/test_vllm_server.py
+	$(VLLM_VENV)/bin/python -m pytest tests/engines/vllm/test_vllm_connector.py tests/engines/vllm/test_vllm_server.py
 
 # The clients and frameworks that the server is for, against a server on loopback with a tiny model.
 .venv-clients/.clients: requirements-clients.txt requirements.txt pyproject.toml
@@ -108,7 +108,7 @@ llama-cpp-wheel: $(LLAMA_CPP_WHEEL)
 
 test-llama-cpp: .venv-llama-cpp/.engine
 	$(MAKE) VENV=.venv-llama-cpp .venv-llama-cpp/.installed
-	.venv-llama-cpp/bin/python -m pytest tests/engines/test_llama_cpp.py tests/engines/test_llama_cpp_model.py tests/test_export.py tests/context
+	.venv-llama-cpp/bin/python -m pytest tests/engines/llama_cpp tests/test_export.py tests/context
 
 # What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted.
 # DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.

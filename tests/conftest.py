@@ -31,7 +31,7 @@ import kveraser as kv
 from kveraser.cache import growable_cache
 from kveraser.training import EraserOptions, Stage, TrainConfig
 
-pytest_plugins = ["serving_helpers"]  # its fixtures
+pytest_plugins = ["serving_helpers", "llama_cpp_helpers"]  # their fixtures
 
 settings.register_profile(
     "kveraser",

@@ -1,15 +1,17 @@
-"""Tiny random models as GGUF files: the same weights for llama.cpp and for transformers."""
+"""Tiny random models as GGUF files: the same weights for llama.cpp and for transformers; and contexts of them."""
 
 from __future__ import annotations
 
 import json
 
 import numpy as np
+import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from conftest import build, make_config
+import kveraser as kv
+from conftest import build, make_config, random_eraser
 from kveraser.export.names import Naming
 from kveraser.model.fingerprint import Fingerprint
 
@@ -90,3 +92,80 @@ def without_effect(folder, target):
 def ids_of(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 90, (count,), generator=generator).tolist()
+
+
+WINDOW, REPAIR = (2, 9), 5
+ERASING = ("kveraser", "delete-and-shift", "local-suffix-repair", "full-recompute")
+CACHES = {
+    "f32": {"keys": "f32", "values": "f32", "flash_attention": False},
+    "f16": {"keys": "f16", "values": "f16"},
+    "q8_0": {"keys": "q8_0", "values": "q8_0"},
+    "q4_0 keys": {"keys": "q4_0", "values": "f16", "flash_attention": False},
+}
+
+
+class Pair:
+    """One backbone and one eraser, in transformers and in llama.cpp."""
+
+    def __init__(self, folder, family="llama", **options):
+        from kveraser.engines.llama_cpp import LlamaCppModel
+
+        self.file = folder / f"{family}.gguf"
+        self.backbone = tiny_pair(self.file, family, **options)
+        self.eraser = random_eraser(self.backbone, window=WINDOW, repair=REPAIR, choose="next")
+        self.folder = self.eraser.save_pretrained(folder / f"{family}-eraser", dtype=torch.float32)
+        self.model = LlamaCppModel(self.file, threads=1)
+        self.found = self.model.find_eraser(self.folder)
+
+    def context(self, cache="f32", eraser=None, **options):
+        from kveraser.engines.llama_cpp import LlamaCppContext
+
+        return LlamaCppContext(self.model, eraser or self.found, **{"length": 512, **CACHES[cache], **options})
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("llama-cpp")
+
+
+@pytest.fixture(scope="module")
+def pair(llama_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVERASER_CACHE", str(llama_folder / "cache"))
+        return Pair(llama_folder)
+
+
+def read(context, sizes=(30, 8, 40), seed=0):
+    """Let a context read parts of so many tokens; their spans."""
+    ids = ids_of(sum(sizes), seed)
+    spans, at = [], 0
+    for size in sizes:
+        spans.append(context.append(ids[at : at + size]))
+        at += size
+    return spans
+
+
+def bits(context):
+    return context.backend.cells.read([kv.Span(0, context.backend.length)]).tobytes()
+
+
+def equal(left, right):
+    """Whether cells are the same; a rotation by nothing, which llama.cpp applies to all keys, may flip the sign of zeros."""
+    if len(left) != len(right):
+        return False
+    return all({a, b} == {0, 0x80} for a, b in zip(left, right, strict=True) if a != b)
+
+
+def states(context, span):
+    return context.backend.cells.read([span]).tobytes()
+
+
+def each_slot(context):
+    return [states(context, kv.Span(slot, slot + 1)) for slot in range(context.backend.length)]
+
+
+def changed(before, after):
+    return {slot for slot, (a, b) in enumerate(zip(before, after, strict=True)) if not equal(a, b)}
+
+
+QUESTION = ids_of(6, seed=9)

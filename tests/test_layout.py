@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import kveraser
 
 SOURCE = Path(kveraser.__file__).parent
+TESTS = Path(__file__).parent
 ROOMS = ("errors", "interrupts", "files", "extensions", "spans", "model", "cache", "readers", "eraser", "methods", "edit", "context",
          "tasks", "export", "evaluation", "training", "demo", "serving", "engines", "cli", "__main__")  # fmt: skip
 """From below to above: a room may import from those before it. CONTRIBUTING.md shows the same list."""
@@ -69,7 +72,7 @@ def test_no_imports_run_in_a_circle():
 
 def test_contributing_shows_the_rooms_in_this_order():
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    shown = text.split("## Where things are")[1].split("```")[1]
+    shown = text.split("## Where things are")[1].split("```")[1]  # the tree comes behind it
     names = [name.strip() for name in shown.replace("\n", ",").replace("<-", ",").split(",")]
     assert [name for name in names if name] == list(ROOMS[:-1])
 
@@ -89,13 +92,71 @@ def test_no_module_of_the_server_imports_from_above_its_own(name):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kveraser.serving")])
-def test_every_module_of_the_server_says_what_it_knows_and_what_it_does_not(name):
-    text = ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
-    assert "Knows: " in text
-    assert "oes not know" in text
+def opening(name):
+    """The docstring of a module, as one line."""
+    return " ".join((ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8"))) or "").split())
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_module_begins_with_what_it_is(name):
-    assert ast.get_docstring(ast.parse(MODULES[name].read_text(encoding="utf-8")))
+def test_every_module_says_what_it_knows_and_what_it_does_not_or_its_folder_does(name):
+    said = opening(name)
+    assert said
+    if "Knows: " in said and re.search(r"Do(es)? not know|Does not import", said):
+        return
+    texts = [said, opening(name.rpartition(".")[0])] if "." in name else [said]
+    assert any(re.search(r"Each ([\w']+ )?file knows .* It does not know", text) for text in texts), (
+        f"{name} does not say what it knows and what it does not"
+    )
+
+
+def test_tests_lie_as_what_they_test_does():
+    folders = {path.relative_to(TESTS) for path in TESTS.rglob("*") if any(path.glob("test_*.py"))}
+    strange = {folder for folder in folders if not (SOURCE / folder).is_dir()} - {Path("engines/toy"), Path("clients")}
+    assert not strange, f"there is no such folder in src: {', '.join(map(str, strange))}"
+    # pytest puts the folder of a test on the path, and there a folder called vllm or llama_cpp would pass for the library.
+    assert not list((TESTS / "engines").glob("*.py")), "tests of an engine go into its folder"
+
+
+def test_every_error_is_in_one_file_and_in_the_tree_that_it_opens_with():
+    drawn, path = [], []
+    for line in (
+        ast.get_docstring(ast.parse(MODULES["kveraser.errors"].read_text(encoding="utf-8")), clean=False) or ""
+    ).splitlines():
+        if found := re.fullmatch(r"    ([|+ -]*)(\w+Error)(?: \((\w+)\))?", line):
+            path = [*path[: len(found[1]) // 4], found[2]]
+            drawn.append((found[2], {*path[-2:-1], *([found[3]] if found[3] else [])} or {"Exception"}))
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+    classes = [
+        (name, node) for name, tree in trees.items() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
+    written = [
+        (name, node.name, {ast.unparse(base) for base in node.bases})
+        for name, node in classes
+        if node.name.endswith("Error")
+    ]
+    assert [name for name, *_ in written if name != "kveraser.errors"] == []
+    assert [(node, bases) for _, node, bases in written] == drawn
+
+
+def named(document, heading, block):
+    """The first words of the lines of a block of a document, but for lines that go on."""
+    text = (TESTS.parent / document).read_text(encoding="utf-8").split(heading)[1].split("```")[2 * block + 1]
+    return [line.split()[0] for line in text.splitlines() if line and not line.startswith(" ")]
+
+
+def test_contributing_names_every_room_and_its_folders():
+    kept = (path for path in SOURCE.rglob("*") if path.is_dir() and "__pycache__" not in path.parts)
+    folders = [f"{path.relative_to(SOURCE)}/" for path in kept if any(path.iterdir())]
+    files = [path.name for path in SOURCE.glob("*.py") if path.stem in ROOMS and path.stem != "__main__"]
+    named_there = {name for name in [*folders, *files] if not name.startswith("eraser/shipped")}  # data, not modules
+    assert sorted(named("CONTRIBUTING.md", "## Where things are", 1)) == sorted(named_there)
+
+
+def test_the_readme_has_a_line_for_every_file_and_folder_of_the_root():
+    command = ["git", "-C", str(TESTS.parent), "ls-tree", "--name-only", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("this is no git repository")
+    there = {f"{name}/" if (TESTS.parent / name).is_dir() else name for name in found.stdout.split()}
+    assert set(named("README.md", "## The tree", 0)) | {"README.md"} >= there
+    assert all((TESTS.parent / name).exists() for name in named("README.md", "## The tree", 0))

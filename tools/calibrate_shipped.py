@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from pathlib import Path
 
 from kveraser import load_backbone
 from kveraser.eraser import shipped_erasers
@@ -21,12 +22,13 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(shipped_erasers()), help="the backbone")
     parser.add_argument("--text", help="a text source as for `kveraser train`; default: Python's documentation")
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="folder to write it to; default: beside the eraser that ships")
     options = parser.parse_args()
     model, tokenizer = load_backbone(options.name)
     filler = Filler(read_passages(options.text), lambda part: len(tokenizer.encode(part, add_special_tokens=False)))
     text = filler.text(random.Random(options.seed), MOST_TOKENS + 200, "train")
     made = calibrate(model, tokenizer.encode(text)[:MOST_TOKENS])
-    file = shipped_erasers()[options.name] / FILE_NAME
+    file = (options.output or shipped_erasers()[options.name]) / FILE_NAME
     write_calibration(file, made)
     print(
         f"{file}: {file.stat().st_size:,} bytes; layers {[probe.layer for probe in made.probes]}, {made.explained:.1%} explained"

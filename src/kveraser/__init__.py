@@ -1,4 +1,7 @@
-"""kveraser: erase a span from a language model's context after it has been processed."""
+"""kveraser: erase a span from a language model's context after it has been processed.
+
+Knows: the public names and where each is. Does not know how any of them works.
+"""
 
 from kveraser.context import ErasableContext
 from kveraser.edit import erase, readers, reading, restore

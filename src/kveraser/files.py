@@ -1,4 +1,7 @@
-"""Where kveraser keeps what it can rebuild: converted weights and measured cost models."""
+"""Where kveraser keeps what it can rebuild: converted weights and measured cost models.
+
+Knows: folders, atomic writing. Does not know what is in the files.
+"""
 
 from __future__ import annotations
 

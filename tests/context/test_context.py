@@ -297,6 +297,9 @@ def test_keeping_what_was_generated_equals_appending_it(kind):
     assert kept.live_ids[-len(answer) - 2 :] == [5, 6, *answer]
     assert kept.backend.length == len(kept)
     assert kind.off(kept) < kind.tolerance / 10
+    more = kept.generate_ids(max_new_tokens=3, keep=True)
+    assert kept.live_ids[-len(more) :] == more
+    assert kind.off(kept) < kind.tolerance / 10
 
 
 def test_every_engine_replies_by_the_same_decoder(kind):

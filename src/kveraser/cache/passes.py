@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kveraser.cache.stand_in import StandInLayer, additive
 from kveraser.cache.support import writing
 from kveraser.cache.surgery import truncate
 from kveraser.cache.tokens import Tokens
@@ -57,18 +58,12 @@ class _Stop(Exception):
     """Ends a forward once the states that were wanted are there."""
 
 
-class PassLayer(DynamicLayer):
+class PassLayer(StandInLayer):
     """A stand-in for one layer of the user's cache; `seen` slots are visible before the tokens of the pass."""
 
     def __init__(self, layer: DynamicLayer, seen: int) -> None:
-        super().__init__()
-        self.layer, self.seen, self.is_initialized = layer, seen, True
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        super().__init__(seen)
+        self.layer = layer
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take the new states, and give those that the tokens attend to."""
@@ -170,7 +165,7 @@ def rewrite_runs(model: nn.Module, cache: Cache, tokens: Tokens, rewrites: Seque
     mask = None
     if len(rewrites) > 1 or len(shown) > 1:
         model = for_masks(model)
-        mask = additive(visible_slots(tokens, rewrites, shown), cache)
+        mask = additive(visible_slots(tokens, rewrites, shown), cache.layers[0].keys.dtype)
     elif tokens.mask is not None:
         mask = torch.cat([tokens.mask[:, run.slice] for run in shown], -1)
     ids = torch.cat([tokens.ids[:, run.slice] for run in written], -1)
@@ -197,13 +192,6 @@ def visible_slots(tokens: Tokens, rewrites: Sequence[Rewrite], shown: tuple[Span
     if tokens.mask is not None:
         visible = visible & tokens.mask[:, None, None, columns.to(tokens.mask.device)].bool()
     return visible
-
-
-def additive(visible: Tensor, cache: Cache, dtype: torch.dtype | None = None) -> Tensor:
-    """A mask to add to attention scores, in the cache's type unless another is asked for."""
-    dtype = dtype or cache.layers[0].keys.dtype
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def rewrite_range(model: nn.Module, cache: Cache, tokens: Tokens, span: Span) -> int:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.cache.passes import PassLayer, Rewrite, additive, range_bytes, run_pass, shown_slots, visible_slots
+from kveraser.cache.passes import PassLayer, Rewrite, range_bytes, run_pass, shown_slots, visible_slots
+from kveraser.cache.stand_in import additive
 from kveraser.cache.tokens import Tokens
 from kveraser.errors import UnsupportedCacheError
 from kveraser.model.attention import blockwise_attention, for_telling, grouped_attention
@@ -71,7 +72,7 @@ class _Sight:
         visible = (sees[None] <= slots[:, None])[None, None]
         if tokens.mask is not None:
             visible = visible & tokens.mask[:, None, None, sees].bool()
-        self.mask = additive(visible, cache, torch.float32)
+        self.mask = additive(visible, torch.float32)
         if (
             repair.stand_for is not None
         ):  # n slots of the same key and value weigh n times as much as one: exp(score + log n)
@@ -131,7 +132,7 @@ class _Steered:
 
     def __init__(self, cache: Cache, tokens: Tokens, rewrites: Sequence[Rewrite]) -> None:
         self.shown = shown_slots(rewrites)
-        self.mask = additive(visible_slots(tokens, rewrites, self.shown), cache)
+        self.mask = additive(visible_slots(tokens, rewrites, self.shown), cache.layers[0].keys.dtype)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
         seen = [torch.cat([states[:, :, run.slice] for run in self.shown], -2) for states in (keys, values)]

@@ -1,4 +1,8 @@
-"""The command line: one file per command."""
+"""The command line: one file per command.
+
+Each file knows the options of its command, what the library offers for it, and how the answer looks in a terminal or in JSON. It
+does not know how anything is computed; that is below.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """What every command shares: loading with a word about it, errors and exit codes, JSON.
 
+Knows: Rich, typer, our errors. Does not know any command.
+
 Exit codes: 0 done, 1 the answer is no (a model that is not supported, say), 2 bad input, 130 interrupted.
 """
 

@@ -1,4 +1,7 @@
-"""Tables of the commands. Knows: Rich and results. Computes nothing."""
+"""Tables of the commands.
+
+Knows: Rich and results. Does not know how results come about; computes nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """How the cost of an erase grows with what follows the span.
 
-Knows: contexts and methods. A quick look for the demo; `benchmarks/` measures properly.
+Knows: contexts and methods. Does not know about tables; a quick look for the demo, `benchmarks/` measures properly.
 """
 
 from __future__ import annotations

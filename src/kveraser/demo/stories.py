@@ -1,6 +1,6 @@
 """The demo's four stories: one for each use of erasing.
 
-Knows: text. Every story is a context in three parts, a question, and the value that must be gone after the erase.
+Knows: text. Does not know about models or methods. Every story is a context in three parts, a question, and the value that must be gone after the erase.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Erasers: the LoRA and its files (`eraser`), its settings (`config`), states that nothing attends to (`neutral`), the
-erasers that ship (`shipped`)."""
+erasers that ship (`shipped`).
+
+Knows: LoRA, PEFT, what a passing eraser writes. Does not know about spans, methods or who has read what.
+"""
 
 from kveraser.eraser.config import CHOICES, Choose, EraserConfig
 from kveraser.eraser.eraser import KVEraser

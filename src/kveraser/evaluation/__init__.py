@@ -1,4 +1,7 @@
-"""Comparing erasing methods: metrics, all methods side by side on one example, and on many with intervals and plots."""
+"""Comparing erasing methods: metrics, all methods side by side on one example, and on many with intervals and plots.
+
+Knows: methods, contexts, tasks, statistics. Does not know how an erase works, or about the terminal.
+"""
 
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.erratum import Errata, Erratum

@@ -1,6 +1,6 @@
 """Plots of an evaluation, readable without colour: every method has its own marker, line and hatching.
 
-Knows: rows, matplotlib. Computes nothing.
+Knows: rows, matplotlib. Does not know where the rows come from; computes nothing.
 """
 
 from __future__ import annotations

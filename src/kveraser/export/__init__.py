@@ -2,6 +2,8 @@
 
 All are made from the eraser's own folder, so that one file serves every engine: what is written names its source by
 checksum, and is read back and compared before it appears under its name.
+
+Knows: an eraser's folder, GGUF, PEFT. Does not know about caches, or who will read what it writes.
 """
 
 from kveraser.export.adapter import GgufEraser, exported_gguf, read_gguf_eraser, write_gguf_eraser

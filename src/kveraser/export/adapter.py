@@ -21,10 +21,11 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from kveraser.eraser import EraserConfig
+from kveraser.eraser.adapter_files import CONFIG
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
-from kveraser.export.source import LORA_CONFIG, EraserFiles
+from kveraser.export.source import EraserFiles
 from kveraser.files import appearing_whole, cache_folder
 from kveraser.model.fingerprint import Fingerprint
 
@@ -81,7 +82,7 @@ def exported_gguf(folder: Path) -> GgufEraser:
         EraserMismatchError: the folder holds no eraser, or a damaged one.
     """
     files = EraserFiles.read(folder)
-    texts = [(folder / name).read_bytes() for name in (FILE_NAME, LORA_CONFIG)]
+    texts = [(folder / name).read_bytes() for name in (FILE_NAME, CONFIG)]
     key = hashlib.sha256(b"\0".join([files.sha256.encode(), *texts])).hexdigest()
     file = cache_folder() / "gguf-erasers" / f"{key[:16]}.gguf"
     if file.exists():

@@ -12,8 +12,9 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
+from kveraser.eraser.adapter_files import CONFIG, WEIGHTS
 from kveraser.errors import EraserMismatchError
-from kveraser.export.source import LORA_CONFIG, WEIGHTS, EraserFiles
+from kveraser.export.source import EraserFiles
 from kveraser.files import write_atomically
 from kveraser.model.backbone import digest
 
@@ -40,7 +41,7 @@ def write_peft_folder(source: str | PathLike[str], folder: str | PathLike[str]) 
     said["inference_mode"] = True
     data = (files.folder / WEIGHTS).read_bytes()
     files.config.write(target)
-    write_atomically(target / LORA_CONFIG, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(target / CONFIG, (json.dumps(said, indent=2, sort_keys=True) + "\n").encode())
     write_atomically(target / WEIGHTS, data)
     _compare(files, target)
     return EraserFiles.read(target)

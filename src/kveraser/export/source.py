@@ -16,12 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kveraser.eraser import EraserConfig
+from kveraser.eraser.adapter_files import CONFIG, WEIGHTS
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
 from kveraser.model.backbone import digest
 
-WEIGHTS = "adapter_model.safetensors"
-LORA_CONFIG = "adapter_config.json"
 _KEY_PREFIX = "base_model.model."
 
 
@@ -53,7 +52,7 @@ class EraserFiles:
         place = Path(folder)
         config = EraserConfig.read(place / FILE_NAME)
         try:
-            lora_config = json.loads((place / LORA_CONFIG).read_text(encoding="utf-8"))
+            lora_config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
             tensors = load_file(str(place / WEIGHTS))
             if lora_config["peft_type"] != "LORA" or lora_config.get("use_dora") or lora_config.get("modules_to_save"):
                 raise EraserMismatchError(f"the adapter in {place} is no plain LoRA ({lora_config['peft_type']})")

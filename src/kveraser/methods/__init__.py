@@ -2,6 +2,9 @@
 
 To add one: write `methods/your_method.py` with a frozen dataclass below `EraseMethod`, and add it to `_METHODS`. Every
 test, table and plot then covers it. Other packages register theirs as entry points of the group `kveraser.methods`.
+
+Each method's file knows the edit, the verbs of its backend, and where its idea comes from. It does not know about text, ledgers,
+undoing, or what other methods do; its receipt is written around it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 
 from kveraser.cache import Can
 from kveraser.eraser import KVEraser
-from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.base import Edit, EraseMethod
 from kveraser.methods.choosing import calibration_of, most_shown
 from kveraser.methods.cost_model import CostModel, cost_model
 from kveraser.methods.full_recompute import FullRecompute
@@ -71,9 +71,3 @@ class Auto(EraseMethod):
         columns = most_shown(count, len(edit.kept), steering.keys)
         telling = costs.tell(suffix) if count < suffix else 0.0
         return telling + costs.steer(0, count, columns) - (costs.steering.base if steering.passes(edit) else 0.0)
-
-    def plan(self, edit: Edit) -> Plan:
-        return self.chosen(edit).plan(edit)
-
-    def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        return self.chosen(edit).apply(edit, plan)

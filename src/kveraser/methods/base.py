@@ -8,16 +8,16 @@ them (`apply`). What all of them share is around them: checks, undo, roll-back a
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from kveraser.cache import Backend, Can, Eraser, Marks, Repair, Tokens
-from kveraser.methods.slots import neighbors, runs_of
+from kveraser.cache import Backend, Can, Eraser, Marks, Tokens
+from kveraser.methods.choice import Choice
+from kveraser.methods.slots import neighbors
 from kveraser.readers import Text
 from kveraser.spans import Span
 
@@ -81,44 +81,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Tokens that were chosen to be recomputed, in slots before the edit.
-
-    Attributes:
-        slots: `(n,)` int64, in order.
-        sees: `(m,)` int64, the slots that they see besides each other, in order.
-        samples: `(k,)` int64, others of which each stands for `stand_for` slots that they do not see.
-        residual: share of the attention to the spans that is left unrepaired; None where nothing was scored.
-        notes: what the user should know of how they were chosen.
-    """
-
-    slots: Tensor = field(repr=False)
-    sees: Tensor = field(repr=False)
-    residual: float | None = None
-    notes: tuple[str, ...] = ()
-    samples: Tensor | None = field(default=None, repr=False)
-    stand_for: float = 1.0
-
-    def repair(self, absent: tuple[Span, ...], place: Tensor | None = None) -> Repair:
-        """The pass over them, in which they see each other in their new states.
-
-        Args:
-            absent: as of `Repair`.
-            place: `(slots before the edit,)`, where each slot is now; None: where it was.
-        """
-        shown = [self.slots, self.sees] if self.samples is None else [self.slots, self.sees, self.samples]
-        sees = torch.cat(shown).unique()
-        weights = None if self.samples is None else torch.where(torch.isin(sees, self.samples), self.stand_for, 1.0)
-        slots = self.slots if place is None else place[self.slots]
-        return Repair(slots, sees if place is None else place[sees], absent, weights)
-
-    @property
-    def runs(self) -> tuple[Span, ...]:
-        """The chosen slots as runs."""
-        return runs_of(self.slots)
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What an edit did, in slots before it.
 
@@ -137,7 +99,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class EraseMethod(ABC):
+class EraseMethod:
     """One way to erase spans from a cache. Subclasses are frozen dataclasses; their fields are the method's options."""
 
     name: ClassVar[str]
@@ -176,13 +138,13 @@ class EraseMethod(ABC):
         return None if self.budget_option is None else getattr(self, self.budget_option)
 
     def chosen(self, edit: Edit) -> EraseMethod:
-        """The method that does an edit: this one, unless it only chooses among others."""
+        """The method that does an edit: this one, unless it only chooses among others, and then needs none of the following."""
         return self
 
-    @abstractmethod
     def plan(self, edit: Edit) -> Plan:
         """Which slots `apply` will change. Must not change anything itself; raises when the edit cannot be done."""
+        raise NotImplementedError
 
-    @abstractmethod
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         """Do what `plan` said. Slots outside the plan must not be touched; on an exception the caller puts everything back."""
+        raise NotImplementedError

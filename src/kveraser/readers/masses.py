@@ -87,20 +87,19 @@ def span_mass(
     which = range(keys.shape[0]) if key_heads is None else key_heads
     groups = len(which)
     grouped = (queries * scaling).to(keys.dtype).reshape(groups, heads // groups * count, size)
-    before = slots[:, None]
-    far = land.samples <= before - land.near
-    able = far.any(0).nonzero()[:, 0]  # samples that are behind all tokens tell nothing
-    far, samples = far[:, able], land.samples[able]
-    visible = torch.cat([land.span < before, land.sink <= before, far], -1)
+    samples = land.samples[land.samples <= slots.max() - land.near]  # what is behind all tokens tells nothing
     columns = torch.cat([land.span, land.sink, samples])
+    parts = [len(land.span), len(land.sink), len(samples)]
+    seen_from = torch.cat([land.span + 1, land.sink, samples + land.near])
     scores = (grouped @ _some(keys.index_select(1, columns), which).transpose(-1, -2)).view(heads, count, -1).float()
-    partly = (~visible.all(0)).nonzero()[:, 0]
+    partly = (seen_from > slots.min()).nonzero()[:, 0]
     if len(partly):
         first = int(partly[0])
-        scores[..., first:].masked_fill_(~visible[:, first:], _NEVER)
+        scores[..., first:].masked_fill_(seen_from[first:] > slots[:, None], _NEVER)
     largest = _exponentials(scores)
-    span, sink, drawn = (part.sum(-1) for part in scores.split([len(land.span), len(land.sink), len(samples)], -1))
-    stand_for = land.between[(slots - land.near + 1).clamp(min=0)].float() / far.sum(-1).clamp(min=1)
+    span, sink, drawn = (part.sum(-1) for part in scores.split(parts, -1))
+    distant = torch.searchsorted(samples, slots - land.near, right=True)
+    stand_for = land.between[(slots - land.near + 1).clamp(min=0)].float() / distant.clamp(min=1)
     seen = (span + sink + drawn * stand_for.clamp(min=1)).log() + largest
     near = (_near_run if run else _near)(grouped, slots, keys, land, which)
     near = near.reshape(heads, count)

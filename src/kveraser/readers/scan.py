@@ -116,8 +116,10 @@ class Scene:
     def needed(self, chosen: Tensor, count: int) -> Tensor:
         """The `count` slots that any of the chosen ones attends to most, `(count,)`, in order.
 
-        What counts is the largest attention that any head of the layers that are looked at pays from any of them.
+        What counts is the largest attention that any head of the layers that are looked at pays from any of them. Every second
+        one is asked, the last among them: neighbors need the same.
         """
+        chosen = chosen[(len(chosen) + 1) % 2 :: 2]
         length, listed = self.tokens.length, chosen.tolist()
         most = torch.full((length,), -torch.inf, device=chosen.device)
         for row, probe in self._probes():
@@ -135,9 +137,11 @@ class Scene:
                 told_rows = rows[:, later:].reshape(groups, -1, rows.shape[-1]).transpose(-1, -2)
                 less = -whole[:, later:].reshape(groups, 1, -1).to(seen.dtype)
                 scores = torch.baddbmm(less, seen, told_rows)  # (groups, slots, heads of a group * tokens)
-                if end - 1 > listed[later]:
-                    behind = torch.arange(start, end, device=chosen.device)[:, None] > chosen[later:]
-                    scores.view(groups, end - start, -1, len(chosen) - later).masked_fill_(behind[:, None], -torch.inf)
+                within = bisect_left(listed, end) - later  # of whom this stretch holds slots that come after
+                if within:
+                    behind = torch.arange(start, end, device=chosen.device)[:, None] > chosen[later : later + within]
+                    unseen = scores.view(groups, end - start, -1, len(chosen) - later)[..., :within]
+                    unseen.masked_fill_(behind[:, None], -torch.inf)
                 most[start:end] = torch.maximum(most[start:end], scores.amax(-1).amax(0).float())
         able = torch.stack([land.live for land in self.lands]).any(0)
         for span in self.spans:

@@ -18,7 +18,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kveraser.serving.errors import ApiError, error_response
+from kveraser.errors import ApiError
+from kveraser.serving.errors import error_response
 from kveraser.serving.exposure import check_keys
 
 _READING = ("GET", "HEAD", "OPTIONS")

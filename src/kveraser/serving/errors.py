@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from kveraser.errors import (
+    ApiError,
     ContextLengthError,
     JobCancelledError,
     JobTimeoutError,
@@ -31,14 +32,6 @@ log = logging.getLogger("kveraser.serving")
 _NO_RETRY = {
     "x-should-retry": "false"
 }  # OpenAI's clients try again by themselves unless they are told that it is of no use
-
-
-class ApiError(Exception):
-    """An error with the status it is answered with."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
 
 
 def describe(error: BaseException) -> Problem:
@@ -94,7 +87,7 @@ def install_handlers(app: FastAPI) -> None:
         param, message = explain(error.errors(), error.body)
         return _response(Problem(400, message, "invalid_value", param), request.url.path)
 
-    for kind in (ApiError, KVEraserError, Exception):
+    for kind in (KVEraserError, Exception):
         app.add_exception_handler(kind, ours)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)

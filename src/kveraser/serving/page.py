@@ -12,9 +12,9 @@ from typing import Any
 from fastapi import APIRouter, Depends, Response
 
 from kveraser.demo.stories import stories
+from kveraser.errors import ApiError
 from kveraser.methods import methods
 from kveraser.serving.access import owner_of
-from kveraser.serving.errors import ApiError
 from kveraser.serving.service import Service
 
 _WEB = Path(__file__).parent / "web"

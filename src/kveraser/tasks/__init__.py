@@ -2,6 +2,9 @@
 
 To add one: write `tasks/your_task.py` with a class below `Task`, and add it to `_TASKS`.
 Other packages register theirs as entry points of the group `kveraser.tasks`.
+
+Each task's file knows what its texts say and which answer is right. It does not know about models, tokens, methods, or how answers are
+judged.
 """
 
 from __future__ import annotations

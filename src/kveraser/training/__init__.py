@@ -2,6 +2,8 @@
 
 `config` says what a run depends on, `run` runs it, `stage` is one stage. `lessons` are what is learnt from, `cases` these with
 their states, `rereading` computes what an erase recomputes, `distill` turns all of it into a loss.
+
+Knows: erasers, tasks, teachers, optimisers. Does not know about servers, engines, or how an eraser is used later.
 """
 
 from kveraser.training.config import PRESETS, STAGES, EraserOptions, Stage, StageName, TrainConfig, read_config

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
+from kveraser.cache import StandInLayer, additive
 from kveraser.model.view import decoder, evaluating, model_device
 from kveraser.spans import Span
 
@@ -56,24 +57,18 @@ def slot_range(start: int, end: int) -> Tensor:
     return torch.arange(start, max(end, start))
 
 
-class _Joined(DynamicLayer):
+class _Joined(StandInLayer):
     """Pieces of keys and values shown as one; remembers what a pass adds."""
 
     def __init__(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.pieces, self.is_initialized = pieces, True
+        super().__init__(sum(int(keys.shape[-2]) for keys, _ in pieces))
+        self.pieces = pieces
         self.added: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.added = (key_states, value_states)
         pieces = [*self.pieces, self.added]
         return torch.cat([keys for keys, _ in pieces], -2), torch.cat([values for _, values in pieces], -2)
-
-    def get_seq_length(self) -> int:
-        return sum(int(keys.shape[-2]) for keys, _ in self.pieces)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
 
 
 def _visible(row: Sequence[Segment], places: Sequence[Span], past: int, device: torch.device) -> Tensor:
@@ -110,10 +105,9 @@ def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) ->
     layers = [_Joined([piece[index] for piece in past]) for index in range(body.config.num_hidden_layers)]
     dtype = past[0][0][0].dtype if past else body.get_input_embeddings().weight.dtype
     visible = _visible(row, places_of(row), slots, device)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, torch.finfo(dtype).min)
     output = evaluating(body)(
         input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-        past_key_values=Cache(layers=list(layers)), attention_mask=mask[None, None], use_cache=True,
+        past_key_values=Cache(layers=list(layers)), attention_mask=additive(visible, dtype)[None, None], use_cache=True,
     )  # fmt: skip
     added = [layer.added for layer in layers if layer.added is not None]
     return output.last_hidden_state[0], added

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kveraser.errors import BadCallError, SchemaError
 from kveraser.serving.chat.dialects.hermes import Hermes
 from kveraser.serving.chat.reading import CallPiece, PlainReader, ReplyReader, TextPiece, ThinkingPiece, joined
-from kveraser.serving.chat.tools import BadCallError, SchemaError, Tool, ToolChoice, Toolset
+from kveraser.serving.chat.tools import Tool, ToolChoice, Toolset
 
 LOOK = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 THINK = ("<think>", "</think>")

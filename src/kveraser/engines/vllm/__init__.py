@@ -6,4 +6,6 @@
     demo.py       both, on one machine
 
 Imports nothing by itself, so that the client works where vLLM is not installed.
+
+Knows: vLLM. Does not know about llama.cpp, or about a cache in the user's own process.
 """

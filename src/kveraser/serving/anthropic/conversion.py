@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kveraser.errors import ApiError, BadCallError, SchemaError
 from kveraser.serving.anthropic.blocks import TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock, text_of
 from kveraser.serving.anthropic.protocol import AssistantMessage, CountRequest, UserMessage
 from kveraser.serving.chat.messages import Call, ChatMessage
 from kveraser.serving.chat.rendering import Chat
-from kveraser.serving.chat.tools import BadCallError, SchemaError, Toolset
-from kveraser.serving.errors import ApiError
+from kveraser.serving.chat.tools import Toolset
 
 
 def chat_of(body: CountRequest) -> Chat:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kveraser.errors import ApiError
 from kveraser.serving.anthropic.context_edits import edited
 from kveraser.serving.anthropic.conversion import chat_of
 from kveraser.serving.anthropic.protocol import CountRequest, MessagesRequest
@@ -15,7 +16,6 @@ from kveraser.serving.chat.answering import Asked
 from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
-from kveraser.serving.errors import ApiError
 from kveraser.serving.service import Service
 
 

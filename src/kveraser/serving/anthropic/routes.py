@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from kveraser.errors import ApiError
 from kveraser.serving.access import Owner
 from kveraser.serving.anthropic.protocol import CountRequest, MessagesRequest
 from kveraser.serving.anthropic.replies import Shape, event_lines
@@ -18,7 +19,6 @@ from kveraser.serving.anthropic.requests import message_asked, token_count
 from kveraser.serving.chat.answering import Answer, Progress, answer
 from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.error_forms import request_id
-from kveraser.serving.errors import ApiError
 from kveraser.serving.events import STREAMS, line_response
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.service import Service

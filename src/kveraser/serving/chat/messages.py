@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kveraser.errors import UnknownCallError
+
 
 @dataclass(frozen=True)
 class Call:
@@ -37,14 +39,6 @@ class ChatMessage:
     calls: tuple[Call, ...] = ()
     call_id: str | None = None
     reasoning: str | None = None
-
-
-class UnknownCallError(ValueError):
-    """A result of no call; `index` is its message's."""
-
-    def __init__(self, index: int, call_id: str) -> None:
-        super().__init__(f"there is no call {call_id!r} before this result")
-        self.index = index
 
 
 def with_tool_names(messages: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:

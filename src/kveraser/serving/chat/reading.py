@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kveraser.errors import BadCallError
 from kveraser.serving.chat.dialects import Dialect
-from kveraser.serving.chat.tools import BadCallError, Toolset
+from kveraser.serving.chat.tools import Toolset
 from kveraser.serving.decoding import overlap
 
 

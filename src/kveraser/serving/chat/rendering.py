@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kveraser.errors import ContextLengthError
+from kveraser.errors import ApiError, ContextLengthError, UnknownCallError
 from kveraser.serving.chat.clearing import NOTHING, Cleared, cleared_ids
-from kveraser.serving.chat.messages import ChatMessage, UnknownCallError, with_tool_names
+from kveraser.serving.chat.messages import ChatMessage, with_tool_names
 from kveraser.serving.chat.reading import PlainReader, ReplyReader
 from kveraser.serving.chat.template import ChatTemplate
 from kveraser.serving.chat.tools import NO_TOOLS, Toolset
-from kveraser.serving.errors import ApiError
 from kveraser.serving.service import Service
 
 Reader = PlainReader | ReplyReader

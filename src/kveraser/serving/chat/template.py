@@ -12,11 +12,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from kveraser.errors import ApiError
 from kveraser.serving.chat.dialects import DIALECTS, Dialect
 from kveraser.serving.chat.messages import Call, ChatMessage
 from kveraser.serving.chat.reading import CallPiece, ReplyReader
 from kveraser.serving.chat.tools import Tool, ToolChoice, Toolset
-from kveraser.serving.errors import ApiError
 
 _PROBE = "kveraser_probe"
 _ARGUMENTS = {"kveraser_key": "a value"}

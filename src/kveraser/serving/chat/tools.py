@@ -12,19 +12,9 @@ from typing import Any, Literal
 
 import jsonschema_rs
 
+from kveraser.errors import BadCallError, SchemaError
+
 ChoiceMode = Literal["auto", "none", "required"]
-
-
-class SchemaError(ValueError):
-    """A tool whose parameters are no JSON schema; `index` is the tool's."""
-
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(f"no JSON schema that can be used: {reason}")
-        self.index = index
-
-
-class BadCallError(ValueError):
-    """A call that is not sent as one; says why."""
 
 
 @dataclass(frozen=True)

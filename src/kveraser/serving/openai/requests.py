@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kveraser.errors import ContextLengthError
+from kveraser.errors import ApiError, BadCallError, ContextLengthError, SchemaError
 from kveraser.serving.chat.answering import Asked
 from kveraser.serving.chat.rendering import Chat, ChatRenderer
-from kveraser.serving.chat.tools import BadCallError, SchemaError, Toolset
+from kveraser.serving.chat.tools import Toolset
 from kveraser.serving.completion import Prompt
-from kveraser.serving.errors import ApiError
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
 from kveraser.serving.service import Service
 

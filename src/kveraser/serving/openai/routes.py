@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import StreamingResponse
 
+from kveraser.errors import ApiError
 from kveraser.serving.access import Owner, owner_of
 from kveraser.serving.chat.answering import Answer, Asked, Progress, answer
 from kveraser.serving.chat.rendering import ChatRenderer
-from kveraser.serving.errors import ApiError
 from kveraser.serving.events import line_response
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kveraser.engines.vllm.client.http import VLLMClient
+from kveraser.eraser.adapter_files import CONFIG
 from kveraser.eraser.shipped import shipped_erasers
 from kveraser.errors import EngineError, OptionError
 from kveraser.files import cache_folder
@@ -60,7 +61,7 @@ def server_arguments(
     Raises:
         OptionError: no such eraser.
     """
-    config = Path(eraser) / "adapter_config.json"
+    config = Path(eraser) / CONFIG
     if not config.is_file():
         raise OptionError(f"{eraser} is no eraser's folder: there is no {config.name} in it")
     rank = int(json.loads(config.read_text(encoding="utf-8"))["r"])

@@ -17,106 +17,33 @@ error, never a guess.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from kveraser.engines.vllm.protocol import Piece, checked_id, is_id
+from kveraser.engines.vllm.server.entries import (
+    CHUNK,
+    Entry,
+    Geometry,
+    Part,
+    StateFile,
+    from_manifest,
+    parts_of,
+    to_manifest,
+)
+from kveraser.engines.vllm.server.states import read_states, write_states
 from kveraser.errors import StoreError
 from kveraser.files import write_atomically
 
-CHUNK = 256
-"""Tokens per file."""
-FORMAT = 1
 _MANIFEST = "manifest.json"
-_FILE = re.compile(r"(\d+)\.(\d+)-(\d+)\.(\d+)-(\d+)\.([0-9a-f]{64})\.safetensors")
 _STALE_SECONDS = 3600.0
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What states of a model look like, over all workers.
-
-    Attributes:
-        model: identifies the model and its configuration.
-        dtype: of the states, as torch calls it ("float32").
-    """
-
-    model: str
-    dtype: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * int(getattr(torch, self.dtype).itemsize)
-
-
-@dataclass(frozen=True)
-class StateFile:
-    """One file: the states of a chunk in `layers` `[a, b)` and `heads` `[a, b)`."""
-
-    name: str
-    chunk: int
-    layers: tuple[int, int]
-    heads: tuple[int, int]
-
-    @classmethod
-    def parse(cls, name: str) -> StateFile | None:
-        """From a file name; None for a file that is none of ours."""
-        match = _FILE.fullmatch(name)
-        if match is None:
-            return None
-        chunk, first, last, low, high = (int(part) for part in match.groups()[:5])
-        return cls(name, chunk, (first, last), (low, high))
-
-    @property
-    def sha256(self) -> str:
-        """The checksum that is part of the name."""
-        return self.name.split(".")[-2]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokens `[start, end)` of a chunk, and the files that hold the chunk."""
-
-    start: int
-    end: int
-    files: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A sealed entry.
-
-    Attributes:
-        tokens: how many tokens' states it holds.
-        parts: where they are.
-        ids: for an edited context, the checksum of the token ids that stand for it (see `digest_ids`).
-        salt: for an edited context, the secret that keeps its blocks apart in the engine's prefix cache.
-    """
-
-    id: str
-    geometry: Geometry
-    tokens: int
-    parts: tuple[Part, ...]
-    ids: str | None = None
-    salt: str | None = None
 
 
 class EditStore:
@@ -146,14 +73,7 @@ class EditStore:
 
     def write(self, entry: str, first_layer: int, first_head: int, keys: Tensor, values: Tensor) -> None:
         """Write one worker's share of a new entry, `(layers, tokens, kv_heads, head_dim)` each."""
-        folder = self._pending(entry)
-        folder.mkdir(exist_ok=True, mode=0o700)
-        layers, tokens, heads, _ = keys.shape
-        for chunk, start in enumerate(range(0, tokens, CHUNK)):
-            stop = min(start + CHUNK, tokens)
-            data = save({"keys": keys[:, start:stop].contiguous(), "values": values[:, start:stop].contiguous()})
-            place = f"{chunk}.{first_layer}-{first_layer + layers}.{first_head}-{first_head + heads}"
-            write_atomically(folder / f"{place}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+        write_states(self._pending(entry), first_layer, first_head, keys, values)
 
     # -- entries (scheduler) -------------------------------------------------------------------------------------
 
@@ -205,7 +125,7 @@ class EditStore:
                 if piece.move:
                     raise StoreError(f"an edited context takes keys as they are, not moved by {piece.move}")
                 source = self.entry(piece.entry)
-                for part in _slice(source, piece.start, piece.end):
+                for part in parts_of(source, piece.start, piece.end):
                     for name in part.files:
                         _share(self.folder / piece.entry / name, folder / name)
                     parts.append(part)
@@ -225,18 +145,7 @@ class EditStore:
         """
         file = self.folder / checked_id(entry) / _MANIFEST
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            body = data["body"]
-            if data["format"] != FORMAT or data["sha256"] != _digest(body):
-                raise ValueError("its manifest was altered, or is of another version")
-            found = Entry(
-                id=entry,
-                geometry=Geometry(**body["geometry"]),
-                tokens=body["tokens"],
-                parts=tuple(Part(start, end, tuple(files)) for start, end, files in body["parts"]),
-                ids=body["ids"],
-                salt=body["salt"],
-            )
+            found = from_manifest(entry, file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise StoreError(
                 f"there is no entry {entry} in the store; it was dropped to make room, or never was: erase again"
@@ -317,46 +226,7 @@ class EditStore:
         Raises:
             StoreError: a file is missing or damaged.
         """
-        found = [self._read_part(entry.id, part, layers, heads) for part in _slice(entry, start, end)]
-        return torch.cat([keys for keys, _ in found], 1), torch.cat([values for _, values in found], 1)
-
-    def _read_part(self, entry: str, part: Part, layers: range, heads: range) -> tuple[Tensor, Tensor]:
-        shape = (len(layers), part.end - part.start, len(heads), self.geometry.head_dim)
-        dtype = getattr(torch, self.geometry.dtype)
-        states = {"keys": torch.empty(shape, dtype=dtype), "values": torch.empty(shape, dtype=dtype)}
-        covered = 0
-        for name in part.files:
-            file = StateFile.parse(name)
-            if file is None:
-                raise StoreError(f"entry {entry} is damaged: {name!r} is no name of a file of states")
-            rows = range(max(layers.start, file.layers[0]), min(layers.stop, file.layers[1]))
-            columns = range(max(heads.start, file.heads[0]), min(heads.stop, file.heads[1]))
-            if not rows or not columns:
-                continue
-            tensors = self._load(entry, file)
-            for key, target in states.items():
-                target[
-                    rows.start - layers.start : rows.stop - layers.start,
-                    :,
-                    columns.start - heads.start : columns.stop - heads.start,
-                ] = tensors[key][
-                    rows.start - file.layers[0] : rows.stop - file.layers[0],
-                    part.start : part.end,
-                    columns.start - file.heads[0] : columns.stop - file.heads[0],
-                ]
-            covered += len(rows) * len(columns)
-        if covered != len(layers) * len(heads):
-            raise StoreError(f"entry {entry} is damaged: it lacks states of some layers or heads")
-        return states["keys"], states["values"]
-
-    def _load(self, entry: str, file: StateFile) -> dict[str, Tensor]:
-        try:
-            data = (self.folder / entry / file.name).read_bytes()
-            if hashlib.sha256(data).hexdigest() != file.sha256:
-                raise StoreError(f"entry {entry} is damaged: the checksum of {file.name} does not match")
-            return load(data)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(f"entry {entry} cannot be read: {error}") from error
+        return read_states(self.folder / entry.id, entry, start, end, layers, heads)
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -370,38 +240,9 @@ class EditStore:
             return 0.0
 
     def _finish(self, folder: Path, entry: Entry) -> Entry:
-        body = {
-            "geometry": asdict(entry.geometry),
-            "tokens": entry.tokens,
-            "parts": [[part.start, part.end, list(part.files)] for part in entry.parts],
-            "ids": entry.ids,
-            "salt": entry.salt,
-        }
-        data = {"format": FORMAT, "sha256": _digest(body), "body": body}
-        write_atomically(folder / _MANIFEST, json.dumps(data).encode())
+        write_atomically(folder / _MANIFEST, to_manifest(entry))
         os.replace(folder, self.folder / entry.id)
         return entry
-
-
-def digest_ids(ids: Iterable[int]) -> str:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(b"".join(int(token).to_bytes(8, "little") for token in ids)).hexdigest()
-
-
-def _digest(body: object) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _slice(entry: Entry, start: int, end: int) -> Iterator[Part]:
-    """The parts of tokens `[start, end)`."""
-    if not 0 <= start < end <= entry.tokens:
-        raise StoreError(f"entry {entry.id} has {entry.tokens} tokens, [{start}, {end}) was asked for")
-    at = 0
-    for part in entry.parts:
-        low, high = max(start, at), min(end, at + part.end - part.start)
-        if low < high:
-            yield replace(part, start=part.start + low - at, end=part.start + high - at)
-        at += part.end - part.start
 
 
 def _share(source: Path, target: Path) -> None:

@@ -9,8 +9,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kveraser.serving.chat.tools import BadCallError
-
 
 @dataclass(frozen=True)
 class RawCall:
@@ -61,6 +59,3 @@ class Dialect(ABC):
             last: whether there is no more of the reply.
         """
         return False
-
-
-__all__ = ["BadCallError", "Dialect", "RawCall"]

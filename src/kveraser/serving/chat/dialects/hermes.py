@@ -12,7 +12,8 @@ import json
 import re
 from typing import NoReturn
 
-from kveraser.serving.chat.dialects.base import BadCallError, Dialect, RawCall
+from kveraser.errors import BadCallError
+from kveraser.serving.chat.dialects.base import Dialect, RawCall
 
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 

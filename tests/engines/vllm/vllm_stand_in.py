@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.protocol import KEY, Piece, read_demand
-from kveraser.engines.vllm.server.store import EditStore, Geometry, digest_ids
+from kveraser.engines.vllm.server.entries import Geometry, digest_ids
+from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError
 from kveraser.model.rope import frequencies, rotate
 

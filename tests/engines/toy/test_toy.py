@@ -18,7 +18,7 @@ def test_it_is_shorter_than_150_lines():
 
 
 def test_the_recipe_names_everything_that_an_engine_writes():
-    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     recipe = text.split("## Add an engine")[1].split("\n## ")[0]
     written = {name for name in vars(toy.ToyBackend) if not name.startswith("_") and hasattr(LiveBackend, name)}
     assert written >= LiveBackend.__abstractmethods__

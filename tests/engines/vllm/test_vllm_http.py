@@ -120,7 +120,7 @@ def test_the_demo_says_when_there_is_no_server(capsys):
 
 
 def test_only_the_connector_and_the_layout_need_vllm():
-    modules = ("client", "server.launch", "demo", "server.store")
+    modules = ("client", "server.launch", "demo", "server.store", "server.states", "server.entries")
     code = "import sys; sys.modules['vllm'] = None; import kveraser; "
     code += "; ".join(f"import kveraser.engines.vllm.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", code], check=True)

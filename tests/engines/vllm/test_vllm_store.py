@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kveraser.engines.vllm.protocol import KEY, Demand, Piece, Save, put, read_demand, take
-from kveraser.engines.vllm.server.store import CHUNK, EditStore, Geometry, digest_ids
+from kveraser.engines.vllm.server.entries import CHUNK, Geometry, digest_ids
+from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError, StoreError
 
 GEOMETRY = Geometry("tiny", "float32", layers=4, kv_heads=6, head_dim=8)

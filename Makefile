@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test coverage backbones test-backbones test-llama-cpp llama-cpp-wheel test-oldest test-vllm demo-vllm lint format results clean help
+.PHONY: demo test coverage backbones test-backbones test-llama-cpp llama-cpp-wheel test-oldest test-vllm test-clients soak demo-vllm lint format results clean help
 
 help:
 	@echo "make demo     erase spans from what a real model has read, by every method (two or three minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-oldest   the tests with the oldest supported transformers"
 	@echo "make test-vllm     the tests of the vLLM engine, in .venv-vllm (3.5 GB, the first time; half an hour)"
 	@echo "make soak     a server under load for half an hour, killed now and then; MINUTES=30 CLIENTS=16 SEED=0 RESTARTS=20"
+	@echo "make test-clients  OpenAI's and Anthropic's clients, LangChain, the Agents SDK and LiteLLM against the server, in .venv-clients"
 	@echo "make demo-vllm     start a vLLM server, erase over HTTP, print the answers"
 
 $(STAMP): pyproject.toml requirements.txt
@@ -82,6 +83,15 @@ $(VLLM_STAMP): requirements-vllm.txt
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/engines/vllm/test_vllm_connector.py tests/engines/vllm/test_vllm_server.py
+
+# The clients and frameworks that the server is for, against a server on loopback with a tiny model.
+.venv-clients/.clients: requirements-clients.txt requirements.txt pyproject.toml
+	$(MAKE) VENV=.venv-clients .venv-clients/.installed
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
+	@touch $@
+
+test-clients: .venv-clients/.clients
+	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest tests/clients
 
 demo-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m kveraser.engines.vllm.demo
@@ -182,4 +192,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix $(CODE)
 
 clean:
-	rm -rf .venv .venv-oldest .venv-llama-cpp .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-oldest .venv-llama-cpp .venv-vllm .venv-clients .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

@@ -21,6 +21,9 @@
     +-- JobTimeoutError
     +-- JobCancelledError
     +-- ApiError
+    +-- BadCallError (ValueError)
+    +-- SchemaError (ValueError)
+    +-- UnknownCallError (ValueError)
 
 Knows: names and what each one means. Does not know who raises them; the messages, with the offending value and the
 remedy, are written where the mistake is found.
@@ -122,3 +125,23 @@ class ApiError(KVEraserError):
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
+
+
+class BadCallError(KVEraserError, ValueError):
+    """A call of a tool that is not sent as one, or a choice of tools that none can meet."""
+
+
+class SchemaError(KVEraserError, ValueError):
+    """A tool whose parameters are no JSON schema; `index` is the tool's."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(f"no JSON schema that can be used: {reason}")
+        self.index = index
+
+
+class UnknownCallError(KVEraserError, ValueError):
+    """A result of no call; `index` is its message's."""
+
+    def __init__(self, index: int, call_id: str) -> None:
+        super().__init__(f"there is no call {call_id!r} before this result")
+        self.index = index

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 
 import httpx
 import pytest
+import torch
 import uvicorn
 
 from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.serving import decoding
 from kveraser.serving.app import AppOptions, create_app
 from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
@@ -27,6 +32,76 @@ REAL = "smollm2-135m-instruct"
 def messages(talk=None):
     """A conversation in OpenAI's JSON."""
     return [{"role": role, "content": content} for role, content in (TALK if talk is None else talk)]
+
+
+TOOL_TEMPLATE = r"""
+{%- if tools %}
+    {{- '<s>system\n' + (messages[0].content + '\n' if messages[0].role == 'system' else '') + '# Tools' }}
+    {%- for tool in tools %}{{- '\n' }}{{- tool | tojson }}{%- endfor %}
+    {{- '\n<tool_call></tool_call></s>\n' }}
+{%- elif messages[0].role == 'system' %}
+    {{- '<s>system\n' + messages[0].content + '</s>\n' }}
+{%- endif %}
+{%- for m in messages %}
+    {%- if m.role == 'user' or (m.role == 'assistant' and not m.tool_calls and not m.reasoning_content) %}
+        {{- '<s>' + m.role + '\n' + m.content + '</s>\n' }}
+    {%- elif m.role == 'assistant' %}
+        {{- '<s>assistant' }}
+        {%- if m.reasoning_content and loop.index0 > messages | length - 3 %}
+            {{- '\n<think>\n' + m.reasoning_content + '\n</think>\n' }}
+        {%- endif %}
+        {%- if m.content %}{{- '\n' + m.content }}{%- endif %}
+        {%- for call in m.tool_calls or [] %}
+            {{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- call.function.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '</s>\n' }}
+    {%- elif m.role == 'tool' %}
+        {{- '<s>user\n<tool_response>\n' + m.content + '\n</tool_response></s>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<s>assistant\n' }}{%- endif %}
+"""
+"""As Qwen's: with tools and calls, and what was thought shown for the last messages only."""
+
+
+@lru_cache(maxsize=1)
+def tool_tokenizer():
+    """The tokenizer with a template that has tools."""
+    tokenizer = copy.deepcopy(make_tokenizer())
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
+
+
+class Script:
+    """Has a model say what it is told to: one text for each reply, the last one for all others."""
+
+    def __init__(self, *texts):
+        self.texts, self.told = texts, 0
+
+    def decode(self, context, logits, sampling, tokenizer, check):
+        text = self.texts[min(self.told, len(self.texts) - 1)]
+        self.told += 1
+        ids = iter([*tokenizer.encode(text, add_special_tokens=False), *[tokenizer.eos_token_id] * 2])
+
+        def scores():
+            return torch.nn.functional.one_hot(torch.tensor(next(ids)), len(logits)).float()
+
+        class Told:
+            backend = context.backend
+
+            def advance(self, ids):
+                context.advance(ids)
+                return scores()
+
+        yield from decoding.decode(Told(), scores(), replace(sampling, temperature=0.0), tokenizer, check)
+
+
+@pytest.fixture
+def say(monkeypatch):
+    """Sets what the model says from now on."""
+    return lambda *texts: monkeypatch.setattr("kveraser.serving.service.decode", Script(*texts).decode)
 
 
 def chat_ids(messages):
@@ -71,10 +146,10 @@ def fresh(make_service, messages, **sampling):
 class Server:
     """A server in this process; `call` runs one request."""
 
-    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), body_seconds=60.0, **options):
+    def __init__(self, keys=(), body_limit=1 << 20, hosts=(), body_seconds=60.0, tokenizer=None, **options):
         model = text_model()
         options.setdefault("cache_budget", 1 << 24)
-        self.service = Service(model, make_tokenizer(), random_eraser(model), ServiceOptions(**options))
+        self.service = Service(model, tokenizer or make_tokenizer(), random_eraser(model), ServiceOptions(**options))
         self.app = create_app(self.service, AppOptions(NAME, keys, body_limit, body_seconds, hosts))
 
     def call(self, method, path, key=None, **options):
@@ -114,10 +189,10 @@ def running(service, *keys, name=NAME):
         thread.join()
 
 
-def tiny_service(**options):
+def tiny_service(tokenizer=None, **options):
     """An service on a tiny random model."""
     model = text_model()
-    return Service(model, make_tokenizer(), random_eraser(model), ServiceOptions(**options))
+    return Service(model, tokenizer or make_tokenizer(), random_eraser(model), ServiceOptions(**options))
 
 
 def event_list(text):

@@ -64,3 +64,15 @@ def test_logprobs_are_those_of_the_sampled_tokens():
         assert entry.top[0] == (entry.id, entry.logprob)
         assert len(entry.top) == 3
         assert entry.logprob <= 0
+
+
+def test_one_token_to_draw_from_is_the_most_likely_one():
+    assert _continue(temperature=1.5, top_k=1, seed=3)[0] == _continue()[0]
+    assert _continue(temperature=1.5, top_k=3, seed=3)[0] == _continue(temperature=1.5, top_k=3, seed=3)[0]
+
+
+def test_the_stop_text_that_ended_a_reply_is_told():
+    whole, _, _ = _continue()
+    stop = whole[2:4]
+    *_, last = _continue(stop=("never there", stop))[1]
+    assert (last.finish_reason, last.stopped_by) == ("stop", stop)

@@ -1,4 +1,4 @@
-"""`kveraser serve`: the OpenAI-compatible server, and its page."""
+"""`kveraser serve`: the server with OpenAI's and Anthropic's API, and its page."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def serve_command(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 300.0,
     body_limit: Annotated[str, typer.Option(help="Longest request.")] = "8M",
 ) -> None:
-    """Serve a model with OpenAI's API, reusing what is cached also after clients drop or clear messages.
+    """Serve a model with OpenAI's and Anthropic's API, reusing what is cached also after clients drop or clear messages.
 
     Example: kveraser serve --policy auto --state-dir state
     """

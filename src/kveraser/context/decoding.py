@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import TopPLogitsWarper
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from kveraser.errors import OptionError
 
@@ -25,20 +25,23 @@ class Drawing:
     Attributes:
         temperature: 0 takes the most likely token.
         top_p: draw from the smallest set of tokens that has this probability.
+        top_k: draw from so many of the most likely tokens; 0 draws from all.
         seed: the same seed gives the same tokens; None draws one.
 
     Raises:
-        OptionError: a negative temperature, or `top_p` not in (0, 1].
+        OptionError: a negative temperature or `top_k`, or `top_p` not in (0, 1].
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise OptionError(
-                f"temperature={self.temperature} must be at least 0, top_p={self.top_p} above 0 and at most 1"
+                f"temperature={self.temperature} and top_k={self.top_k} must be at least 0, "
+                f"top_p={self.top_p} above 0 and at most 1"
             )
 
     @property
@@ -53,10 +56,14 @@ class Drawing:
         generator = torch.Generator(device)
         generator.manual_seed(self.seed) if self.seed is not None else generator.seed()
 
+        nothing = torch.empty(1, 0, dtype=torch.long)
+        cuts = [TopKLogitsWarper(self.top_k)] if self.top_k else []
+        cuts += [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+
         def draw(logits: Tensor) -> int:
             scores = logits / self.temperature
-            if self.top_p < 1:
-                scores = TopPLogitsWarper(self.top_p)(torch.empty(1, 0, dtype=torch.long), scores[None])[0]
+            for cut in cuts:
+                scores = cut(nothing, scores[None])[0]
             return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
         return draw

@@ -47,12 +47,18 @@ class Keys:
         """
         if not self._digests:
             return ANYBODY
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        known = [hmac.compare_digest(digest, each) for each in self._digests]  # all of them: no early exit
-        if scheme.lower() != "bearer" or not any(known):
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        return digest.hex()
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = [token if scheme.lower() == "bearer" else "", request.headers.get("x-api-key", "")]
+        digests = [hashlib.sha256(key.strip().encode("utf-8", "replace")).digest() for key in given]
+        known = [digest for digest in digests if self._is_known(digest)]
+        if not known:
+            text = "a valid API key is needed: Authorization: Bearer KEY, or X-Api-Key: KEY"
+            raise ApiError(401, text, code="invalid_api_key")
+        return known[0].hex()
+
+    def _is_known(self, digest: bytes) -> bool:
+        found = [hmac.compare_digest(digest, each) for each in self._digests]  # all of them: no early exit
+        return any(found)
 
 
 def owner_of(request: Request) -> str:
@@ -77,7 +83,7 @@ class SameOrigin:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] not in _READING and _is_foreign(Headers(scope=scope)):
             text = "a page of another site cannot use a server without API keys"
-            await error_response(ApiError(403, text, code="cross_site_request"))(scope, receive, send)
+            await error_response(ApiError(403, text, code="cross_site_request"), scope["path"])(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -103,7 +109,7 @@ class BodyLimit:
         text = f"the request is longer than {self.limit} bytes"
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self.limit:
-            await error_response(ApiError(413, text, code="request_too_large"))(scope, receive, send)
+            await error_response(ApiError(413, text, code="request_too_large"), scope["path"])(scope, receive, send)
             return
         read, complete = 0, False
         deadline = asyncio.get_running_loop().time() + self.seconds

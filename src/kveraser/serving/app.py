@@ -17,6 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from kveraser import __version__
 from kveraser.serving.access import BodyLimit, Keys, SameOrigin, owner_of
+from kveraser.serving.anthropic.routes import anthropic_router
+from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.errors import install_handlers
 from kveraser.serving.metrics import CountRequests, Metrics
 from kveraser.serving.openai.routes import openai_router
@@ -47,7 +49,7 @@ class AppOptions:
 
 def create_app(service: Service, options: AppOptions) -> FastAPI:
     """The application; it closes the service when it stops."""
-    keys, metrics = Keys(options.api_keys), Metrics(service)
+    keys, metrics, renderer = Keys(options.api_keys), Metrics(service), ChatRenderer(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +59,8 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
     app = FastAPI(title="kveraser", version=__version__, lifespan=lifespan)
     app.state.keys = keys
     install_handlers(app)
-    app.include_router(openai_router(service, options.model_name, metrics, int(time.time())))
+    app.include_router(openai_router(service, renderer, options.model_name, metrics, int(time.time())))
+    app.include_router(anthropic_router(service, renderer, options.model_name, metrics))
     app.include_router(session_router(service))
     app.include_router(page_router(service))
 

@@ -56,5 +56,6 @@ class Reply:
     prompt_tokens: int
     text: str = ""
     finish_reason: str = "length"
+    stopped_by: str | None = None
     completion_tokens: int = 0
     tokens: list[TokenLogprob] = field(default_factory=list)

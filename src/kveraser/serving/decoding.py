@@ -41,12 +41,18 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one more step adds to a reply: text that is certain by now, and the tokens sampled since the last one."""
+    """What one more step adds to a reply: text that is certain by now, and the tokens sampled since the last one.
+
+    Attributes:
+        finish_reason: of the last one.
+        stopped_by: the stop text that ended the reply, if one did.
+    """
 
     text: str
     tokens: tuple[TokenLogprob, ...] = ()
     sampled: int = 0
     finish_reason: str | None = None
+    stopped_by: str | None = None
 
 
 def decode(
@@ -76,7 +82,7 @@ def decode(
         done = step.ended or text.stopped
         if done or count >= sampling.max_tokens:
             new += text.finish()
-            yield Delta(new, logprob, 1, "stop" if done or text.stopped else "length")
+            yield Delta(new, logprob, 1, "stop" if done or text.stopped else "length", text.stopped_by)
             return
         yield Delta(new, logprob, 1)
 
@@ -96,7 +102,12 @@ class GrowingText:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._decoded = self._pending = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self.stopped_by is not None
 
     def push(self, token: int) -> str:
         """Add a token; returns what is certain now."""
@@ -115,16 +126,16 @@ class GrowingText:
     def _add(self, new: str) -> str:
         self._decoded += new
         self._pending += new
-        found = [at for stop in self._stop if (at := self._pending.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self._pending.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._pending[: min(found)]
-        held = max((_overlap(self._pending, stop) for stop in self._stop), default=0)
+            at, self.stopped_by = min(found, key=lambda entry: entry[0])
+            return self._pending[:at]
+        held = max((overlap(self._pending, stop) for stop in self._stop), default=0)
         certain = self._pending[: len(self._pending) - held]
         self._pending = self._pending[len(certain) :]
         return certain
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

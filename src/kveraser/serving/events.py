@@ -6,13 +6,14 @@ Knows: the format of events, how a stream ends. Does not know what the events ar
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 
-from kveraser.serving.errors import describe, error_body
+from kveraser.serving.error_forms import written
+from kveraser.serving.errors import describe
 from kveraser.serving.waiting import first_of
 
 EVENT_STREAM = "text/event-stream"
@@ -24,9 +25,14 @@ STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {EVENT_STREAM: {}}}
 _BREAKS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
 
 
-def event_line(value: dict[str, Any]) -> str:
-    """One server-sent event, which is one line also for clients to whom Unicode's line breaks end one."""
-    return f"data: {json.dumps(value, ensure_ascii=False).translate(_BREAKS)}\n\n"
+def event_line(value: dict[str, Any], name: str | None = None) -> str:
+    """One server-sent event, which is one line also for clients to whom Unicode's line breaks end one.
+
+    Args:
+        name: of the event, where clients go by it.
+    """
+    data = f"data: {json.dumps(value, ensure_ascii=False).translate(_BREAKS)}\n\n"
+    return data if name is None else f"event: {name}\n{data}"
 
 
 async def event_response(request: Request, events: AsyncGenerator[dict[str, Any]]) -> StreamingResponse:
@@ -41,20 +47,37 @@ async def event_response(request: Request, events: AsyncGenerator[dict[str, Any]
     return line_response(lines(), events)
 
 
-def line_response(lines: AsyncGenerator[str], events: AsyncGenerator[Any]) -> StreamingResponse:
-    """Server-sent lines made of events; the work behind the events stops when the client goes away."""
-    return StreamingResponse(_to_the_end(lines, events), media_type=EVENT_STREAM, headers={"Cache-Control": "no-store"})
+def line_response(
+    lines: AsyncGenerator[str],
+    events: AsyncGenerator[Any],
+    path: str = "",
+    *,
+    error_name: str | None = None,
+    last: str = "data: [DONE]\n\n",
+    headers: Mapping[str, str] | None = None,
+) -> StreamingResponse:
+    """Server-sent lines made of events; the work behind the events stops when the client goes away.
+
+    Args:
+        path: that was asked for: errors have its form.
+        error_name: of the event that tells an error.
+        last: ends the stream.
+    """
+    told = _to_the_end(lines, events, lambda error: event_line(written(describe(error), path).body, error_name), last)
+    return StreamingResponse(told, media_type=EVENT_STREAM, headers={"Cache-Control": "no-store", **(headers or {})})
 
 
-async def _to_the_end(lines: AsyncGenerator[str], events: AsyncGenerator[Any]) -> AsyncIterator[str]:
-    """The lines; an error becomes a line (the status has been sent), and `[DONE]` ends them."""
+async def _to_the_end(
+    lines: AsyncGenerator[str], events: AsyncGenerator[Any], failed: Callable[[Exception], str], last: str
+) -> AsyncIterator[str]:
+    """The lines; an error becomes a line (the status has been sent), and `last` ends them."""
     try:
         async for line in lines:
             yield line
     except Exception as error:
-        status, message, code, param, _ = describe(error)
-        yield event_line(error_body(status, message, code, param))
+        yield failed(error)
     finally:
         await lines.aclose()
         await events.aclose()
-    yield "data: [DONE]\n\n"
+    if last:
+        yield last

@@ -87,7 +87,7 @@ class CountRequests:
         try:
             await self.app(scope, receive, watched)
         except Exception as error:
-            response = error_response(error)
+            response = error_response(error, scope["path"])
             if not status:
                 await response(scope, receive, watched)
         finally:

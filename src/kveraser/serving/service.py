@@ -109,11 +109,11 @@ class Service:
         length, reply = len(prompt.ids), prompt.sampling.max_tokens
         self.limits.check(length + reply, f"{length} prompt tokens and {reply} for the reply")
 
-    def complete(self, prompt: Prompt, job: Job, emit: Callable[[Delta, Reply], None] | None = None) -> Reply:
+    def complete(self, prompt: Prompt, job: Job, emit: Callable[[Delta, Reply], bool] | None = None) -> Reply:
         """Answer a prompt; in the worker's thread.
 
         Args:
-            emit: called with every piece of the reply as it comes, and with the reply so far.
+            emit: called with every piece of the reply as it comes, and with the reply so far; returns whether that is enough.
         """
         started = time.perf_counter()
         held, reuse = self._finder.prepare(prompt.owner, prompt.ids, prompt.sampling.max_tokens, prompt.policy)
@@ -141,8 +141,9 @@ class Service:
                 reply.completion_tokens += delta.sampled
                 reply.tokens += delta.tokens
                 reply.finish_reason = delta.finish_reason or reply.finish_reason
-                if emit is not None:
-                    emit(delta, reply)
+                reply.stopped_by = delta.stopped_by
+                if emit is not None and emit(delta, reply):
+                    break
             return reply
         finally:
             if len(held.context) == 0:

@@ -59,6 +59,13 @@ async def first_of(request: Request, events: AsyncGenerator[T]) -> T:
     return first.result()
 
 
+async def with_first(first: T, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
+    """The events with the first of them, which `first_of` has taken."""
+    yield first
+    async for event in events:
+        yield event
+
+
 async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], None]) -> AsyncGenerator[T]:
     """What work in the worker's thread emits; closing the iterator cancels the work.
 

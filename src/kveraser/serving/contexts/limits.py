@@ -45,6 +45,11 @@ class Limits:
         """Memory that a context of so many tokens may take."""
         return int(tokens * self.token_bytes * _GROWTH)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context that fits."""
+        return min(self.context_length, int(self.budget / (self.token_bytes * _GROWTH)))
+
     def check_text(self, *texts: str) -> None:
         """Refuse text that can never fit by its length alone: turning it into tokens may take longer than all else.
 

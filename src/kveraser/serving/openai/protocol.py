@@ -7,27 +7,23 @@ A field is either served, or harmless (a note that does not concern the reply: a
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from kveraser.serving.chat.messages import Call
+from kveraser.serving.chat.messages import ChatMessage as Message
+from kveraser.serving.chat.tools import Tool, ToolChoice
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.fields import Body, Count, Role, Text, template_role
+from kveraser.serving.options import Options, StopText
 
-StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Note = Annotated[str, Field(max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
 _HARMLESS = "Accepted, and without effect on the reply."
 _NOT_SERVED = "Not served."
-
-
-class Options(Body):
-    """The field `kveraser` of a request (`extra_body` of the OpenAI client)."""
-
-    policy: Policy | None = Field(
-        None, description="How edits of a cached conversation are done; default: the server's."
-    )
 
 
 class StreamOptions(Body):
@@ -84,6 +80,38 @@ class TextPart(Body):
     text: Text
 
 
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
+
+
+class Definition(Body):
+    """What a tool is: a function with a JSON schema for its arguments."""
+
+    name: ToolName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(None, description="Without effect: arguments are always held against the schema.")
+
+
+class ToolDefinition(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Definition
+
+
+class NamedFunction(Body):
+    """The name of a function."""
+
+    name: ToolName
+
+
+class NamedTool(Body):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class Function(Body):
     """What of a tool was called."""
 
@@ -101,7 +129,7 @@ class ToolCall(Body):
 
 
 class ChatMessage(Body):
-    """A message. `name`, `tool_calls` and `tool_call_id` go to the chat template as they are."""
+    """A message."""
 
     role: Role
     content: Text | list[TextPart] | None = None
@@ -127,10 +155,21 @@ class ChatMessage(Body):
             raise ValueError(f"a message of role {self.role!r} needs content")
         return self
 
-    def entry(self) -> dict[str, Any]:
-        """The message as chat templates take it."""
-        given = self.model_dump(include={"name", "tool_calls", "tool_call_id"}, exclude_unset=True)
-        return {"role": template_role(self.role), **given, "content": self.text}
+    def message(self) -> Message:
+        """The same for every API."""
+        calls = tuple(
+            Call(call.id, call.function.name, _arguments(call.function.arguments)) for call in self.tool_calls or ()
+        )
+        return Message(template_role(self.role), self.text, self.name, calls, self.tool_call_id)
+
+
+def _arguments(text: str) -> dict[str, Any] | str:
+    """Arguments as templates take them; what is no JSON object stays text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
 
 
 class TextFormat(Body):
@@ -147,17 +186,32 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: TextFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0, description="Not served; tool results in messages are.")
-    tool_choice: Literal["none"] | None = Field(None, description=_NOT_SERVED)
+    tools: list[ToolDefinition] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false: a reply ends with its first call.")
     functions: list[Any] | None = Field(None, max_length=0, description=_NOT_SERVED)
     function_call: Literal["none"] | None = Field(None, description=_NOT_SERVED)
-    parallel_tool_calls: bool | None = Field(None, description=_HARMLESS)
     modalities: list[Literal["text"]] | None = Field(None, max_length=1, description="Text is all there is.")
     store: Literal[False] | None = Field(None, description=_NOT_SERVED)
     metadata: dict[Note, Note] | None = Field(None, max_length=16, description=_HARMLESS)
     service_tier: Literal["auto", "default"] | None = Field(None, description=_HARMLESS)
     safety_identifier: Note | None = Field(None, description=_HARMLESS)
     prompt_cache_key: Note | None = Field(None, description=_HARMLESS)
+
+    @property
+    def choice(self) -> ToolChoice:
+        """Whether tools are to be called."""
+        chosen, parallel = self.tool_choice, self.parallel_tool_calls is not False
+        if isinstance(chosen, NamedTool):
+            return ToolChoice("required", chosen.function.name, parallel)
+        return ToolChoice(chosen or "auto", None, parallel)
+
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools, as templates take them."""
+        return tuple(
+            Tool(tool.function.name, tool.function.parameters or {}, tool.model_dump(exclude_none=True))
+            for tool in self.tools or ()
+        )
 
     @model_validator(mode="after")
     def _together(self) -> Self:

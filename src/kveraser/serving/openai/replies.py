@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from kveraser.serving.chat.answering import Answer, Progress
+from kveraser.serving.chat.reading import CallPiece, Piece, TextPiece
 from kveraser.serving.completion import Reply
-from kveraser.serving.decoding import Delta, TokenLogprob
+from kveraser.serving.decoding import TokenLogprob
 from kveraser.serving.events import event_line
 from kveraser.serving.openai.token_bytes import TokenBytes
-
-Progress = tuple[Delta, Reply]
-"""What is new of a reply, and the reply so far."""
+from kveraser.serving.waiting import with_first
 
 
 class ChatShape:
@@ -36,16 +36,17 @@ class ChatShape:
         self.tokenizer, self.token_bytes = tokenizer, TokenBytes(tokenizer)
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
 
-    def whole(self, reply: Reply, logprobs: bool) -> dict[str, Any]:
+    def whole(self, answer: Answer, logprobs: bool) -> dict[str, Any]:
         """A reply that is not streamed."""
+        reply = answer.reply
         shown = self.logprobs(tuple(reply.tokens), 0) if logprobs else None
-        choice = {"index": 0, **self.content(reply.text), "logprobs": shown, "finish_reason": reply.finish_reason}
+        choice = {"index": 0, **self.content(answer), "logprobs": shown, "finish_reason": finish_reason(answer)}
         return {
             **self.head,
             "object": self.object,
             "choices": [choice],
             "usage": usage(reply),
-            "kveraser": report(reply),
+            "kveraser": answer.report(),
         }
 
     def chunk(self, delta: dict[str, Any], shown: Any, finish_reason: str | None) -> dict[str, Any]:
@@ -53,9 +54,13 @@ class ChatShape:
         choice = {"index": 0, **delta, "logprobs": shown, "finish_reason": finish_reason}
         return {**self.head, "object": self.chunk_object, "choices": [choice]}
 
-    def content(self, text: str) -> dict[str, Any]:
-        """The reply's text in a choice."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def content(self, answer: Answer) -> dict[str, Any]:
+        """What the reply holds, in a choice."""
+        calls = [piece for piece in answer.pieces if isinstance(piece, CallPiece)]
+        text = _text(answer.pieces)
+        message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        shown = [{"id": call_id(), "type": "function", "function": asdict(call)} for call in calls]
+        return {"message": {**message, "tool_calls": shown} if calls else message}
 
     def first(self) -> dict[str, Any] | None:
         """What a stream begins with."""
@@ -64,6 +69,12 @@ class ChatShape:
     def delta(self, text: str) -> dict[str, Any]:
         """More of the reply's text in a streamed choice."""
         return {"delta": {"content": text} if text else {}}
+
+    def call_deltas(self, index: int, call: CallPiece) -> Iterator[dict[str, Any]]:
+        """A call in streamed choices: what is called, then with what."""
+        function = {"name": call.name, "arguments": ""}
+        yield {"delta": {"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]}}
+        yield {"delta": {"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]}}
 
     def logprobs(self, tokens: tuple[TokenLogprob, ...], offset: int) -> dict[str, Any]:
         """Log-probabilities in a choice."""
@@ -85,8 +96,8 @@ class CompletionShape(ChatShape):
     object = chunk_object = "text_completion"
     prefix = "cmpl"
 
-    def content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def content(self, answer: Answer) -> dict[str, Any]:
+        return {"text": _text(answer.pieces)}
 
     def first(self) -> dict[str, Any] | None:
         return None
@@ -102,9 +113,18 @@ class CompletionShape(ChatShape):
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
 
 
-def report(reply: Reply) -> dict[str, Any]:
-    """The object `kveraser` of a reply."""
-    return asdict(reply.reuse)
+def call_id() -> str:
+    """A name for a call."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def finish_reason(answer: Answer) -> str:
+    """Why a reply ended: what it holds goes before how."""
+    return "tool_calls" if answer.calls and answer.reply.finish_reason == "stop" else answer.reply.finish_reason
+
+
+def _text(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces if isinstance(piece, TextPiece))
 
 
 def usage(reply: Reply) -> dict[str, Any]:
@@ -121,26 +141,29 @@ async def reply_lines(
     first: Progress, events: AsyncGenerator[Progress], shape: ChatShape, logprobs: bool, with_usage: bool
 ) -> AsyncGenerator[str]:
     """A streamed reply as server-sent events."""
-    offset, reply = 0, first[1]
+    offset, calls, answer = 0, 0, first[2]
     opening = shape.first()
     if opening is not None:
         yield event_line(shape.chunk(opening, None, None))
 
-    def chunk(delta: Delta) -> dict[str, Any]:
-        shown = shape.logprobs(delta.tokens, offset) if logprobs else None
-        made = shape.chunk(shape.delta(delta.text), shown, delta.finish_reason)
-        return {**made, "kveraser": report(reply)} if delta.finish_reason else made
-
-    async for delta, _ in _with_first(first, events):
-        if delta.text or delta.finish_reason or (logprobs and delta.tokens):
-            yield event_line(chunk(delta))
+    async for delta, pieces, _ in with_first(first, events):
+        shown = shape.logprobs(delta.tokens, offset) if logprobs and delta.tokens else None
+        parts: list[dict[str, Any]] = []
+        for piece in pieces:
+            if isinstance(piece, CallPiece):
+                parts += shape.call_deltas(calls, piece)
+                calls += 1
+            else:
+                parts.append(shape.delta(piece.text))
+        if shown and not parts:
+            parts.append(shape.delta(""))
+        for part in parts:
+            yield event_line(shape.chunk(part, shown, None))
+            shown = None
+        if delta.finish_reason:
+            last = shape.chunk(shape.delta(""), None, finish_reason(answer))
+            yield event_line({**last, "kveraser": answer.report()})
         offset += sum(len(shape.token_text(token.id)) for token in delta.tokens)
     if with_usage:
-        yield event_line({**shape.head, "object": shape.chunk_object, "choices": [], "usage": usage(reply),
-                     "kveraser": report(reply)})  # fmt: skip
-
-
-async def _with_first(first: Progress, events: AsyncGenerator[Progress]) -> AsyncGenerator[Progress]:
-    yield first
-    async for event in events:
-        yield event
+        yield event_line({**shape.head, "object": shape.chunk_object, "choices": [], "usage": usage(answer.reply),
+                     "kveraser": answer.report()})  # fmt: skip

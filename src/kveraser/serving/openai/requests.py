@@ -8,31 +8,48 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from jinja2 import TemplateError
-
-from kveraser.errors import ApiError, ContextLengthError
+from kveraser.errors import ApiError, BadCallError, ContextLengthError, SchemaError
+from kveraser.serving.chat.answering import Asked
+from kveraser.serving.chat.rendering import Chat, ChatRenderer
+from kveraser.serving.chat.tools import Toolset
 from kveraser.serving.completion import Prompt
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
 from kveraser.serving.service import Service
 
 
-def chat_prompt(service: Service, body: ChatRequest, owner: str) -> Prompt:
-    """The prompt of a chat completion.
+def chat_asked(service: Service, renderer: ChatRenderer, body: ChatRequest, owner: str) -> Asked:
+    """What a chat completion asks for.
 
     Raises:
-        ApiError: the chat template refuses the messages.
+        ApiError: the chat template refuses the messages or the tools; something of them does not fit together.
         ContextError: it can never be answered: no tokens, or too many.
     """
-    ids = _chat_ids(service, body)
-    rest = service.limits.context_length - len(ids)
+    messages = tuple(message.message() for message in body.messages)
+    made = renderer.render(Chat(messages, _toolset(body)))
+    rest = service.limits.context_length - len(made.ids)
     limit = body.max_completion_tokens or body.max_tokens or max(min(rest, service.options.max_reply), 1)
     sampling = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
-    prompt = Prompt(owner, ids, body.policy or service.options.policy, sampling)
-    return _checked(service, prompt, "messages")
+    prompt = Prompt(owner, made.ids, body.policy or service.options.policy, sampling)
+    return Asked(_checked(service, prompt, "messages"), made.told, made.reader)
 
 
-def completion_prompt(service: Service, body: CompletionRequest, owner: str) -> Prompt:
-    """The prompt of a text completion.
+def _toolset(body: ChatRequest) -> Toolset:
+    tools = body.offered()
+    if not tools and body.tool_choice not in (None, "none"):
+        raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
+    if len({tool.name for tool in tools}) < len(tools):
+        raise ApiError(400, "tools: two have the same name", param="tools")
+    try:
+        return Toolset.of(tools, body.choice)
+    except SchemaError as error:
+        place = f"tools[{error.index}].function.parameters"
+        raise ApiError(400, f"{place}: {error}", param=place) from None
+    except BadCallError as error:
+        raise ApiError(400, f"tool_choice: {error}", param="tool_choice") from None
+
+
+def completion_asked(service: Service, body: CompletionRequest, owner: str) -> Asked:
+    """What a text completion asks for.
 
     Raises:
         ApiError: a token id that the model does not have.
@@ -45,7 +62,7 @@ def completion_prompt(service: Service, body: CompletionRequest, owner: str) -> 
         raise ApiError(400, f"a token id is outside the vocabulary of {service.vocabulary}", param="prompt")
     sampling = body.sampling(body.max_tokens or 16, body.logprobs)
     prompt = Prompt(owner, tuple(ids), body.policy or service.options.policy, sampling)
-    return _checked(service, prompt, "prompt")
+    return Asked(_checked(service, prompt, "prompt"))
 
 
 def _checked(service: Service, prompt: Prompt, param: str) -> Prompt:
@@ -67,13 +84,3 @@ def _from_field(param: str) -> Iterator[None]:
     except ContextLengthError as error:
         error.param = param
         raise
-
-
-def _chat_ids(service: Service, body: ChatRequest) -> tuple[int, ...]:
-    entries = [message.entry() for message in body.messages]
-    _check_text(service, "messages", *(str(value) for entry in entries for value in entry.values()))
-    try:
-        text = service.tokenizer.apply_chat_template(entries, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise ApiError(400, f"the chat template refuses the messages: {error}", param="messages") from error
-    return tuple(service.tokenizer.encode(str(text), add_special_tokens=False))

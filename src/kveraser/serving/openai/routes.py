@@ -6,6 +6,7 @@ Knows: routes, what a request asks of its reply. Does not know how bodies become
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,12 +14,13 @@ from fastapi.responses import StreamingResponse
 
 from kveraser.errors import ApiError
 from kveraser.serving.access import Owner, owner_of
-from kveraser.serving.completion import Prompt, Reply
+from kveraser.serving.chat.answering import Answer, Asked, Progress, answer
+from kveraser.serving.chat.rendering import ChatRenderer
 from kveraser.serving.events import line_response
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
-from kveraser.serving.openai.replies import ChatShape, CompletionShape, Progress, reply_lines
-from kveraser.serving.openai.requests import chat_prompt, completion_prompt
+from kveraser.serving.openai.replies import ChatShape, CompletionShape, reply_lines
+from kveraser.serving.openai.requests import chat_asked, completion_asked
 from kveraser.serving.service import Service
 from kveraser.serving.waiting import first_of, run, stream
 from kveraser.serving.worker import Job
@@ -26,15 +28,21 @@ from kveraser.serving.worker import Job
 Response = dict[str, Any] | StreamingResponse
 
 
-def openai_router(service: Service, name: str, metrics: Metrics, started: int) -> APIRouter:
+def openai_router(service: Service, renderer: ChatRenderer, name: str, metrics: Metrics, started: int) -> APIRouter:
     """The routes.
 
     Args:
+        renderer: of conversations, for this model.
         name: the model's name in requests and replies.
         started: when the server started, seconds since the epoch.
     """
     router = APIRouter(tags=["OpenAI"])
     card = {"id": name, "object": "model", "created": started, "owned_by": "kveraser"}
+    # Anthropic's clients ask for the same paths, and read other fields.
+    made = datetime.fromtimestamp(started, UTC).isoformat().replace("+00:00", "Z")
+    card |= {"type": "model", "display_name": name, "created_at": made, "lifecycle": "active"}
+    card |= {"max_input_tokens": service.limits.longest, "max_tokens": service.limits.longest}
+    page = {"object": "list", "data": [card], "has_more": False, "first_id": name, "last_id": name}
 
     def check_model(wanted: str) -> None:
         if wanted != name:
@@ -45,7 +53,7 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
     @router.get("/v1/models", dependencies=[Depends(owner_of)])
     async def list_models() -> dict[str, Any]:
         """The one model there is."""
-        return {"object": "list", "data": [card]}
+        return page
 
     @router.get("/v1/models/{model:path}", dependencies=[Depends(owner_of)])
     async def get_model(model: str) -> dict[str, Any]:
@@ -53,16 +61,15 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
         check_model(model)
         return card
 
-    async def answer(
-        request: Request, body: ChatRequest | CompletionRequest, prompt: Prompt, shape: ChatShape
+    async def respond(
+        request: Request, body: ChatRequest | CompletionRequest, asked: Asked, shape: ChatShape
     ) -> Response:
-        logprobs = prompt.sampling.logprobs is not None
+        logprobs = asked.prompt.sampling.logprobs is not None
 
-        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Reply:
-            tell = None if emit is None else lambda delta, reply: emit((delta, reply))
-            reply = service.complete(prompt, job, tell)
-            metrics.count(reply)
-            return reply
+        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Answer:
+            found = answer(service, asked, job, emit)
+            metrics.count(found.reply)
+            return found
 
         def work(job: Job, emit: Callable[[Progress], None]) -> None:
             complete(job, emit)
@@ -77,14 +84,14 @@ def openai_router(service: Service, name: str, metrics: Metrics, started: int) -
     async def chat(body: ChatRequest, request: Request, owner: Owner) -> Response:
         """Answer a conversation. The field `kveraser` of the reply says what was reused, and whether it is exact."""
         check_model(body.model)
-        prompt = await service.beside.run(lambda: chat_prompt(service, body, owner))
-        return await answer(request, body, prompt, ChatShape(service.tokenizer, name))
+        asked = await service.beside.run(lambda: chat_asked(service, renderer, body, owner))
+        return await respond(request, body, asked, ChatShape(service.tokenizer, name))
 
     @router.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request, owner: Owner) -> Response:
         """Continue a text, or token ids."""
         check_model(body.model)
-        prompt = await service.beside.run(lambda: completion_prompt(service, body, owner))
-        return await answer(request, body, prompt, CompletionShape(service.tokenizer, name))
+        asked = await service.beside.run(lambda: completion_asked(service, body, owner))
+        return await respond(request, body, asked, CompletionShape(service.tokenizer, name))
 
     return router

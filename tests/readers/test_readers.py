@@ -228,7 +228,7 @@ def test_blocks_are_whole_runs_on_multiples(length, first, block, seed):
 
 def test_rotations_back_and_forth_leave_states_as_they_were():
     model = tiny("gpt_neox")
-    turns = Turning(model).at(torch.arange(50, 60))
+    turns = Turning.of(model).at(torch.arange(50, 60))
     given = torch.randn(4, 10, 8)
     assert torch.allclose(turns.to_origin(turns.to_place(given, 1), 1), given, atol=1e-5)
 

@@ -37,7 +37,7 @@ class AttentionGuidedRepair(EraseMethod):
 
     name: ClassVar[str] = "attention-guided-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
-    needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
+    needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE, Can.RECOMPUTE, Can.TELL, Can.RUNS})
     timed: ClassVar[bool] = False
     moves_keys: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "tokens"

@@ -208,11 +208,11 @@ class Steering(EraseMethod):
         assert isinstance(plan, SteeringPlan)
         eraser, choice, backend = self.using(edit), plan.choice, edit.backend
         written = 0
-        if not eraser.steers_spans:
-            known = partial(calibration_of, edit, eraser.calibration)
-            written += eraser.hide(backend, edit.tokens, edit.spans, known)
         for turn in plan.passes:
             written += backend.rewrite(edit.tokens, turn.steered, turn.repaired, eraser)
+        if not eraser.steers_spans:  # last, so that an engine puts new states into the very places of the old ones
+            known = partial(calibration_of, edit, eraser.calibration)
+            written += eraser.hide(backend, edit.tokens, edit.spans, known)
         runs = tuple(run for run in plan.in_place if run not in edit.spans)
         notes = choice.notes if choice else ()
         if runs and not backend.closes_gaps:

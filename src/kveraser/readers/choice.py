@@ -81,7 +81,9 @@ def _blocks(slots: Tensor, scores: Tensor, wanted: Tensor, always: Tensor, budge
     )
     wanted[(always // block).unique()] = torch.inf
     there = place.unique()
-    order = there[wanted[there].argsort(descending=True, stable=True)][: max(budget // block, 1)]
+    order = there[wanted[there].argsort(descending=True, stable=True)]
+    tokens = torch.bincount(place)[order].cumsum(0)  # those at the borders of what is live are shorter
+    order = order[: max(int((tokens <= budget).sum()), 1)]
     if coverage is not None:
         least = min(len((always // block).unique()), len(order))
         order = order[: max(_enough(sums[order], scores.sum(), coverage), least)]

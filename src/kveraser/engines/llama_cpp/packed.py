@@ -29,6 +29,7 @@ from kveraser.errors import EngineError
 States = NDArray[np.uint8]
 SMALLEST_HADAMARD = 64
 _HEADER, _CELL = 16, 12
+_OTHER = "llama.cpp's copy of cells is not in the format of this version"
 _FLOATS: dict[GGMLQuantizationType, Any] = {
     GGMLQuantizationType.F32: np.float32,
     GGMLQuantizationType.F16: np.float16,
@@ -63,7 +64,7 @@ class Packed:
             return
         transposed, layers = (int(value) for value in states[end : end + 8].view(np.uint32))
         if streams != 1 or transposed > 1 or layers != anatomy.layers:
-            raise EngineError("llama.cpp's copy of cells is not in the format of this version")
+            raise EngineError(_OTHER)
         self._at = end + 8
         for _ in range(layers):
             kind, row = self._number(np.int32), self._number(np.uint64)
@@ -76,7 +77,7 @@ class Packed:
             else:
                 self._values.append((GGMLQuantizationType(kind), self._bytes(count, self._number(np.uint64)), False))
         if self._at != len(states):
-            raise EngineError("llama.cpp's copy of cells is not in the format of this version")
+            raise EngineError(_OTHER)
 
     def _number(self, kind: Any) -> int:
         size = np.dtype(kind).itemsize
@@ -85,8 +86,11 @@ class Packed:
         return found
 
     def _bytes(self, rows: int, row: int) -> States:
-        found = self.states[self._at : self._at + rows * row].reshape(rows, row)
-        self._at += rows * row
+        end = self._at + rows * row
+        if end > len(self.states):
+            raise EngineError(_OTHER)
+        found = self.states[self._at : end].reshape(rows, row)
+        self._at = end
         return found
 
     def __len__(self) -> int:

@@ -191,12 +191,13 @@ def _widest(head: int) -> int:
 
 def _hadamard(states: Tensor, size: int) -> Tensor:
     """Multiplied, `size` dimensions at a time; twice is nothing."""
-    return (states.unflatten(-1, (-1, size)) @ _matrix(size)).flatten(-2)
+    found: Tensor = states.unflatten(-1, (-1, size)) @ _matrix(size)
+    return found.flatten(-2)
 
 
 @lru_cache
 def _matrix(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix: Tensor = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
+    return matrix * size**-0.5

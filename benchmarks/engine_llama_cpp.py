@@ -1,9 +1,10 @@
 """Erasing inside llama.cpp: distance to its own full recomputation, and the cost of an erase.
 
     python benchmarks/engine_llama_cpp.py quality [-t needle] [-m kveraser] [--limit 1] [--lengths 1024] [--model FILE] [--kind q8_0] [--output FOLDER]
+    python benchmarks/engine_llama_cpp.py choice [-t needle] [--limit 1] [--lengths 1024] [--output FOLDER]
     python benchmarks/engine_llama_cpp.py latency [--lengths 1024 --lengths 8192] [--repeats 5] [--model FILE] [--output FOLDER]
 
-`quality`: held-out examples of the tasks, question asked after the erase / already cached; KL(full recomputation || method)
+`choice`: the embedded model in float32, here and in transformers: whether both choose the same runs. `quality`: held-out examples of the tasks, question asked after the erase / already cached; KL(full recomputation || method)
 in nats per token of full recomputation's answer. `latency`: medians of interleaved runs, a 64-token span at a quarter of
 the context, CPU seconds where there is one thread; "behind" is the recomputation of everything behind the span, "all" the
 reading of the whole context.
@@ -14,11 +15,13 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +33,9 @@ from kveraser.evaluation import compare_methods, read_parts
 from kveraser.evaluation.compare import PROTOCOLS
 from kveraser.evaluation.metrics import leaks
 from kveraser.evaluation.runner import EvalOptions, draw
+from kveraser.export import write_gguf_backbone
 from kveraser.methods import as_method, method_label
+from kveraser.model.backbone import embedded_gguf
 from kveraser.tasks import Filler, tasks
 from kveraser.tasks.sources import read_passages
 
@@ -47,6 +52,7 @@ METHODS = (
 )
 Model = Annotated[Path | None, typer.Option(help="GGUF file; default the embedded one.")]
 Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of the contexts.")]
+Tasks = Annotated[list[str] | None, typer.Option("-t", "--task", help="Tasks; default all with their own sources.")]
 Threads = Annotated[int, typer.Option(help="Threads of llama.cpp.")]
 Type = Annotated[str, typer.Option(help="Type of the cached keys and values.")]
 Output = Annotated[Path | None, typer.Option(help="Folder for the JSON file.")]
@@ -62,12 +68,55 @@ def report(name: str, found: dict[str, Any], model: LlamaCppModel, kind: str, ou
 
 
 @app.command()
+def choice(
+    limit: Annotated[int, typer.Option(help="Examples per task and length.")] = 1,
+    lengths: Lengths = None,
+    task: Tasks = None,
+    threads: Threads = 1,
+    output: Output = None,
+) -> None:
+    """Whether the same runs are chosen as in transformers, from the same weights."""
+    model, tokenizer = kv.load_backbone(dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "f32.gguf"
+        write_gguf_backbone(embedded_gguf(), file, dtype="f32")
+        loaded = LlamaCppModel(file, threads=threads)
+    neutral = kv.KVEraser.neutral(model)
+    neutral.calibration = loaded.neutral_eraser().calibration
+    options = EvalOptions(
+        tuple(task or _own_tasks()), tuple(lengths or (1024,)), PROTOCOLS, (as_method("kveraser"),), limit
+    )
+    filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+    rows = _earlier(output, "llama_cpp_choice")
+    for drawn in draw(options, filler):
+        key = {"task": drawn.task, "length": drawn.length, "index": drawn.index}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        theirs = kv.ErasableContext(model, tokenizer, neutral)
+        spans = read_parts(theirs, [*drawn.example.parts, (drawn.example.question, False)])
+        ours = LlamaCppContext(loaded, length=4096, keys="f32", values="f32", flash_attention=False)
+        ours.append(theirs.live_ids)
+        wanted, found = (theirs.erase(spans, kv.Steering(block=16, keys=None)), ours.erase(spans))
+        same = sum(
+            len(range(max(a.start, b.start), min(a.end, b.end))) for a in wanted.recomputed for b in found.recomputed
+        )
+        rows.append({**key, "tokens": len(ours), "equal": wanted.recomputed == found.recomputed, "same": same,
+                     "of": wanted.tokens_recomputed, "residuals": [wanted.residual, found.residual]})  # fmt: skip
+        ours.close()
+        report("llama_cpp_choice", {"rows": rows}, loaded, "f32", output)
+        print(rows[-1])
+    print(f"the same runs in {sum(row['equal'] for row in rows)} of {len(rows)}")
+
+
+def _own_tasks() -> tuple[str, ...]:
+    return tuple(name for name, each in tasks().items() if not each.takes_source or name == "document-qa")
+
+
+@app.command()
 def quality(
     limit: Annotated[int, typer.Option(help="Examples per task and length.")] = 1,
     lengths: Lengths = None,
-    task: Annotated[
-        list[str] | None, typer.Option("-t", "--task", help="Tasks; default all with their own sources.")
-    ] = None,
+    task: Tasks = None,
     method: Annotated[list[str] | None, typer.Option("-m", "--method", help="Methods; default some.")] = None,
     model: Model = None,
     kind: Type = "f16",
@@ -78,8 +127,7 @@ def quality(
     loaded = LlamaCppModel(model, threads=threads)
     chosen = [as_method(name) for name in method or METHODS]
     labels = [method_label(each) for each in chosen]
-    names = tuple(name for name, each in tasks().items() if not each.takes_source or name == "document-qa")
-    options = EvalOptions(tuple(task or names), tuple(lengths or (256,)), PROTOCOLS, tuple(chosen), limit)
+    options = EvalOptions(tuple(task or _own_tasks()), tuple(lengths or (256,)), PROTOCOLS, tuple(chosen), limit)
     filler = Filler(read_passages(), lambda text: len(loaded.tokenizer.encode(text, add_special_tokens=False)))
     file = f"llama_cpp_quality_{loaded.file.stem}_{kind}"
     rows = _earlier(output, file)
@@ -156,14 +204,14 @@ def latency(
 ) -> None:
     """Seconds of an erase as the context grows."""
     # With one thread all is computed in this one, so that other work on the machine does not count.
+    torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     loaded = LlamaCppModel(model, threads=threads)
-    eraser = loaded.find_eraser()
     text = loaded.tokenizer.encode(" ".join(read_passages()[:400]), add_special_tokens=False)
     found: dict[int, dict[str, float]] = {}
     contexts = {}
     for length in lengths or (1024, 8192):
-        context = LlamaCppContext(loaded, eraser, length=room or length, keys=kind, values=kind)
+        context = LlamaCppContext(loaded, length=room or length, keys=kind, values=kind)
         start = length // 4
         started = clock()
         context.append(text[:start])

@@ -77,10 +77,10 @@ def choice(
 ) -> None:
     """Whether the same runs are chosen as in transformers, from the same weights."""
     model, tokenizer = kv.load_backbone(dtype=torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "f32.gguf"
-        write_gguf_backbone(embedded_gguf(), file, dtype="f32")
-        loaded = LlamaCppModel(file, threads=threads)
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "f32.gguf"
+    write_gguf_backbone(embedded_gguf(), file, dtype="f32")
+    loaded = LlamaCppModel(file, threads=threads)
     neutral = kv.KVEraser.neutral(model)
     neutral.calibration = loaded.neutral_eraser().calibration
     options = EvalOptions(

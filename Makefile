@@ -98,7 +98,7 @@ llama-cpp-wheel: $(LLAMA_CPP_WHEEL)
 
 test-llama-cpp: .venv-llama-cpp/.engine
 	$(MAKE) VENV=.venv-llama-cpp .venv-llama-cpp/.installed
-	.venv-llama-cpp/bin/python -m pytest tests/engines/test_llama_cpp.py tests/engines/test_llama_cpp_model.py tests/test_export.py tests/context
+	.venv-llama-cpp/bin/python -m pytest tests/engines/test_llama_cpp*.py tests/test_export.py tests/context
 
 # What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted.
 # DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.

@@ -266,7 +266,7 @@ def test_a_failing_run_leaves_cells_and_ledger_as_they_were(both, monkeypatch, e
 
     with monkeypatch.context() as patch, pytest.raises(error):
         patch.setattr(context.backend.cells, "_decode", failing)
-        context.erase(SPAN)
+        context.erase(SPAN, "kveraser:block=4")
     assert bits(context) == before
     assert (context.erased, context.exact) == ((), True)
     assert torch.equal(context.logits_ids(QUESTION), logits)

@@ -240,3 +240,16 @@ def test_probes_are_moved_to_where_they_compute_once():
     assert there is made.on(device, torch.bfloat16)
     assert {probe.down.dtype for probe in (there.scan, *there.probes)} == {torch.bfloat16}
     assert made.scan.down.dtype == made.on(device, torch.float32).scan.down.dtype == torch.float32
+
+
+def test_runs_fill_the_budget_by_what_they_read_alone():
+    slots = torch.arange(41, 101)
+    scores = torch.full((60,), 0.1)
+    scores[20:40] = 0.2
+    weights = torch.ones(60)
+    weights[-20:] = 100.0
+    chosen = choose(slots, scores, slots[:4], 36, weights=weights, block=16)
+    assert chosen.tolist() == [
+        *range(41, 48),
+        *range(64, 80),
+    ]  # seven at the border, then the best run; a third does not fit

@@ -20,7 +20,7 @@ from rich.table import Table
 import kveraser as kv
 from kveraser.cache import Tokens
 from kveraser.eraser import default_eraser
-from kveraser.readers import Scene
+from kveraser.readers import ModelSource, Scene
 
 SPAN, READERS, CANDIDATES, KEYS = 64, 64, 512, 1536
 PARTS = ("scan", "close look", "keys", "whole erase")
@@ -40,7 +40,7 @@ def main(
     for length in (1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 8192, 32768):
         cache, ids = random_cache(model, length), random_ids(model, length)
         span = kv.Span(length // 4, length // 4 + SPAN)
-        scene = Scene.of(model, cache, Tokens(ids), (span,), (), calibration)
+        scene = Scene.of(ModelSource(model, cache), Tokens(ids), (span,), (), calibration)
         slots = scene.suffix
         some = slots[torch.linspace(0, len(slots) - 1, CANDIDATES).long()]
 

@@ -71,7 +71,7 @@ class Kind:
     def methods(self):
         """Every method that it can do, and some with options."""
         names = [name for name, method in kv.methods().items() if name != "no-erase" and method.needs <= self.can]
-        chosen = ["attention-guided-repair:tokens=5"] if Can.READ in self.can else []
+        chosen = ["attention-guided-repair:tokens=5"] if Can.TELL in self.can else []
         return [*names, "kveraser:repair=6", *chosen]
 
     def off(self, context):

@@ -34,7 +34,7 @@ from kveraser.methods import Edit, EraseMethod, EraseReceipt, as_method, put_bac
 from kveraser.methods.choosing import calibration_of
 from kveraser.methods.undo import put_back_on_failure
 from kveraser.model.view import as_batch, causal_lm
-from kveraser.readers import Scene, Text
+from kveraser.readers import Scene, Text, source_of
 from kveraser.spans import Span, merge_spans
 
 
@@ -209,7 +209,7 @@ def run_readers(
     Raises:
         OptionError: a backend that does not show its states.
     """
-    if Can.READ not in backend.can:
+    if Can.TELL not in backend.can:
         raise OptionError(f"{backend.name} does not show its states, so who has read a span cannot be told there")
     backend.check_rounding()
     edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
@@ -219,7 +219,7 @@ def run_readers(
             f"keys and values explain {calibration.explained:.0%} of this model's queries, which is too little to tell "
             "readers by (a longer context, or `kveraser.readers.calibrate` on some text, may help)"
         )
-    scene = Scene.of(backend.model, backend.cache, tokens, spans, edit.marks.steered_spans, calibration)
+    scene = Scene.of(source_of(backend), tokens, spans, edit.marks.steered_spans, calibration)
     found = torch.zeros(tokens.ids.shape, device=tokens.ids.device)
     if len(scene.suffix):
         found[:, scene.suffix] = scene.everywhere()

@@ -228,7 +228,7 @@ def test_blocks_are_whole_runs_on_multiples(length, first, block, seed):
 
 def test_rotations_back_and_forth_leave_states_as_they_were():
     model = tiny("gpt_neox")
-    turns = Turning(model).at(torch.arange(50, 60))
+    turns = Turning.of(model).at(torch.arange(50, 60))
     given = torch.randn(4, 10, 8)
     assert torch.allclose(turns.to_origin(turns.to_place(given, 1), 1), given, atol=1e-5)
 
@@ -240,3 +240,16 @@ def test_probes_are_moved_to_where_they_compute_once():
     assert there is made.on(device, torch.bfloat16)
     assert {probe.down.dtype for probe in (there.scan, *there.probes)} == {torch.bfloat16}
     assert made.scan.down.dtype == made.on(device, torch.float32).scan.down.dtype == torch.float32
+
+
+def test_runs_fill_the_budget_by_what_they_read_alone():
+    slots = torch.arange(41, 101)
+    scores = torch.full((60,), 0.1)
+    scores[20:40] = 0.2
+    weights = torch.ones(60)
+    weights[-20:] = 100.0
+    chosen = choose(slots, scores, slots[:4], 36, weights=weights, block=16)
+    assert chosen.tolist() == [
+        *range(41, 48),
+        *range(64, 80),
+    ]  # seven at the border, then the best run; a third does not fit

@@ -9,7 +9,7 @@ need; nobody finds out by asking which backend it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import Any, ClassVar, NoReturn, Protocol
@@ -31,7 +31,9 @@ class Can(Enum):
     DELETE = "move up what follows a removed span"
     RECOMPUTE = "run a stretch of tokens again in its slots"
     STEER = "run tokens again under an eraser"
+    RUNS = "run stretches of tokens again as if others had never been there"
     REPAIR = "run single tokens again as if others had never been there"
+    TELL = "show the states by which it is told who has read a span"
     READ = "show its states and its model's weights"
 
 
@@ -65,6 +67,13 @@ class Eraser(Protocol):
     def choose(self) -> Any: ...
     @property
     def calibration(self) -> Any: ...
+    def hide(self, backend: Any, tokens: Tokens, spans: Sequence[Span], calibration: Callable[[], Any]) -> int:
+        """Let nothing attend to these slots any more; returns the bytes written. For those that do not steer spans.
+
+        Args:
+            calibration: gives what tells neutral keys, where these are written.
+        """
+        ...
 
 
 class Kept(ABC):
@@ -170,6 +179,10 @@ class Backend(ABC):
     def check_rounding(self) -> None:  # noqa: B027 - most have one way to round
         """Raise `CacheMismatchError` where tokens would now be computed with another rounding than those in the cache."""
 
+    def source(self) -> Any:
+        """What tells who has read a span (`readers.Source`), of the states as they are. For `TELL` without `READ`."""
+        self._cannot(Can.TELL)
+
     # -- running tokens ------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -224,7 +237,8 @@ class Backend(ABC):
     ) -> int:
         """Run tokens again in their slots, those of `steered` under the eraser; returns the bytes written.
 
-        For `STEER`, and for `REPAIR`. A backend that cannot `REPAIR` is given nothing but spans to steer and runs right behind them.
+        For `STEER`, `RUNS` and `REPAIR`. A backend that cannot `REPAIR` is given runs of tokens that see everything, one after the other,
+        or (what it steers in a window) runs right behind.
         """
         self._cannot(Can.STEER if steered else Can.REPAIR)
 

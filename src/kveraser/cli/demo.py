@@ -131,7 +131,7 @@ def _llama_cpp(model: str, eraser: str | None, device: str | None, dtype: str | 
     if model != DEFAULT_MODEL and not model.endswith(".gguf"):
         raise OptionError(f"llama.cpp loads GGUF files, and {model!r} is none; give a .gguf file")
     loaded = LlamaCppModel(None if model == DEFAULT_MODEL else Path(model))
-    tool = loaded.find_eraser(eraser)
+    tool = loaded.find_eraser(eraser) if eraser else loaded.default_eraser()
     return lambda length: LlamaCppContext(loaded, tool, length=length), [kind() for kind in METHODS]
 
 

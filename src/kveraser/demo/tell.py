@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-from kveraser.context import ErasableContext
+from kveraser.cache import Can
+from kveraser.context import LiveContext
 from kveraser.demo.stories import Story
 from kveraser.errors import CalibrationError
 from kveraser.evaluation import MethodResult, Protocol, compare_methods, read_parts
@@ -41,7 +43,8 @@ class Told:
 def tell_both(story: Story, context: Context, methods: Sequence[EraseMethod], *, done: Done | None = None) -> Told:
     """One story in both protocols, by the given methods; `context` is a new one."""
     spans = _read(story, context)
-    words, read = who_read(context, spans) if isinstance(context, ErasableContext) else ([], [])
+    tells = isinstance(context, LiveContext) and Can.TELL in context.backend.can
+    words, read = who_read(cast("LiveContext", context), spans) if tells else ([], [])
     behind = len(context.encode(story.suffix))
     after = _compare(story, context, spans, methods, ask(story.question), done)
     context.append(ask(story.question))
@@ -60,7 +63,7 @@ def tell(
     return _compare(story, context, spans, methods, question, done)
 
 
-def who_read(context: ErasableContext, spans: Sequence[Span]) -> tuple[list[str], list[float]]:
+def who_read(context: LiveContext, spans: Sequence[Span]) -> tuple[list[str], list[float]]:
     """What follows some spans, token by token, and how much each token has attended to them; nothing where that cannot be told."""
     first = spans[-1].end
     try:

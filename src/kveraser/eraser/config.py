@@ -52,7 +52,7 @@ class EraserConfig:
 
     @property
     def repair_next(self) -> int:
-        """How many of the next tokens to recompute where readers cannot be told yet (inside engines)."""
+        """How many of the next tokens to recompute where readers are not asked for (trained erasers inside engines)."""
         return self.repair if self.choose == "next" else min(self.repair, _ENGINES_MOST)
 
     def write(self, folder: Path) -> None:

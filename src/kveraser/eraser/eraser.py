@@ -10,7 +10,7 @@ the time of a pass, so that other threads may go on using it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,18 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kveraser.cache import Window, check_model
+from kveraser.cache import Tokens, Window, check_model
 from kveraser.eraser.adapter_files import CONFIG, KEY_PREFIX, WEIGHTS, find_folder, read_lora_config, read_weights, tidy
 from kveraser.eraser.config import FILE_NAME, ActsOn, Choose, EraserConfig
 from kveraser.eraser.injection import lora_layers, target_linears
 from kveraser.eraser.lora import LoraLinear
+from kveraser.eraser.neutral import write_neutral
 from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.model.view import causal_lm, model_device, model_dtype, view
 from kveraser.readers import FILE_NAME as READERS
 from kveraser.readers import Calibration, calibrate, read_calibration, write_calibration
+from kveraser.spans import Span
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -230,6 +232,14 @@ class KVEraser:
                 f"the eraser was made for another model than this {type(base).__name__}: {difference}; {_REMEDY}"
             )
         self._checked = ref(base)
+
+    def hide(self, backend: Any, tokens: Tokens, spans: Sequence[Span], calibration: Callable[[], Calibration]) -> int:
+        """Write neutral states into some slots of a transformers cache; returns the bytes written.
+
+        Args:
+            calibration: gives the neutral keys.
+        """
+        return write_neutral(backend.model, backend.cache, tokens, spans, calibration().neutral)
 
     def attached(self, model: nn.Module, *, first: int | None = None) -> nn.Module:
         """A view of `model` with the eraser active; `model` itself is left alone. Valid until the model changes.

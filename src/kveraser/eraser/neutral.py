@@ -29,7 +29,7 @@ def write_neutral(model: nn.Module, cache: Cache, tokens: Tokens, spans: Sequenc
     last = tokens.position(Span(tokens.length - 1, tokens.length))[:, 0]
     if tokens.mask is not None and tokens.positions is not None:
         last = tokens.positions.masked_fill(tokens.mask == 0, 0).amax(-1)
-    turns, written = Turning(model).at(last), 0
+    turns, written = Turning.of(model).at(last), 0
     with writing(cache):
         for index, (layer, key) in enumerate(zip(cache.layers, keys.to(tokens.ids.device), strict=True)):
             placed = turns.to_place(key[:, None].expand(-1, len(last), -1), index)  # (kv_heads, rows, head_dim)

@@ -36,7 +36,7 @@ class AttentionGuidedRepair(MovingRepair):
 
     name: ClassVar[str] = "attention-guided-repair"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
-    needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
+    needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE, Can.RECOMPUTE, Can.TELL, Can.RUNS})
     timed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -5,16 +5,16 @@ Knows: edits, calibrations, scores. Does not know what is done with the chosen o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kveraser.cache import slots_of
+from kveraser.cache import Can, slots_of
 from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
 from kveraser.methods.base import Edit
 from kveraser.methods.choice import Choice
-from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, weights_of
+from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, source_of, weights_of
 
 CANDIDATES = 256
 CLOSER = 8
@@ -24,6 +24,8 @@ NEAREST = 32
 SINK = 4
 ALL = 6
 """Where it is at most six times as many slots as were asked for each, every chosen token sees everything."""
+RUN = 16
+"""Tokens of a run, where nothing but runs can be computed."""
 SHARED, SAMPLED = 3, 1
 """Else all of them see three times as many as were asked for each, which any of them needs, and once as many drawn evenly from
 the others, each for as many as it was drawn from: the many small weights of a softmax are together not small."""
@@ -57,8 +59,9 @@ class Wish:
 
 def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
     """The calibration for an edit: the eraser's, the one in the cache folder, or one that is made now."""
+    source = source_of(edit.backend)
     if given is not None:
-        given.check(edit.backend.model)
+        given.check(source)
         return given
 
     def own() -> Tensor:
@@ -66,7 +69,7 @@ def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
         kept = edit.kept if edit.tokens.mask is None else edit.kept[edit.tokens.mask[0, edit.kept] != 0]
         return row[kept]
 
-    return calibration_for(edit.backend.model, edit.text or own)
+    return calibration_for(source, edit.text or own)
 
 
 def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> Choice | None:
@@ -83,6 +86,8 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     budget = wish.repair * len(edit.spans)
     if not budget:
         return None
+    if Can.REPAIR not in edit.backend.can:
+        wish = replace(wish, keys=None, block=min(RUN, wish.repair) if wish.block is None else wish.block)
     kept = edit.kept
     suffix = kept[kept > edit.spans[0].start]
     if edit.tokens.mask is not None:
@@ -100,8 +105,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     except (CalibrationError, UnsupportedCacheError) as error:
         note = f"readers of the span could not be told, the next tokens were recomputed instead: {error}"
         return next_tokens(edit, budget, note)
-    backend = edit.backend
-    scene = Scene.of(backend.model, backend.cache, edit.tokens, edit.spans, edit.marks.steered_spans, calibration)
+    scene = Scene.of(source_of(edit.backend), edit.tokens, edit.spans, edit.marks.steered_spans, calibration)
     slots = scene.suffix
     scores = scene.thin().amax(0)
     always = first_behind(edit.spans, slots, budget)

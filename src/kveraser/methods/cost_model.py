@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
 from kveraser.files import cache_folder, write_atomically
 from kveraser.model.view import causal_lm, finish, kv_shape, model_device, model_dtype, text_config
-from kveraser.readers import Calibration, Scene
+from kveraser.readers import Calibration, ModelSource, Scene
 from kveraser.spans import Span
 
 _SHAPES = ((8, 0), (128, 0), (256, 0), (64, 448), (256, 256))
@@ -128,7 +128,7 @@ def _time_telling(model: nn.Module, calibration: Calibration) -> PassCost:
         tokens = Tokens(torch.ones(1, length + 8, dtype=torch.long, device=device))
 
         def tell(cache: Cache = cache, tokens: Tokens = tokens) -> None:
-            scene = Scene.of(model, cache, tokens, (Span(4, 8),), (), calibration)
+            scene = Scene.of(ModelSource(model, cache), tokens, (Span(4, 8),), (), calibration)
             slots = scene.suffix
             scene.thin()
             scene.close(slots[:_CLOSE])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from kveraser.cache import (
     slots_of,
     window_spans,
 )
-from kveraser.eraser import CHOICES, Choose, KVEraser, write_neutral
+from kveraser.eraser import CHOICES, Choose, KVEraser
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choice import Choice
@@ -102,9 +103,11 @@ class Steering(EraseMethod):
         choose: which tokens: "readers" are those whose attention went to the spans, over all spans together and always the
             first 8 behind each; "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
         coverage: readers only: stop when so much of the attention that went to the spans is covered, such as 0.95.
-        block: readers only: choose whole runs on multiples of so many slots (engines compute runs).
+        block: readers only: choose whole runs on multiples of so many slots. None takes single tokens, or runs of 16 where the
+            backend can run nothing else.
         keys: readers only: how many slots a recomputed token is shown at least of those that it attends to most, besides the
-            sink, the nearest ones and its fellows (samples stand for all others); None shows it everything.
+            sink, the nearest ones and its fellows (samples stand for all others); None shows it everything, and so does a
+            backend that runs nothing but runs.
     """
 
     eraser: KVEraser | None = None
@@ -162,7 +165,7 @@ class Steering(EraseMethod):
             OptionError: readers were asked for, and the backend cannot tell them.
         """
         found: Choose = self.choose or self.using(edit).choose
-        if found == "readers" and not edit.backend.can >= {Can.READ, Can.REPAIR}:
+        if found == "readers" and not edit.backend.can >= {Can.TELL, Can.RUNS}:
             raise OptionError(f"choose='readers' cannot be done in {edit.backend.name}'s cache; use choose='next'")
         return found
 
@@ -206,11 +209,11 @@ class Steering(EraseMethod):
         assert isinstance(plan, SteeringPlan)
         eraser, choice, backend = self.using(edit), plan.choice, edit.backend
         written = 0
-        if not eraser.steers_spans:
-            keys = calibration_of(edit, eraser.calibration).neutral
-            written += write_neutral(backend.model, backend.cache, edit.tokens, edit.spans, keys)
         for turn in plan.passes:
             written += backend.rewrite(edit.tokens, turn.steered, turn.repaired, eraser)
+        if not eraser.steers_spans:  # last, so that an engine puts new states into the very places of the old ones
+            known = partial(calibration_of, edit, eraser.calibration)
+            written += eraser.hide(backend, edit.tokens, edit.spans, known)
         runs = tuple(run for run in plan.in_place if run not in edit.spans)
         notes = choice.notes if choice else ()
         if runs and not backend.closes_gaps:

@@ -1,7 +1,7 @@
 """Who has read a span: tokens whose attention went to it hold what an erase has to repair.
 
 `observing` listens to a forward, `probes` tell queries from cached states, `masses` are what a token gave to a span,
-`calibration` finds all that is needed of a model, `files` and `known` keep it, `scan` applies it to a cache, `choice` picks tokens,
+`source` is a model and a cache as these see it, `calibration` finds all that is needed of a model, `files` and `known` keep it, `scan` applies it, `choice` picks tokens,
 `neutral_keys` are written where nothing shall be attended to.
 
 Knows: attention, cached keys and values, scores. Does not know what is erased, or how readers are repaired.
@@ -13,13 +13,16 @@ from kveraser.readers.files import FILE_NAME, cached_file, read_calibration, wri
 from kveraser.readers.known import Text, calibration_for, known_calibration, remember
 from kveraser.readers.probes import Turning
 from kveraser.readers.scan import Scene
+from kveraser.readers.source import ModelSource, Source, source_of
 
 __all__ = [
     "FILE_NAME",
     "LEAST_TOKENS",
     "MOST_TOKENS",
     "Calibration",
+    "ModelSource",
     "Scene",
+    "Source",
     "Text",
     "Turning",
     "cached_file",
@@ -31,6 +34,7 @@ __all__ = [
     "read_calibration",
     "remember",
     "residual",
+    "source_of",
     "weights_of",
     "write_calibration",
 ]

@@ -18,11 +18,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from kveraser.errors import CalibrationError
 from kveraser.model.fingerprint import Fingerprint
-from kveraser.model.view import as_batch, causal_lm, model_device, model_dtype
+from kveraser.model.view import as_batch
 from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.neutral_keys import neutral_keys
-from kveraser.readers.observing import Observed, observe
+from kveraser.readers.observing import Observed
 from kveraser.readers.probes import Probe, Target, Turning, features, fit_probe
+from kveraser.readers.source import Source, as_source
 
 MOST_TOKENS = 2000
 LEAST_TOKENS = 256
@@ -76,12 +77,13 @@ class Calibration:
         found: Calibration = known[device, dtype]
         return found
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module | Source) -> None:
         """Raise `CalibrationError` unless it is of this model."""
-        difference = self.fingerprint.difference(model)
+        source = as_source(model)
+        difference = self.fingerprint.difference_to(source.fingerprint)
         if difference is not None:
             raise CalibrationError(
-                f"these probes are of another model than this {type(causal_lm(model)).__name__}: {difference}; "
+                f"these probes are of another model than this {type(source.owner).__name__}: {difference}; "
                 "calibrate anew"
             )
 
@@ -91,16 +93,18 @@ _moved = WeakIdKeyDictionary()
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
+def calibrate(model: nn.Module | Source, ids: Tensor | list[int]) -> Calibration:
     """Calibrate on a text; takes about as long as prefilling it three times.
 
     Args:
+        model: of transformers, or what an engine shows of its own.
         ids: `(tokens,)` of any text; up to 2,000 are used.
 
     Raises:
         CalibrationError: fewer than 256 tokens, or a model that cannot be listened to.
     """
-    text = as_batch(ids, model_device(model))[:1, :MOST_TOKENS]
+    source = as_source(model)
+    text = as_batch(ids, source.device)[:1, :MOST_TOKENS]
     count = text.shape[1]
     if count < LEAST_TOKENS:
         raise CalibrationError(
@@ -108,11 +112,11 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
         )
     spans = _spans(count)
     text = _repeating(text, spans)
-    seen = observe(model, text)
+    seen = source.observe(text)
     gone = torch.zeros(count, dtype=torch.bool, device=text.device)
     for start in spans:
         gone[start : start + _SPAN] = True
-    changes = _changes(seen, observe(model, text, mask=_without(gone, model_dtype(model))))
+    changes = _changes(seen, source.observe(text, gone))
     slots = torch.arange(count, device=text.device)
     counted = ~gone & (slots >= spans[0] + _SPAN)
     for start in spans:
@@ -122,12 +126,12 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
     total = len(worth)
     able = range(total // 2, max(total * 4 // 5, total // 2) + 1)
     best = sorted(able, key=lambda index: -worth[index])[:LAYERS]
-    turning = Turning(model)
+    turning = source.turning
     turns = turning.at(slots)
 
     def fit(layer: int, sources: tuple[int, ...], heads: Sequence[int] | None = None) -> Probe:
         read = features(seen.cache.layers, sources, 0, slice(None), turns)
-        target = Target.of(model, seen, layer, turns)
+        target = Target.of(*source.norm(layer), seen, layer, turns)
         if heads is None:
             return fit_probe(read, target, layer, sources, RANK, turning, slots)
         of_each = target.queries.shape[0] // seen.cache.layers[layer].keys.shape[1]
@@ -139,7 +143,7 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
         return tuple(index for index in (layer - 1, layer, layer + 1) if 0 <= index < total)
 
     return Calibration(
-        fingerprint=Fingerprint.of(model),
+        fingerprint=source.fingerprint,
         scan=fit(best[0], (best[0],), _telling(looks[best[0]][0][:, counted], changes[counted])),
         probes=tuple(fit(layer, around(layer)) for layer in best),
         neutral=_neutral(seen, [whole for _, whole in looks], turning),
@@ -147,16 +151,19 @@ def calibrate(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
 
 
 @torch.no_grad()
-def calibrate_hiding(model: nn.Module, ids: Tensor | list[int]) -> Calibration:
+def calibrate_hiding(model: nn.Module | Source, ids: Tensor | list[int]) -> Calibration:
     """A calibration without probes, which takes any text: it only says how to hide slots.
 
     Args:
         ids: `(tokens,)`, at least one.
     """
-    text = as_batch(ids, model_device(model))[:1, :MOST_TOKENS]
-    seen = observe(model, text)
+    source = as_source(model)
+    if not source.writes_neutral:
+        return Calibration(source.fingerprint, None, (), torch.empty(0))
+    text = as_batch(ids, source.device)[:1, :MOST_TOKENS]
+    seen = source.observe(text)
     looks = _look_at(seen, torch.zeros(text.shape[1], dtype=torch.bool, device=text.device))
-    return Calibration(Fingerprint.of(model), None, (), _neutral(seen, [whole for _, whole in looks], Turning(model)))
+    return Calibration(source.fingerprint, None, (), _neutral(seen, [whole for _, whole in looks], source.turning))
 
 
 def _look_at(seen: Observed, gone: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -191,15 +198,6 @@ def _repeating(text: Tensor, spans: list[int]) -> Tensor:
         room = min(_SPAN, text.shape[1] - later)
         said[:, later : later + room] = text[:, start : start + room]
     return said
-
-
-def _without(gone: Tensor, dtype: torch.dtype) -> Tensor:
-    """A causal mask `(1, 1, tokens, tokens)` in which nobody sees the tokens that are gone, but for themselves."""
-    count = len(gone)
-    seen = torch.ones(count, count, dtype=torch.bool, device=gone.device).tril() & ~gone[None]
-    seen |= torch.eye(count, dtype=torch.bool, device=gone.device)
-    mask = torch.zeros(count, count, dtype=dtype, device=gone.device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def _changes(one: Observed, other: Observed) -> Tensor:

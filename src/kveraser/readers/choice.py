@@ -61,11 +61,12 @@ def choose(
         budget: how many at most.
         weights: `(suffix,)`, how much it matters what each has read; None: the same for all.
         coverage: stop when so much of all scores is covered.
-        block: choose whole runs on multiples of so many slots, by their summed scores.
+        block: choose whole runs on multiples of so many slots, by their summed scores; weights do not count then (a run is
+            too much to give away for a few tokens at the end).
     """
-    wanted = scores.clone() if weights is None else scores * weights
     if block is not None:
-        return _blocks(slots, scores, wanted, always, budget, coverage, block)
+        return _blocks(slots, scores, always, budget, coverage, block)
+    wanted = scores.clone() if weights is None else scores * weights
     wanted[torch.isin(slots, always)] = torch.inf
     order = wanted.argsort(descending=True, stable=True)[:budget]
     if coverage is not None:
@@ -73,15 +74,15 @@ def choose(
     return slots[order].sort().values
 
 
-def _blocks(slots: Tensor, scores: Tensor, wanted: Tensor, always: Tensor, budget: int, coverage: float | None,
-            block: int) -> Tensor:  # fmt: skip
+def _blocks(slots: Tensor, scores: Tensor, always: Tensor, budget: int, coverage: float | None, block: int) -> Tensor:
     place = slots // block
-    sums, wanted = (
-        torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, each) for each in (scores, wanted)
-    )
+    sums = torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, scores)
+    wanted = sums.clone()
     wanted[(always // block).unique()] = torch.inf
     there = place.unique()
-    order = there[wanted[there].argsort(descending=True, stable=True)][: max(budget // block, 1)]
+    order = there[wanted[there].argsort(descending=True, stable=True)]
+    tokens = torch.bincount(place)[order].cumsum(0)  # those at the borders of what is live are shorter
+    order = order[: max(int((tokens <= budget).sum()), 1)]
     if coverage is not None:
         least = min(len((always // block).unique()), len(order))
         order = order[: max(_enough(sums[order], scores.sum(), coverage), least)]

@@ -21,6 +21,7 @@ from kveraser.files import cache_folder, write_atomically
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.readers.calibration import Calibration
 from kveraser.readers.probes import Probe
+from kveraser.readers.source import Source, as_source
 
 FILE_NAME = "readers.safetensors"
 FORMAT = 2
@@ -75,9 +76,9 @@ def read_calibration(file: Path) -> Calibration:
         raise CalibrationError(f"{file} cannot be read as probes of a model: {error!r}") from error
 
 
-def cached_file(model: nn.Module) -> Path:
+def cached_file(model: nn.Module | Source) -> Path:
     """Where the calibration of a model is kept."""
-    about = json.dumps([FORMAT, asdict(Fingerprint.of(model))], sort_keys=True)
+    about = json.dumps([FORMAT, asdict(as_source(model).fingerprint)], sort_keys=True)
     return cache_folder() / "readers" / f"{hashlib.sha256(about.encode()).hexdigest()[:16]}.safetensors"
 
 

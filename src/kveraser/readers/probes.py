@@ -28,13 +28,23 @@ _TINY = 1e-6
 
 
 class Turning:
-    """How a model rotates, for the probes: queries forward to their positions, keys back to position 0."""
+    """How a model rotates, for the probes: queries forward to their positions, keys back to position 0.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.rotary: tuple[bool, ...] | None = None
-        if has_rotary(model):
-            layout = rotary_layout(model)
-            self.rotary, self.pairing, self.inv_freq = layout.rotary, layout.pairing, frequencies(model)
+    Args:
+        rotary: per layer, whether it rotates; None: none does.
+        pairing, inv_freq: as of `Rotation`.
+    """
+
+    def __init__(self, rotary: tuple[bool, ...] | None, pairing: str, inv_freq: Tensor) -> None:
+        self.rotary, self.pairing, self.inv_freq = rotary, pairing, inv_freq
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Turning:
+        """As a transformers model does."""
+        if not has_rotary(model):
+            return cls(None, "", torch.empty(0))
+        layout = rotary_layout(model)
+        return cls(layout.rotary, layout.pairing, frequencies(model))
 
     @property
     def slowest(self) -> float:
@@ -113,7 +123,7 @@ class Probe:
         maps = {name: getattr(self, name).to(device, dtype) for name in ("down", "up")}
         return replace(self, **kept, **maps)
 
-    def queries(self, read: Tensor, turns: Turns, norm: nn.Module | None, norm_shape: tuple[int, ...]) -> Tensor:
+    def queries(self, read: Tensor, turns: Turns, norm: Any, norm_shape: tuple[int, ...]) -> Tensor:
         """The queries of tokens as their layer uses them, `(heads, tokens, head_dim)` float32.
 
         Args:
@@ -123,7 +133,7 @@ class Probe:
         inner = (read.sub(self.mean).div_(self.scale)).to(self.down.dtype) @ self.down
         found = (inner @ self.up).float().add_(self.bias)
         if norm is not None:
-            weight = next(norm.parameters(), found)
+            weight = next(norm.parameters(), found) if isinstance(norm, nn.Module) else found
             shape = (self.heads, norm_shape[1]) if len(norm_shape) == 2 else norm_shape
             found = norm(found.view(1, -1, *shape).to(weight.dtype))[0].float()
         return turns.to_place(found.reshape(len(read), self.heads, -1).transpose(0, 1), self.layer)
@@ -136,16 +146,16 @@ class Target:
     outputs: Tensor
     queries: Tensor
     scaling: float
-    norm: nn.Module | None
+    norm: Any
     norm_shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, seen: Observed, layer: int, turns: Turns) -> Target:
-        """From an observed forward."""
+    def of(cls, norm: Any, norm_shape: tuple[int, ...], seen: Observed, layer: int, turns: Turns) -> Target:
+        """From an observed forward, and the layer's query norm."""
         found = seen.layers[layer]
         queries = found.queries.float()
         if layer in seen.unnormed:
-            return cls(seen.unnormed[layer].float().flatten(1), queries, found.scaling, *norm_of(model, layer))
+            return cls(seen.unnormed[layer].float().flatten(1), queries, found.scaling, norm, norm_shape)
         outputs = turns.to_origin(queries, layer).transpose(0, 1).flatten(1)
         return cls(outputs, queries, found.scaling, None, ())
 

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import Tensor
 
 from kveraser.cache import Tokens
-from kveraser.model.view import model_dtype
 from kveraser.readers.calibration import Calibration
 from kveraser.readers.masses import Landscape, span_mass
-from kveraser.readers.probes import Probe, Turning, features, norm_of
+from kveraser.readers.probes import Probe, features
+from kveraser.readers.source import Source
 from kveraser.spans import Span
 
 CHUNK = 2048
@@ -33,20 +32,19 @@ class Scene:
     """A cache in which spans are to be erased, as the probes see it.
 
     Attributes:
+        source: the model and the cache's states.
         spans: to be erased, in order.
         lands: for each row, what its tokens may have attended to.
     """
 
-    model: nn.Module
-    cache: Cache
+    source: Source
     tokens: Tokens
     spans: tuple[Span, ...]
     calibration: Calibration
     lands: tuple[Landscape, ...]
-    turning: Turning
 
     @classmethod
-    def of(cls, model: nn.Module, cache: Cache, tokens: Tokens, spans: Sequence[Span], erased: Sequence[Span],
+    def of(cls, source: Source, tokens: Tokens, spans: Sequence[Span], erased: Sequence[Span],
            calibration: Calibration) -> Scene:  # fmt: skip
         """From a cache; `erased` are slots that hold steering states already."""
         device = tokens.ids.device
@@ -59,8 +57,8 @@ class Scene:
         for row in live:
             own = torch.cat([torch.arange(span.start, span.end, device=device) for span in spans])
             lands.append(Landscape.of(row, own[row[own]]))
-        ready = calibration.on(device, model_dtype(model))
-        return cls(model, cache, tokens, tuple(spans), ready, tuple(lands), Turning(model))
+        ready = calibration.on(device, source.dtype)
+        return cls(source, tokens, tuple(spans), ready, tuple(lands))
 
     @property
     def suffix(self) -> Tensor:
@@ -78,10 +76,10 @@ class Scene:
 
     def queries(self, probe: Probe, row: int, slots: Tensor, *, run: bool) -> Tensor:
         """Told queries of tokens, `(heads, tokens, head_dim)`."""
-        turns = self.turning.at(self.positions(row, slots))
+        turns = self.source.turning.at(self.positions(row, slots))
         where: Tensor | slice = slice(int(slots[0]), int(slots[-1]) + 1) if run else slots
-        read = features(self.cache.layers, probe.sources, row, where, turns)
-        return probe.queries(read, turns, *norm_of(self.model, probe.layer))
+        read = features(self.source.layers, probe.sources, row, where, turns)
+        return probe.queries(read, turns, *self.source.norm(probe.layer))
 
     def thin(self) -> Tensor:
         """Masses of all slots of the suffix by the thin look, `(batch, suffix)`, the largest of any head that it tells."""
@@ -90,7 +88,7 @@ class Scene:
         first, last = self.spans[0].start, self.tokens.length
         found = torch.zeros(self.tokens.ids.shape, device=self.tokens.ids.device)
         for row, land in enumerate(land.thinned() for land in self.lands):
-            keys = self.cache.layers[probe.layer].keys[row]
+            keys = self.source.layers[probe.layer].keys[row]
             for start in range(first, last, CHUNK):
                 slots = torch.arange(start, min(start + CHUNK, last), device=keys.device)
                 told = self.queries(probe, row, slots, run=True)
@@ -103,7 +101,7 @@ class Scene:
         found = torch.zeros(len(self.lands), len(slots), device=slots.device)
         for row, probe in self._probes():
             told = self.queries(probe, row, slots, run=False)
-            keys = self.cache.layers[probe.layer].keys[row]
+            keys = self.source.layers[probe.layer].keys[row]
             mass, _ = span_mass(told, slots, keys, probe.scaling, self.lands[row], run=False)
             found[row] += mass.amax(0)
         return found / len(self.calibration.probes)
@@ -123,7 +121,7 @@ class Scene:
         length, listed = self.tokens.length, chosen.tolist()
         most = torch.full((length,), -torch.inf, device=chosen.device)
         for row, probe in self._probes():
-            land, layer = self.lands[row], self.cache.layers[probe.layer]
+            land, layer = self.lands[row], self.source.layers[probe.layer]
             told = self.queries(probe, row, chosen, run=False)
             _, whole = span_mass(told, chosen, layer.keys[row], probe.scaling, land, run=False)
             rows = (told * probe.scaling).to(layer.keys.dtype)

@@ -49,7 +49,7 @@ class KeptRows(Kept):
 
 class ToyBackend(LiveBackend):
     name = "toy"
-    can = frozenset(Can) - {Can.READ}
+    can = frozenset(Can) - {Can.READ, Can.TELL}
     stored_as = ("rows", ".bin")
     vocabulary = 400
     bytes_per_slot = 8 * SIZE

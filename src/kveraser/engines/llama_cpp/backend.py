@@ -2,13 +2,13 @@
 
 Knows: cells, passes over them, GGUF erasers. Does not know about ledgers, receipts or text.
 
-Single tokens cannot be run again, since a forward takes no mask, and nobody looks into the states: so nothing here is
-repaired by readers, but only right behind spans.
+Single tokens cannot be run again, since a forward takes no mask: readers are recomputed in runs, one after the other. What
+a neutral eraser hides is simply taken out; the positions stay empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
@@ -18,13 +18,17 @@ from torch import Tensor
 
 from kveraser.cache import Can, Eraser, Kept, Repair, Rewrite, Tokens, Window
 from kveraser.engines.llama_cpp import passes
-from kveraser.engines.llama_cpp.cells import LIVE, WORK, Cells, States
+from kveraser.engines.llama_cpp.cells import LIVE, WORK, Cells
 from kveraser.engines.llama_cpp.library import VERSION
-from kveraser.engines.llama_cpp.model import LlamaCppModel
+from kveraser.engines.llama_cpp.listening import LlamaCppSource
+from kveraser.engines.llama_cpp.model import LlamaCppModel, NeutralEraser
+from kveraser.engines.llama_cpp.packed import States
 from kveraser.engines.llama_cpp.running import Running
+from kveraser.eraser import Choose
 from kveraser.errors import OptionError, SessionFileError
 from kveraser.export import GgufEraser
 from kveraser.methods.slots import runs_of
+from kveraser.readers import Calibration
 from kveraser.spans import Span
 
 LENGTH = 8192
@@ -37,17 +41,31 @@ _ROUND = 64
 
 @dataclass(frozen=True)
 class LlamaCppEraser:
-    """An adapter that is loaded, with the window and the repair it was trained for (see `Eraser`)."""
+    """An adapter that is loaded, with the window and the repair it was trained for (see `Eraser`); None: a neutral eraser."""
 
     adapter: Any
     window: Window | None
     repair: int
-    is_neutral = False
-    steers_spans = True
+    choose: Choose
+    calibration: Calibration | None = None
     steers_readers = False
-    kind = "trained"
-    choose = "next"
-    calibration = None
+
+    @property
+    def is_neutral(self) -> bool:
+        return self.adapter is None
+
+    @property
+    def steers_spans(self) -> bool:
+        return self.adapter is not None
+
+    @property
+    def kind(self) -> str:
+        return "neutral" if self.is_neutral else "trained"
+
+    def hide(self, backend: Any, tokens: Tokens, spans: Sequence[Span], calibration: Callable[[], Any]) -> int:
+        for span in spans:
+            backend.cells.remove(LIVE, span)
+        return 0
 
 
 class KeptCells(Kept):
@@ -76,7 +94,7 @@ class LlamaCppBackend(Running):
         EngineError: llama.cpp cannot make the context.
     """
 
-    can = frozenset({Can.DELETE, Can.RECOMPUTE, Can.STEER})
+    can = frozenset({Can.DELETE, Can.RECOMPUTE, Can.STEER, Can.RUNS, Can.TELL})
 
     def __init__(
         self, model: LlamaCppModel, length: int | None, keys: str, values: str, flash_attention: bool | None
@@ -86,7 +104,7 @@ class LlamaCppBackend(Running):
         room = min(LENGTH, model.trained_length or LENGTH) if length is None else length
         super().__init__(Cells(model, room, keys, values, flash_attention))
         self.bench: passes.Bench | None = None
-        self._own: GgufEraser | None = None
+        self._own: GgufEraser | NeutralEraser | None = None
 
     def close(self) -> None:
         """Free the cells now; nothing can be done with them afterwards."""
@@ -112,6 +130,9 @@ class LlamaCppBackend(Running):
         if (end := self.cells.end(LIVE)) > length:
             self.cells.remove(LIVE, Span(length, end))
 
+    def source(self) -> LlamaCppSource:
+        return LlamaCppSource(self.cells.model, self.cells)
+
     # -- running tokens ------------------------------------------------------------------------------------------
 
     def check_movable(self) -> None:
@@ -132,10 +153,13 @@ class LlamaCppBackend(Running):
         passes.rewrite(self.cells, None, tokens.ids[0, span.slice].tolist(), span, before)
         return len(span) * self.bytes_per_slot
 
-    def find_eraser(self, given: GgufEraser | None) -> LlamaCppEraser:
+    def find_eraser(self, given: GgufEraser | NeutralEraser | None) -> LlamaCppEraser:
         if given is None:
-            given = self._own = self._own or self.cells.model.find_eraser()
-        return LlamaCppEraser(self.cells.model.load_adapter(given), given.config.window, given.config.repair_next)
+            given = self._own = self._own or self.cells.model.default_eraser()
+        if isinstance(given, NeutralEraser):
+            return LlamaCppEraser(None, None, given.repair, "readers", given.calibration)
+        adapter = self.cells.model.load_adapter(given)
+        return LlamaCppEraser(adapter, given.config.window, given.config.repair_next, "next")
 
     def check_eraser(self, eraser: Eraser) -> None:
         if not isinstance(eraser, LlamaCppEraser):
@@ -145,37 +169,39 @@ class LlamaCppBackend(Running):
             )
 
     def check_rewrite(self, steered: Sequence[Rewrite], repaired: Sequence[Repair]) -> int:
-        if repaired:
-            self.cells.check_movable()
         for rewrite in steered:
             if rewrite.sees and rewrite.sees[-1].end != rewrite.slots.start:
                 raise OptionError(
                     "a window of a sink alone: llama.cpp needs at least 1 local slot beside it, as in (4, 1)"
                 )
-        within = (repair for rewrite, repair in _pairs(steered, repaired) if not _beside(rewrite))
-        return self.moves_from(self.length) if any(within) else self.length
+        pairs, _ = _pairs(steered, repaired)
+        if any(repair is not None and self._beside(rewrite) for rewrite, repair in pairs):
+            self.cells.check_movable()
+        return self.length
 
     def rewrite(
         self, tokens: Tokens, steered: Sequence[Rewrite], repaired: Sequence[Repair], eraser: Eraser | None = None
     ) -> int:
-        adapter, count, moved = cast("LlamaCppEraser", eraser).adapter, 0, False
-        for rewrite, repair in _pairs(steered, repaired):
-            bench = self._bench_for(rewrite, repair)
+        pairs, runs = _pairs(steered, repaired)
+        for rewrite, behind in pairs:
+            adapter = cast("LlamaCppEraser", eraser).adapter
             span, ids = rewrite.slots, tokens.ids[0, rewrite.slots.slice].tolist()
-            (bench or passes).rewrite(self.cells, adapter, ids, span, rewrite.sees)
-            count += len(ids)
-            if repair is not None:
-                gap, ids = repair.absent[0], tokens.ids[0, repair.slots].tolist()
-                shown = [run for run in rewrite.sees if run.end <= gap.start]
-                (bench or passes).rewrite_behind(self.cells, ids, gap, runs_of(repair.slots), shown)
-                count, moved = count + len(ids), moved or bench is None
-        if moved:
-            self.cells.settle(0)
-        return count * self.bytes_per_slot
+            if bench := self._bench_for(rewrite, behind):
+                bench.rewrite(self.cells, adapter, ids, span, rewrite.sees)
+                if behind is not None:
+                    ids = tokens.ids[0, behind.slots].tolist()
+                    bench.rewrite_behind(self.cells, ids, behind.absent[0], runs_of(behind.slots))
+                continue
+            passes.rewrite(self.cells, adapter, ids, span, rewrite.sees)
+            runs += [behind] if behind is not None else []
+        for repair in runs:
+            ids = tokens.ids[0, repair.slots].tolist()
+            passes.rewrite_runs(self.cells, ids, runs_of(repair.slots), runs_of(repair.sees))
+        return self.bytes_per_slot * (sum(map(len, steered)) + sum(map(len, repaired)))
 
     def _bench_for(self, rewrite: Rewrite, repair: Repair | None) -> passes.Bench | None:
         """The small cache to run a span in; None when it has to be done in the user's."""
-        if not _beside(rewrite):
+        if not self._beside(rewrite):
             return None
         shown, behind = sum(map(len, rewrite.sees)), len(repair) if repair else 0
         known = self.bench
@@ -184,6 +210,13 @@ class LlamaCppBackend(Running):
                 known.cells.close()
             self.bench = known = passes.Bench(self.cells, -(-shown // _ROUND) * _ROUND, -(-behind // _ROUND) * _ROUND)
         return known
+
+    def _beside(self, rewrite: Rewrite) -> bool:
+        """Whether a span can be run in a small cache: not too long, with something shown that is not the whole long prefix, and
+        no hidden slot right before it."""
+        start, shown = rewrite.slots.start, sum(map(len, rewrite.sees))
+        small = len(rewrite) <= passes.Bench.SPAN and (shown < start or shown <= _WHOLE)
+        return small and (start == 0 or (shown > 0 and self.cells.holds(start - 1)))
 
     # -- other caches --------------------------------------------------------------------------------------------
 
@@ -224,13 +257,24 @@ def check_saved(index: dict[str, Any], model: LlamaCppModel) -> None:
         raise SessionFileError(f"the session was saved with another model: {index['model']}")
 
 
-def _pairs(steered: Sequence[Rewrite], repaired: Sequence[Repair]) -> list[tuple[Rewrite, Repair | None]]:
-    """Every piece that is steered, and what is repaired behind it."""
-    behind = {repair.absent[0].end: repair for repair in repaired}
-    return [(rewrite, behind.get(rewrite.slots.end)) for rewrite in steered]
+def _pairs(
+    steered: Sequence[Rewrite], repaired: Sequence[Repair]
+) -> tuple[list[tuple[Rewrite, Repair | None]], list[Repair]]:
+    """Every piece that is steered, with what is repaired right behind it in the same window; and all else that is repaired."""
+    behind: dict[int, Repair] = {}
+    rest = []
+    for repair in repaired:
+        own = set(repair.slots.tolist())
+        sees = {slot for slot in repair.sees.tolist() if slot not in own}
+        end = repair.absent[0].end if repair.absent else -1
+        fits = any(rewrite.slots.end == end and sees == _window(rewrite, repair.absent[0]) for rewrite in steered)
+        if fits and end not in behind:
+            behind[end] = repair
+        else:
+            rest.append(repair)
+    return [(rewrite, behind.get(rewrite.slots.end)) for rewrite in steered], rest
 
 
-def _beside(rewrite: Rewrite) -> bool:
-    """Whether a span can be run in a small cache: not too long, and with something shown that is not the whole long prefix."""
-    start, shown = rewrite.slots.start, sum(map(len, rewrite.sees))
-    return len(rewrite) <= passes.Bench.SPAN and (shown < start or shown <= _WHOLE) and (start == 0 or shown > 0)
+def _window(rewrite: Rewrite, span: Span) -> set[int]:
+    """The slots before a span that a piece of it sees."""
+    return {slot for run in rewrite.sees for slot in run if slot < span.start}

@@ -11,9 +11,8 @@ streams, more positions than one per token, an unknown sequence); everything is 
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from kveraser.engines.llama_cpp.library import captured, lib, said
 from kveraser.engines.llama_cpp.model import LlamaCppModel
+from kveraser.engines.llama_cpp.packed import SMALLEST_HADAMARD, Packed, States, hadamard_form
 from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
 from kveraser.spans import Span
 
@@ -32,12 +32,13 @@ BATCH = 512
 
 KV_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_1": 7, "q5_0": 6, "q4_1": 3, "q4_0": 2}
 """Types of the cache whose keys llama.cpp can move (it cannot rotate bfloat16 ones)."""
-_BLOCK, _HADAMARD = 32, 64
+_BLOCK = 32
 _FEWEST = 2
 """Outputs per forward below which llama.cpp ends the process: one for each sequence."""
 
 Outputs = Literal["none", "last", "all"]
-States = NDArray[np.uint8]
+Listener = Callable[[Any, bool], bool]
+"""Is shown every tensor of a forward: asked first whether it wants to see it, then (if so) shown it when it is computed."""
 
 
 class Cells:
@@ -49,6 +50,7 @@ class Cells:
         keys, values: type of the cached keys and values, one of `KV_TYPES`.
         flash_attention: None leaves it to llama.cpp; quantised values need it.
         outputs: tokens per forward that may have logits; 0 for all.
+        listener: is shown what forwards compute.
 
     Raises:
         OptionError: an impossible length or type.
@@ -64,6 +66,7 @@ class Cells:
         flash_attention: bool | None = None,
         *,
         outputs: int = 0,
+        listener: Listener | None = None,
     ) -> None:
         self.model = model
         self._check_options(length, keys, values, flash_attention)
@@ -79,6 +82,11 @@ class Cells:
         parameters.n_threads = parameters.n_threads_batch = model.threads
         parameters.type_k, parameters.type_v = KV_TYPES[keys], KV_TYPES[values]
         parameters.flash_attn_type = -1 if flash_attention is None else int(flash_attention)
+        if listener is not None:
+            self._listener = lib.llama_cpp.ggml_backend_sched_eval_callback(
+                lambda tensor, asked, _: listener(tensor, asked)
+            )
+            parameters.cb_eval = self._listener
         with captured() as messages:
             self._handle: Any = lib.llama_init_from_model(model.handle, parameters)
         if not self._handle:
@@ -126,11 +134,10 @@ class Cells:
         Raises:
             OptionError: quantised keys that are not stored in Hadamard form, which the rotation takes for granted.
         """
-        stored = self.model.head_size % _HADAMARD == 0 and not int(os.environ.get("LLAMA_ATTN_ROT_DISABLE") or 0)
-        if self.rounds_again and not stored:
+        if self.rounds_again and not hadamard_form(self.model.head_size):
             raise OptionError(
                 f"keys of type {self.keys} with heads of {self.model.head_size} dimensions cannot be moved by "
-                f"this llama.cpp (it needs a multiple of {_HADAMARD}, and LLAMA_ATTN_ROT_DISABLE unset); use "
+                f"this llama.cpp (it needs a multiple of {SMALLEST_HADAMARD}, and LLAMA_ATTN_ROT_DISABLE unset); use "
                 "'kveraser:repair=0' or 'full-recompute', or make the context with keys='f16'"
             )
 
@@ -170,14 +177,29 @@ class Cells:
         try:
             for span in spans:
                 self.share(LIVE, WORK, span)
-            size = int(lib.llama_state_seq_get_size(self._handle, WORK))
-            states = np.empty(size, np.uint8)
-            pointer = states.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-            if not spans or int(lib.llama_state_seq_get_data(self._handle, pointer, size, WORK)) != size:
-                raise EngineError(f"llama.cpp cannot copy the cells {', '.join(map(str, spans)) or '(none)'}")
-            return states
+            return self._read_work()
         finally:
             self.remove(WORK)
+
+    def _read_work(self) -> States:
+        size = int(lib.llama_state_seq_get_size(self._handle, WORK))
+        states = np.empty(size, np.uint8)
+        pointer = states.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if int(lib.llama_state_seq_get_data(self._handle, pointer, size, WORK)) != size:
+            raise EngineError("llama.cpp cannot copy cells")
+        return states
+
+    def holds(self, position: int) -> bool:
+        """Whether there is a cell at a position of `LIVE`; a hidden one has none."""
+        return len(Packed(self.read([Span(position, position + 1)]), self.model.anatomy)) > 0
+
+    def turn_work(self, start: int, delta: int) -> None:
+        """Let the cells of `WORK` from `start` on be the only ones there, moved by so many positions; their keys are rounded again."""
+        if start:
+            self.remove(WORK, Span(0, start))
+        packed = Packed(self._read_work(), self.model.anatomy)
+        packed.turn(delta)
+        self._write_work(packed.states)
 
     def write(self, states: States) -> None:
         """Put copied cells back to their positions in `LIVE`, which must be free.
@@ -187,14 +209,17 @@ class Cells:
         """
         if not len(states):
             return
+        self._write_work(states)
+        lib.llama_memory_seq_cp(self._memory, WORK, LIVE, -1, -1)
+        self.remove(WORK)
+
+    def _write_work(self, states: States) -> None:
         pointer = states.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         with captured() as messages:
             taken = int(lib.llama_state_seq_set_data(self._handle, pointer, len(states), WORK))
         if taken != len(states):
             self.remove(WORK)
             raise RestoreError(f"llama.cpp does not take the saved cells back: {said(messages)}")
-        lib.llama_memory_seq_cp(self._memory, WORK, LIVE, -1, -1)
-        self.remove(WORK)
 
     def wipe(self) -> None:
         """Free all cells and overwrite their memory."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from kveraser.context import LiveContext
 from kveraser.context.session_folder import read_session
 from kveraser.engines.llama_cpp.backend import LlamaCppBackend, check_saved
-from kveraser.engines.llama_cpp.model import LlamaCppModel
+from kveraser.engines.llama_cpp.model import LlamaCppModel, NeutralEraser
 from kveraser.export import GgufEraser
 from kveraser.methods import methods
 
@@ -26,7 +26,8 @@ class LlamaCppContext(LiveContext):
 
     Args:
         model: a loaded GGUF file.
-        eraser: for `kveraser`, from `model.find_eraser()`; None takes the one that ships, when it is first needed.
+        eraser: for `kveraser`, from `model.find_eraser()` or `model.neutral_eraser()`; None takes `model.default_eraser()`, when it
+            is first needed.
         length: tokens the context can hold; None for 8192, or what the model was trained on where that is less.
         keys, values: types of the cache: f32, f16, q8_0, q5_1, q5_0, q4_1, q4_0.
         flash_attention: None leaves it to llama.cpp; quantised values need it.
@@ -41,7 +42,7 @@ class LlamaCppContext(LiveContext):
     def __init__(
         self,
         model: LlamaCppModel,
-        eraser: GgufEraser | None = None,
+        eraser: GgufEraser | NeutralEraser | None = None,
         *,
         length: int | None = None,
         keys: str = "f16",
@@ -65,7 +66,7 @@ class LlamaCppContext(LiveContext):
         cls,
         folder: str | PathLike[str],
         model: LlamaCppModel,
-        eraser: GgufEraser | None = None,
+        eraser: GgufEraser | NeutralEraser | None = None,
         *,
         length: int | None = None,
     ) -> LlamaCppContext:

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kveraser.errors import EngineError
 
 VERSION = "0.3.36"
@@ -103,6 +106,34 @@ def captured() -> Iterator[list[str]]:
 def said(messages: list[str]) -> str:
     """The last of the collected messages, for an error."""
     return " / ".join(messages[-3:]) or "llama.cpp gives no reason"
+
+
+def _ggml(name: str, result: Any, *arguments: Any) -> Any:
+    """A function of the tensor library, which the Python package does not wrap."""
+    return ctypes.CFUNCTYPE(result, *arguments)((name, lib.llama_cpp._lib))
+
+
+_get_name = _ggml("ggml_get_name", ctypes.c_char_p, ctypes.c_void_p)
+_get_operation = _ggml("ggml_op_desc", ctypes.c_char_p, ctypes.c_void_p)
+_get_bytes = _ggml("ggml_nbytes", ctypes.c_size_t, ctypes.c_void_p)
+_get_data = _ggml("ggml_backend_tensor_get", None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+
+
+def tensor_name(tensor: Any) -> str:
+    """The name of a tensor that a listener of a forward is shown."""
+    return str(_get_name(tensor).decode("utf-8", "replace"))
+
+
+def tensor_operation(tensor: Any) -> str:
+    """What makes it, such as "ROPE"."""
+    return str(_get_operation(tensor).decode())
+
+
+def tensor_data(tensor: Any) -> NDArray[np.float32]:
+    """A copy of a whole tensor of float32 numbers, flat."""
+    found = np.empty(int(_get_bytes(tensor)) // 4, np.float32)
+    _get_data(tensor, found.ctypes.data, 0, found.nbytes)
+    return found
 
 
 check_defaults()

@@ -8,20 +8,34 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
+from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from kveraser.engines.llama_cpp.anatomy import Anatomy
 from kveraser.engines.llama_cpp.library import captured, lib, said
 from kveraser.engines.llama_cpp.tokenizer import LlamaCppTokenizer
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.eraser import EraserConfig, shipped_erasers
 from kveraser.eraser.config import FILE_NAME
-from kveraser.errors import BackboneError, EraserMismatchError, UnsupportedCacheError
+from kveraser.eraser.eraser import NEUTRAL_REPAIR
+from kveraser.errors import BackboneError, EraserMismatchError, OptionError, UnsupportedCacheError
 from kveraser.export import GgufEraser, exported_gguf, read_gguf_eraser
 from kveraser.model.backbone import embedded_gguf
+from kveraser.readers import FILE_NAME as READERS
+from kveraser.readers import Calibration, read_calibration
 
 _ROPES = (0, 2)  # neighboring and half-split dimensions; multi-dimensional positions and none are not moved here
+
+
+@dataclass(frozen=True)
+class NeutralEraser:
+    """An eraser without adapter; `calibration` tells readers, None leaves it to the cache folder or the first erase."""
+
+    repair: int
+    calibration: Calibration | None = None
 
 
 class LlamaCppModel:
@@ -84,6 +98,12 @@ class LlamaCppModel:
         heads = int(lib.llama_model_n_head(self.handle))
         return int(given) if given else int(lib.llama_model_n_embd(self.handle)) // heads
 
+    @cached_property
+    def anatomy(self) -> Anatomy:
+        """What has to be known to read its states."""
+        layers, heads = int(lib.llama_model_n_layer(self.handle)), int(lib.llama_model_n_head(self.handle))
+        return Anatomy(self.file, layers, heads, self.head_size)
+
     @property
     def values_per_token(self) -> int:
         """Numbers in one token's keys, over all layers; its values have as many."""
@@ -123,6 +143,27 @@ class LlamaCppModel:
             )
 
     # -- erasers -------------------------------------------------------------------------------------------------
+
+    def default_eraser(self) -> GgufEraser | NeutralEraser:
+        """What contexts erase with when no eraser is given: the one that ships where that is better, else a neutral one."""
+        for folder in shipped_erasers().values():
+            config = EraserConfig.read(folder / FILE_NAME)
+            if self._difference(config) is None:
+                return exported_gguf(folder) if config.preferred else self.neutral_eraser()
+        return self.neutral_eraser()
+
+    def neutral_eraser(self, repair: int = NEUTRAL_REPAIR) -> NeutralEraser:
+        """An eraser without training: the span's cells are taken out, and its readers recomputed.
+
+        Args:
+            repair: readers of the span to recompute.
+        """
+        if repair < 0:
+            raise OptionError(f"repair={repair} must be at least 0 tokens")
+        for folder in shipped_erasers().values():
+            if (folder / READERS).is_file() and self._difference(EraserConfig.read(folder / FILE_NAME)) is None:
+                return NeutralEraser(repair, read_calibration(folder / READERS))
+        return NeutralEraser(repair)
 
     def find_eraser(self, source: str | PathLike[str] | None = None, *, check_weights: bool = True) -> GgufEraser:
         """The eraser to use, as a GGUF file.

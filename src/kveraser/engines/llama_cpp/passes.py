@@ -6,8 +6,8 @@ which the caller puts back.
 Position and slot are the same here: the live cells are at positions 0, 1, ..., whatever was erased.
 
     rewrite         WORK: [what is shown before the span)[span)      with an adapter or without; the new cells become the span's
-    rewrite behind  WORK: [what is shown before the gap)[run)        at the positions the run would have without the gap;
-                                                                     then its cells are moved to where the old ones were
+    right behind    WORK: [what is shown before the gap)[span)       at the positions it would have without the gap; then its
+    a gap                                                            cells are moved to where the old ones were
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ def _show(cells: Cells, shown: Sequence[Span]) -> None:
 
 
 def rewrite(cells: Cells, adapter: Any, ids: Sequence[int], span: Span, shown: Sequence[Span]) -> None:
-    """Run the tokens of `span` again, with an adapter or (None) without, into their own positions."""
+    """Run the tokens of `span` again, with an adapter or (None) without, into their own positions.
+
+    Where there is a gap right before them they are run as if there were none, and their keys are turned to their positions
+    (llama.cpp takes no gap before the tokens it decodes). Gaps further back stay as they are, and no key is turned.
+    """
     _show(cells, shown)
     cells.remove(LIVE, span)  # first, so that the new cells take the very places of the old ones
+    start = cells.end(WORK) or span.start
     with cells.adapter(adapter):
-        cells.run(ids, span.start, WORK)
+        cells.run(ids, start, WORK)
+    if start != span.start:
+        cells.turn_work(start, span.start - start)
     cells.share(WORK, LIVE, span)
     cells.remove(WORK)
 
 
-def rewrite_behind(cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span], shown: Sequence[Span]) -> None:
-    """Run the tokens of `runs` again as if the gap before them (and older gaps between them) were not there.
-
-    Their keys are rotated to their positions at the next `settle`.
-    """
-    _show(cells, shown)
+def rewrite_runs(cells: Cells, ids: Sequence[int], runs: Sequence[Span], shown: Sequence[Span]) -> None:
+    """Run some runs of tokens again, one after the other: each sees what is shown before it, and the earlier ones as they are then."""
+    at = 0
     for run in runs:
-        cells.remove(LIVE, run)
-    _run_closed(cells, WORK, ids, gap, runs)
-    for run in runs:
-        cells.share(WORK, LIVE, run)
-    cells.remove(WORK)
+        seen = [Span(part.start, min(part.end, run.start)) for part in shown if part.start < run.start]
+        rewrite(cells, None, ids[at : at + len(run)], run, seen)
+        at += len(run)
 
 
 def _run_closed(cells: Cells, sequence: int, ids: Sequence[int], gap: Span, runs: Sequence[Span]) -> None:
@@ -98,8 +100,9 @@ class Bench:
             self.cells.run(ids, span.start, LIVE)
         self._hand_over(cells, [span])
 
-    def rewrite_behind(self, cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span], _: Any) -> None:
-        """As `rewrite_behind`, right after `rewrite` of the gap's end, whose window is shown."""
+    def rewrite_behind(self, cells: Cells, ids: Sequence[int], gap: Span, runs: Sequence[Span]) -> None:
+        """Run tokens right behind a gap, in a window, as if it and older gaps between them were not there; right after `rewrite` of
+        the gap's end, whose window is shown."""
         self.cells.remove(LIVE, gap)
         _run_closed(self.cells, LIVE, ids, gap, runs)
         self.cells.settle(0)

@@ -95,6 +95,10 @@ class GgufWeights:
             self._at += count * struct.calcsize(_SCALARS[sub])
         return count
 
+    def has(self, tensor: str) -> bool:
+        """Whether there is such a tensor."""
+        return tensor in self._tensors
+
     def shape(self, tensor: str) -> tuple[int, ...]:
         """`(rows, columns)` or `(values,)`.
 

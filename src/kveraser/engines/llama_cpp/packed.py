@@ -200,5 +200,4 @@ def _matrix(size: int) -> Tensor:
     matrix: Tensor = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    scaled: Tensor = matrix * size**-0.5
-    return scaled
+    return matrix.mul(size**-0.5)

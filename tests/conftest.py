@@ -44,13 +44,26 @@ settings.load_profile("kveraser")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests of the Qwen backbones, 1.6 GB of files, run only when they are asked for by their marker."""
+    """The order of the tests; those of the Qwen backbones, 1.6 GB of files, run only when they are asked for by their marker."""
+    items[:] = long_ones_first(items)
     if "backbones" in config.option.markexpr:
         return
     skipped = pytest.mark.skip(reason="needs the Qwen backbones, 1.6 GB to download: run `make test-backbones`")
     for item in items:
         if "backbones" in item.keywords:
             item.add_marker(skipped)
+
+
+def long_ones_first(items):
+    """Tests that take long begin each half of the list, file by file: two processes start with a half each."""
+    files = {}
+    for item in items:
+        if {"model", "long"} & set(item.keywords):
+            files.setdefault(item.path, []).append(item)
+    halves = [[item for file in list(files.values())[half::2] for item in file] for half in (0, 1)]
+    others = [item for item in items if not {"model", "long"} & set(item.keywords)]
+    middle = len(others) // 2
+    return [*halves[0], *others[:middle], *halves[1], *others[middle:]]
 
 
 VOCABULARY = 97

@@ -141,6 +141,7 @@ def test_ctrl_c_gives_exit_code_130(tiny_backbone, context_file, monkeypatch):
     assert "interrupted" in result.output
 
 
+@pytest.mark.long
 def test_the_demo_shows_every_method_in_every_story(tiny_backbone, eraser_folder, monkeypatch):
     monkeypatch.setattr(latency, "SUFFIXES", (64, 128))
     monkeypatch.setattr("kveraser.cli.demo.SUFFIXES", (64, 128))

@@ -31,6 +31,7 @@ SPANS = [kv.Span(40, 48), kv.Span(10, 14), kv.Span(70, 76), kv.Span(20, 26)]
 LENGTH = 110
 
 
+@pytest.mark.long
 @given(st.permutations(range(4)), st.permutations(SPANS), st.sampled_from([0, 6, 20]), st.booleans())
 def test_restoring_all_edits_in_any_order_ends_where_it_began(kind, order, spans, repair, neutral):
     """Bit for bit, where the backend can recompute the very tokens that must not come back yet."""
@@ -44,6 +45,7 @@ def test_restoring_all_edits_in_any_order_ends_where_it_began(kind, order, spans
     assert kind.off(context) < kind.tolerance
 
 
+@pytest.mark.long
 @given(st.permutations(SPANS), st.integers(0, 2), st.sampled_from([6, 20]))
 def test_restoring_an_older_edit_brings_back_nothing_of_what_a_later_one_erased(kind, spans, which, repair):
     """Contexts that differ in the span erased last alone are the same wherever a restore or a repair has written."""

@@ -112,6 +112,7 @@ def worker(*arguments, processes=1):
     return done, lines
 
 
+@pytest.mark.long
 def test_a_killed_process_goes_on_to_the_very_same_weights(tmp_path, corpus):
     _, (whole,) = worker(tmp_path / "whole", corpus)
     killed, nothing = worker(tmp_path / "killed", corpus, 5)
@@ -122,6 +123,7 @@ def test_a_killed_process_goes_on_to_the_very_same_weights(tmp_path, corpus):
     assert (resumed["best"], resumed["last"]) == (whole["best"], whole["last"])
 
 
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(tmp_path, corpus):
     _, (one,) = worker(tmp_path / "one", corpus)
     done, both = worker(tmp_path / "two", corpus, processes=2)

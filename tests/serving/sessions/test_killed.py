@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+import pytest
 from serving_helpers import free_port
 
 import kveraser as kv
@@ -41,6 +42,7 @@ for number in range(10_000):
 """
 
 
+@pytest.mark.long
 def test_what_was_acknowledged_is_there_after_kill_minus_nine(tmp_path):
     here = Path(__file__).parents[1]
     code = _SERVER.format(tests=str(here.parent), here=str(here), state=str(tmp_path / "state"))
@@ -116,6 +118,7 @@ def server_process(folder):
             process.kill()
 
 
+@pytest.mark.long
 def test_after_kill_minus_nine_under_load_every_acknowledged_turn_is_there_and_goes_on_identically(tmp_path):
     model = text_model()
     model.save_pretrained(tmp_path / "model")

@@ -33,13 +33,13 @@ def test_a_saved_context_goes_on_as_if_it_had_never_been_saved(pair, tmp_path, c
     assert loaded.erased == (spans[3],)
 
 
-def test_saving_again_leaves_one_file_of_cells(pair, tmp_path):
+def test_saving_again_leaves_one_session_and_its_key(pair, tmp_path):
     context = pair.context()
     read(context)
     context.save(tmp_path)
     context.append(ids_of(3))
     context.save(tmp_path)
-    assert len(list(tmp_path.glob("cells-*"))) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["session.key", "session.kveraser"]
     assert len(engine.LlamaCppContext.load(tmp_path, pair.model, pair.found)) == 81
 
 

@@ -56,12 +56,11 @@ def pytest_collection_modifyitems(config, items):
 
 def long_ones_first(items):
     """Tests that take long begin each half of the list, file by file: two processes start with a half each."""
-    files = {}
+    files, others = {}, []
     for item in items:
-        if {"model", "long"} & set(item.keywords):
-            files.setdefault(item.path, []).append(item)
+        takes_long = {"model", "long"} & set(item.keywords)
+        (files.setdefault(item.path, []) if takes_long else others).append(item)
     halves = [[item for file in list(files.values())[half::2] for item in file] for half in (0, 1)]
-    others = [item for item in items if not {"model", "long"} & set(item.keywords)]
     middle = len(others) // 2
     return [*halves[0], *others[:middle], *halves[1], *others[middle:]]
 

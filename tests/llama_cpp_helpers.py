@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,25 @@ import kveraser as kv
 from conftest import build, make_config, random_eraser
 from kveraser.export.names import Naming
 from kveraser.model.fingerprint import Fingerprint
+
+
+@contextmanager
+def failing_decode(context, after, error=RuntimeError):
+    """In a context of llama.cpp, every decode but the first `after` fails; afterwards they work again."""
+    calls, decode = [], context.backend.cells._decode
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise error("stop")
+        decode(*arguments)
+
+    context.backend.cells._decode = failing
+    try:
+        yield
+    finally:
+        context.backend.cells._decode = decode
+
 
 VOCABULARY = 320
 LETTERS = [chr(code) for code in range(33, 127)]

@@ -17,33 +17,23 @@ from kveraser.engines.llama_cpp import model as model_module
 from kveraser.engines.llama_cpp.cells import LIVE
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
 from kveraser.errors import EngineError
-from llama_cpp_helpers import ERASING, QUESTION, Pair, bits, equal, ids_of, read, tiny_pair
+from llama_cpp_helpers import ERASING, QUESTION, Pair, bits, equal, failing_decode, ids_of, read, tiny_pair
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("method", ERASING)
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_failing_forward_leaves_cells_and_ledger_as_they_were(pair, monkeypatch, method, at, error):
+def test_a_failing_forward_leaves_cells_and_ledger_as_they_were(pair, method, at, error):
     context = pair.context()
     span = read(context)[1]
     before, logits = bits(context), context.logits_ids(QUESTION)
-    calls, decode = [], context.backend.cells._decode
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) > at:
-            raise error("stop")
-        decode(*arguments)
-
-    monkeypatch.setattr(context.backend.cells, "_decode", failing)
     try:
-        context.erase(span, method)
+        with failing_decode(context, at, error):
+            context.erase(span, method)
     except error:
-        monkeypatch.setattr(context.backend.cells, "_decode", decode)
         assert equal(bits(context), before)
         assert context.erased == ()
         assert context.exact
-    monkeypatch.setattr(context.backend.cells, "_decode", decode)
     if not context.erased:
         assert torch.equal(context.logits_ids(QUESTION), logits)
         context.erase(span, method)

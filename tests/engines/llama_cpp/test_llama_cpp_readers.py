@@ -20,7 +20,7 @@ from kveraser.engines.llama_cpp.listening import LlamaCppSource
 from kveraser.engines.llama_cpp.packed import Packed
 from kveraser.errors import CalibrationError, EngineError
 from kveraser.readers import ModelSource, calibrate, remember
-from llama_cpp_helpers import ids_of, tiny_pair
+from llama_cpp_helpers import failing_decode, ids_of, tiny_pair
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 CACHES = {
@@ -253,19 +253,10 @@ def test_restore_is_bit_exact(both, cache, method):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_failing_run_leaves_cells_and_ledger_as_they_were(both, monkeypatch, error, at):
+def test_a_failing_run_leaves_cells_and_ledger_as_they_were(both, error, at):
     context = both.context()
     before, logits = bits(context), context.logits_ids(QUESTION)
-    calls, decode = [], context.backend.cells._decode
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) > at:
-            raise error("stop")
-        decode(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(context.backend.cells, "_decode", failing)
+    with failing_decode(context, at, error), pytest.raises(error):
         context.erase(SPAN, "kveraser:block=4")
     assert bits(context) == before
     assert (context.erased, context.exact) == ((), True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kveraser.errors import ApiError, BadCallError, SchemaError
+from kveraser.errors import ApiError
 from kveraser.serving.anthropic.blocks import TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock, text_of
 from kveraser.serving.anthropic.protocol import AssistantMessage, CountRequest, UserMessage
 from kveraser.serving.chat.messages import Call, ChatMessage
+from kveraser.serving.chat.offering import offered
 from kveraser.serving.chat.rendering import Chat
-from kveraser.serving.chat.tools import Toolset
 
 
 def chat_of(body: CountRequest) -> Chat:
@@ -38,7 +38,7 @@ def chat_of(body: CountRequest) -> Chat:
             messages.append(ChatMessage("system", text_of(message.content)))
     chat = Chat(
         tuple(messages),
-        _toolset(body),
+        offered([tool.tool() for tool in body.tools or ()], body.choice, "input_schema"),
         think=body.thinking is not None and body.thinking.type != "disabled",
         tells_thinking=True,
     )
@@ -102,16 +102,3 @@ def _begun(chat: Chat, place: str) -> Chat:
     if len(chat.messages) == 1:
         raise ApiError(400, "messages: there is nothing to reply to", param="messages")
     return replace(chat, messages=chat.messages[:-1], begun=last.text)
-
-
-def _toolset(body: CountRequest) -> Toolset:
-    tools = [tool.tool() for tool in body.tools or ()]
-    if len({tool.name for tool in tools}) < len(tools):
-        raise ApiError(400, "tools: two have the same name", param="tools")
-    try:
-        return Toolset.of(tools, body.choice)
-    except SchemaError as error:
-        place = f"tools[{error.index}].input_schema"
-        raise ApiError(400, f"{place}: {error}", param=place) from None
-    except BadCallError as error:
-        raise ApiError(400, f"tool_choice: {error}", param="tool_choice") from None

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kveraser.errors import ApiError, BadCallError, ContextLengthError, SchemaError
+from kveraser.errors import ApiError, ContextLengthError
 from kveraser.serving.chat.answering import Asked
+from kveraser.serving.chat.offering import offered
 from kveraser.serving.chat.rendering import Chat, ChatRenderer
 from kveraser.serving.chat.tools import Toolset
 from kveraser.serving.completion import Prompt
@@ -37,15 +38,7 @@ def _toolset(body: ChatRequest) -> Toolset:
     tools = body.offered()
     if not tools and body.tool_choice not in (None, "none"):
         raise ApiError(400, "tool_choice: there are no tools to choose from", param="tool_choice")
-    if len({tool.name for tool in tools}) < len(tools):
-        raise ApiError(400, "tools: two have the same name", param="tools")
-    try:
-        return Toolset.of(tools, body.choice)
-    except SchemaError as error:
-        place = f"tools[{error.index}].function.parameters"
-        raise ApiError(400, f"{place}: {error}", param=place) from None
-    except BadCallError as error:
-        raise ApiError(400, f"tool_choice: {error}", param="tool_choice") from None
+    return offered(tools, body.choice, "function.parameters")
 
 
 def completion_asked(service: Service, body: CompletionRequest, owner: str) -> Asked:

@@ -15,13 +15,13 @@ from functools import lru_cache
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.serving import decoding
 from kveraser.serving.app import AppOptions, create_app
 from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
+from kveraser.serving.server import Server as ThreadedServer
 from kveraser.serving.service import Service, ServiceOptions
 
 NAME = "org/tiny"
@@ -177,7 +177,7 @@ def free_port():
 def running(service, *keys, name=NAME):
     """A real server in a thread, which closes the service at the end; gives its URL."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(service, AppOptions(name, keys)), port=port, log_level="error"))
+    server = ThreadedServer(create_app(service, AppOptions(name, keys)), service, port=port, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -69,7 +69,9 @@ def test_it_serves_with_keys_from_the_environment_and_without_an_access_log(monk
     seen = {}
     monkeypatch.setenv("KVERASER_API_KEYS", "alpha, beta")
     monkeypatch.setattr(command, "load", lambda *_: (text_model(), make_tokenizer()))
-    monkeypatch.setattr(uvicorn, "run", lambda served, **settings: seen.update(settings, app=served))
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self: seen.update(vars(self.config), started=setattr(self, "started", True))
+    )
     result = run.invoke(app, ["serve", "--host", "0.0.0.0", "--served-name", "tiny", "--policy", "auto"])
     assert result.exit_code == 0, result.output
     assert "tiny" in result.output

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,7 @@ from kveraser.cli.common import (
 from kveraser.errors import OptionError
 from kveraser.serving.exposure import check_exposure, check_keys
 
+_NOT_STARTED = 3
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -82,9 +84,8 @@ def serve_command(
     """
     with reported():
         try:
-            import uvicorn
-
             from kveraser.serving.app import AppOptions, create_app
+            from kveraser.serving.server import Server
             from kveraser.serving.service import Service, ServiceOptions
         except ImportError as error:
             raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
@@ -105,5 +106,8 @@ def serve_command(
         app = create_app(service, AppOptions(name, keys, limit, hosts=hosts))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
-        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
-        uvicorn.run(app, host=host.strip("[]"), port=port, **settings)
+        server = Server(app, service, host=host.strip("[]"), port=port, log_level="warning", access_log=False)
+        with suppress(KeyboardInterrupt):  # it has stopped as it should, and passes the signal on
+            server.run()
+        if not server.started:
+            raise typer.Exit(_NOT_STARTED)

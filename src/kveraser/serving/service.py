@@ -153,6 +153,10 @@ class Service:
     def _publish(self) -> None:
         self.numbers = self.store.numbers()
 
+    def stop_soon(self) -> None:
+        """Take up no more work; what takes longer than the grace is told so. `close` has to follow."""
+        self.worker.stop_soon(self.options.grace)
+
     def close(self) -> None:
         """Finish what is running, write the contexts to disk, and stop."""
         self.worker.stop(self.options.grace)

@@ -19,6 +19,7 @@ from kveraser.errors import JobCancelledError, JobTimeoutError, QueueFullError
 log = logging.getLogger("kveraser.serving")
 
 T = TypeVar("T")
+_STOPPING = "the server is stopping"
 
 
 class Job:
@@ -33,16 +34,16 @@ class Job:
         self.work, self.timeout = work, timeout
         self.future: Future[Any] = Future()
         self._deadline = time.monotonic() + timeout
-        self._cancelled, self._begun, self._lock = False, False, threading.Lock()
+        self._cancelled, self._begun, self._lock = "", False, threading.Lock()
 
     @property
     def waits(self) -> bool:
         """Whether it is still to be begun."""
         return not self._begun
 
-    def cancel(self) -> None:
+    def cancel(self, why: str = "the request was cancelled") -> None:
         """Have the work stop at its next `check()`; if it has not begun, it never does."""
-        self._cancelled = True
+        self._cancelled = self._cancelled or why
         self.give_up()
 
     def check(self) -> None:
@@ -52,7 +53,7 @@ class Job:
 
     def _why_stop(self) -> JobCancelledError | JobTimeoutError | None:
         if self._cancelled:
-            return JobCancelledError("the request was cancelled")
+            return JobCancelledError(self._cancelled)
         if time.monotonic() > self._deadline:
             return JobTimeoutError(f"the request took longer than {self.timeout:g} s, waiting included")
         return None
@@ -104,7 +105,7 @@ class Worker:
         """
         with self._changed:
             if self._stopping:
-                raise JobCancelledError("the server is stopping")
+                raise JobCancelledError(_STOPPING)
             waiting = self._clear()
             if waiting >= self._capacity:
                 raise QueueFullError(waiting, max(1, math.ceil(waiting * self._typical)))
@@ -115,15 +116,25 @@ class Worker:
 
     def stop(self, grace: float) -> None:
         """Take no more jobs; finish those there are, for `grace` seconds, then cancel the others; end the thread."""
+        self.stop_soon(grace)
+        self._thread.join()
+
+    def stop_soon(self, grace: float) -> None:
+        """The same without waiting for it. Said a second time, it changes nothing."""
         with self._changed:
+            if self._stopping:
+                return
             self._stopping = True
             self._changed.notify()
+        threading.Thread(target=self._cancel_after, args=(grace,), name="kveraser-stopping", daemon=True).start()
+
+    def _cancel_after(self, grace: float) -> None:
         self._thread.join(grace)
         while self._thread.is_alive():
             with self._changed:
                 jobs = [*self._queue, *([self._running] if self._running else [])]
             for job in jobs:
-                job.cancel()
+                job.cancel(_STOPPING)
             self._thread.join(0.05)
 
     def _clear(self) -> int:

@@ -213,7 +213,12 @@ def smollm():
 
 @pytest.fixture
 def corpus(tmp_path):
-    file = tmp_path / "corpus.txt"
+    return write_corpus(tmp_path)
+
+
+def write_corpus(folder):
+    """A file of running text, for training."""
+    file = folder / "corpus.txt"
     file.write_text(
         "\n\n".join(
             f"The car number {n} is blue and fast. It has a door with a code. The code is {n * 37}." for n in range(30)

@@ -45,13 +45,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Two processes of one thread each: the models of most tests are too small to keep more threads busy.
-PYTEST = python -m pytest --numprocesses 2 --dist worksteal
+# Only the plugins that are used: of any package that brings one, pytest rewrites every module, in each process anew.
+PLUGINS = xdist.plugin _hypothesis_pytestplugin schemathesis.pytest.plugin
+PYTEST = python -m pytest --disable-plugin-autoload $(PLUGINS:%=-p %) --numprocesses 2 --dist worksteal
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)
 
 # Counting lines makes tests of small models half as slow again, so it is done where these run alone.
-COUNTED = -m "not model" --cov --cov-report=term:skip-covered --cov-fail-under=90
+COUNTED = -m "not model" -p pytest_cov.plugin --cov --cov-report=term:skip-covered --cov-fail-under=90
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST) $(COUNTED)
 

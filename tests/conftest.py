@@ -6,10 +6,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import copy
 import itertools
 import json
 from dataclasses import replace
 from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 import kveraser as kv
 from kveraser.cache import growable_cache
+from kveraser.model.view import model_dtype
 from kveraser.training import EraserOptions, Stage, TrainConfig
 
 pytest_plugins = ["serving_helpers", "llama_cpp_helpers"]  # their fixtures
@@ -109,13 +112,19 @@ def tiny(family="llama", kv_heads=2, dtype=torch.float32):
     return build(make_config(family, kv_heads), dtype)
 
 
+_ERASERS = WeakKeyDictionary()
+
+
 def random_eraser(model, scale=0.2, **options):
-    """An eraser that changes something."""
-    eraser = kv.KVEraser.new(model, rank=4, alpha=8, **options)
-    generator = torch.Generator().manual_seed(1)
-    for _, parameter in eraser.named_parameters():
-        parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
-    return eraser
+    """An eraser that changes something; the caller's own. A copy of one is made in a hundredth of the time that PEFT takes for it."""
+    known = _ERASERS.setdefault(model, {})
+    key = repr((scale, sorted(options.items()), model_dtype(model)))
+    if key not in known:
+        known[key] = eraser = kv.KVEraser.new(model, rank=4, alpha=8, **options)
+        generator = torch.Generator().manual_seed(1)
+        for _, parameter in eraser.named_parameters():
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter)
+    return copy.deepcopy(known[key])
 
 
 def token_ids(count, rows=1, seed=0):
@@ -139,8 +148,6 @@ def prefill(model, ids, borders=None, cache=None, mask=None):
 @torch.no_grad()
 def next_logits(model, cache, ids, position=None, mask=None):
     """Logits of some more tokens behind a copy of the cache."""
-    import copy
-
     length = cache.get_seq_length()
     start = length if position is None else position
     where = torch.arange(start, start + ids.shape[1])[None].expand(ids.shape[0], -1)
@@ -213,7 +220,12 @@ def smollm():
 
 @pytest.fixture
 def corpus(tmp_path):
-    file = tmp_path / "corpus.txt"
+    return write_corpus(tmp_path)
+
+
+def write_corpus(folder):
+    """A file of running text, for training."""
+    file = folder / "corpus.txt"
     file.write_text(
         "\n\n".join(
             f"The car number {n} is blue and fast. It has a door with a code. The code is {n * 37}." for n in range(30)

@@ -53,6 +53,10 @@ class Kind:
         """Copies of the states of some slots."""
         raise NotImplementedError
 
+    def by_slot(self, context, length):
+        """The same of each of the first slots, apart."""
+        return [self.of_slots(context, [slot]) for slot in range(length)]
+
     def holds(self, tensor, old):
         """Whether a tensor, in its unused parts too, holds any of some old states."""
         return any(
@@ -116,6 +120,10 @@ class Transformers(Kind):
 
     def of_slots(self, context, slots):
         return [tensor[:, :, list(slots)] for tensor in states(context.cache)]
+
+    def by_slot(self, context, length):
+        every = states(context.cache)
+        return [[tensor[:, :, [slot]] for tensor in every] for slot in range(length)]
 
     def holds(self, tensor, old):
         # Layer 0's values depend on the token alone, and the secret's letters occur elsewhere: look at the layers above.

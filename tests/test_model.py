@@ -33,7 +33,7 @@ README = Path(__file__).parent.parent / "README.md"
 def told(smollm):
     model, tokenizer = smollm
     eraser = shipped_eraser(model)
-    methods = [NoErase(), FullRecompute(), kv.Steering(), kv.DeleteAndShift()]
+    methods = [NoErase(), FullRecompute(), kv.Steering()]
     return {
         (story.name, protocol): (
             story,

@@ -76,7 +76,8 @@ class SessionFileError(KVEraserError, ValueError):
 
 
 class DamagedError(KVEraserError, ValueError):
-    """A sealed file that is truncated or altered, or opened with another key. Whoever reads a session makes a `SessionFileError` of it."""
+    """A sealed or checksummed file that is truncated or altered, of a newer format, or opened with another key. Whoever reads a session
+    makes a `SessionFileError` of it."""
 
 
 class BackboneError(KVEraserError, RuntimeError):

@@ -56,13 +56,13 @@ def test_restoring_an_older_edit_brings_back_nothing_of_what_a_later_one_erased(
     found, written = [], []
     for these in (ids, other):
         context, _, receipts = erased_context(kind, these, spans, method)
-        before = [kind.of_slots(context, [slot]) for slot in range(LENGTH)]
+        before = kind.by_slot(context, LENGTH)
         report = context.restore(receipts[which])
         found.append(context)
         if report.exact and not report.bit_exact:  # everything that had read it was recomputed
             written.append(None)
             continue
-        now = [kind.of_slots(context, [slot]) for slot in range(LENGTH)]
+        now = kind.by_slot(context, LENGTH)
         written.append({slot for slot in range(LENGTH) if not same(before[slot], now[slot])})
     if None in written:
         assert written == [None, None]

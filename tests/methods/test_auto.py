@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -58,6 +59,13 @@ def test_the_cost_model_is_measured_once_and_kept():
     files = list((cache_folder() / "cost").glob("*.json"))
     assert len(files) == 1
     assert cost_model(model, steering, calibration) == first
-    files[0].write_text("{damaged")
-    assert cost_model(model, steering, calibration) is not None
-    json.loads(files[0].read_text())
+    whole = json.loads(files[0].read_text())
+    files[0].write_text(json.dumps({"format": whole["format"], **whole["body"]}))  # as it was written without checksum
+    assert cost_model(model, steering, calibration) == first
+    for damage in (
+        "{damaged",
+        json.dumps({**whole, "body": {**whole["body"], "plain": asdict(PassCost(0.0, 0.0, 9.0))}}),
+    ):
+        files[0].write_text(damage)
+        assert cost_model(model, steering, calibration).plain.pair < 9.0
+        assert json.loads(files[0].read_text()).keys() == whole.keys()

@@ -5,22 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
+import signal
 import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from worker import learn
 
 import kveraser as kv
-from conftest import build, make_config, make_tokenizer, prefill, states, text_model
+from conftest import build, make_config, make_tokenizer, prefill, states, text_model, write_corpus
 from kveraser.errors import TrainingError
 from kveraser.training import Stage, train_eraser
-
-WORKER = Path(__file__).with_name("worker.py")
+from processes import start
 
 
 def run(config, output, **options):
@@ -98,40 +95,52 @@ def test_a_run_that_was_interrupted_ends_with_the_very_same_weights(tmp_path, sh
     assert log == [0, 1, 2, 3, 4]
 
 
-def worker(*arguments, processes=1):
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER), *map(str, arguments)]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-        command = [sys.executable, *launcher, *command[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"losses"')]
-    return done, lines
+def learned(output, corpus, *, kill_at=None, processes=1):
+    """What each of the processes of a run has answered, and how each ended; they are told of each other as `torchrun` does it."""
+    output.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    here |= {"LOCAL_WORLD_SIZE": str(processes), "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    answers = [output / f"answer-{rank}-{kill_at}.json" for rank in range(processes)]
+    started = []
+    for rank, answer in enumerate(answers):
+        own = {**here, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        log = answer.with_suffix(".log")
+        started.append(start(learn, output / "run", corpus, answer, kill_at, log=log, **own))
+    for process in started:
+        process.join(300)
+    said = [json.loads(answer.read_text()) if answer.exists() else None for answer in answers]
+    return said, [process.exitcode for process in started]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The answer of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    (answer,), (ended,) = learned(folder / "run", write_corpus(folder))
+    assert ended == 0, next((folder / "run").glob("*.log")).read_text()
+    return answer
 
 
 @pytest.mark.long
-def test_a_killed_process_goes_on_to_the_very_same_weights(tmp_path, corpus):
-    _, (whole,) = worker(tmp_path / "whole", corpus)
-    killed, nothing = worker(tmp_path / "killed", corpus, 5)
-    assert killed.returncode < 0
-    assert not nothing
-    _, (resumed,) = worker(tmp_path / "killed", corpus)
+def test_a_killed_process_goes_on_to_the_very_same_weights(tmp_path, corpus, whole):
+    (nothing,), (ended,) = learned(tmp_path / "killed", corpus, kill_at=5)
+    assert ended == -signal.SIGKILL
+    assert nothing is None
+    (resumed,), _ = learned(tmp_path / "killed", corpus)
     assert resumed["losses"] == whole["losses"][5:]
     assert (resumed["best"], resumed["last"]) == (whole["best"], whole["last"])
 
 
 @pytest.mark.long
-def test_two_processes_learn_what_one_does(tmp_path, corpus):
-    _, (one,) = worker(tmp_path / "one", corpus)
-    done, both = worker(tmp_path / "two", corpus, processes=2)
-    assert len(both) == 2, done.stderr[-2000:]
-    first, second = sorted(both, key=lambda entry: entry["rank"])
+def test_two_processes_learn_what_one_does(tmp_path, corpus, whole):
+    (first, second), ended = learned(tmp_path / "two", corpus, processes=2)
+    assert ended == [0, 0], (tmp_path / "two" / "answer-0-None.log").read_text()[-2000:]
     assert first["best"] == second["best"]
     assert not second["losses"]  # only the main process reports
-    for alone, shared in zip(one["losses"], first["losses"], strict=True):
+    for alone, shared in zip(whole["losses"], first["losses"], strict=True):
         assert math.isclose(alone, shared, rel_tol=1e-5, abs_tol=1e-9)
 
 

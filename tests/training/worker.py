@@ -1,4 +1,4 @@
-"""A short run in a process of its own: `worker.py OUTPUT CORPUS [KILL_AT]` prints its losses and the final weights' hash."""
+"""A short run in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import make_tokenizer, text_model
 from kveraser.training import EraserOptions, Stage, TrainConfig, train_eraser
 
 
-def main() -> None:
+def learn(output, corpus, answer, kill_at=None):
+    """Train; write the losses and hashes of the final weights to the file `answer`. With `kill_at`, be killed after that step."""
     torch.set_num_threads(1)
-    output, corpus = Path(sys.argv[1]), sys.argv[2]
-    kill_at = int(sys.argv[3]) if len(sys.argv) > 3 else None
     stage = Stage(
         ("needle", "in-context"), steps=6, contexts=3, tokens=(24, 80), spacing=40, spans=2, learning_rate=5e-3, warmup=2,
         average=0.5, validate_every=3, validation_contexts=3, checkpoint_every=2,
@@ -37,9 +33,4 @@ def main() -> None:
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in eraser.parameters())).hexdigest()
     state = torch.load(output / "finetune" / "checkpoint.pt", weights_only=True)
     last = hashlib.sha256(b"".join(w.numpy().tobytes() for w in state["weights"])).hexdigest()
-    line = {"losses": losses, "best": digest, "last": last, "rank": os.environ.get("RANK", "0")}
-    sys.stdout.write(json.dumps(line) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    answer.write_text(json.dumps({"losses": losses, "best": digest, "last": last}))

@@ -35,7 +35,7 @@ from kveraser.evaluation.record import Part, Record, RecordLog
 from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
-from kveraser.model.backbone import digest
+from kveraser.files import digest
 from kveraser.tasks import ChatForm, Filler, read_passages
 from kveraser.tasks import tasks as all_tasks
 from kveraser.tasks.document_qa import DocumentQA

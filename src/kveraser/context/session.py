@@ -19,7 +19,7 @@ from kveraser.context.chat import Message
 from kveraser.context.ids import IdBuffer
 from kveraser.context.messages import Conversation
 from kveraser.context.state import EditRecord
-from kveraser.errors import RestoreError, SessionFileError
+from kveraser.errors import DamagedError, RestoreError, SessionFileError
 from kveraser.methods import EraseReceipt
 from kveraser.spans import Erased, Span, SpanLedger
 
@@ -100,7 +100,7 @@ def readable(what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, SessionFileError):
             raise
-        why = error if isinstance(error, RestoreError) else repr(error)
+        why = error if isinstance(error, DamagedError | RestoreError) else repr(error)
         raise SessionFileError(f"{what} cannot be read as a session: {why}") from error
 
 

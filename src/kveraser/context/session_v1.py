@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from kveraser.context.session import Session
 from kveraser.errors import SessionFileError
+from kveraser.files import opened
 
 FORMAT = 1
 INDEX = "session.json"
@@ -24,19 +24,13 @@ def read_session(folder: Path, stored_as: tuple[str, str]) -> tuple[Session, str
     """Read and check a session; also its checksum.
 
     Raises:
-        SessionFileError: truncated, altered, or of a newer format.
+        SessionFileError: its states are truncated or altered.
+        DamagedError: its index is altered, or of a newer format.
         OSError, ValueError, KeyError, TypeError: missing, or something else.
     """
     index_file = folder / INDEX
     envelope = json.loads(index_file.read_text(encoding="utf-8"))
-    form = envelope["format"]
-    if form > FORMAT:
-        raise SessionFileError(f"{index_file} has format {form}, this version reads {FORMAT}; update kveraser")
-    body = envelope["session"]
-    if _checksum(body) != envelope["sha256"]:
-        raise SessionFileError(
-            f"{index_file} was altered: its checksum does not fit; restore the file or start a new session"
-        )
+    body = opened(envelope, FORMAT, index_file, name="session")
     expected = body[stored_as[0]]
     file = folder / str(expected["file"])
     if file.parent != folder:
@@ -75,7 +69,3 @@ def files(folder: Path, stored_as: tuple[str, str] | None = None) -> Iterator[Pa
 def _is_half_overwritten(file: Path) -> bool:
     with file.open("rb") as stream:
         return not any(stream.read(1))
-
-
-def _checksum(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

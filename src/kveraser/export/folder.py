@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from kveraser.eraser.adapter_files import CONFIG, WEIGHTS
 from kveraser.errors import EraserMismatchError
 from kveraser.export.source import EraserFiles
-from kveraser.files import write_atomically
-from kveraser.model.backbone import digest
+from kveraser.files import digest, write_atomically
 
 # What every version of PEFT, and whoever reads its files, understands; newer fields only where they say something.
 _PLAIN = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout",

@@ -19,7 +19,7 @@ from kveraser.eraser import EraserConfig
 from kveraser.eraser.adapter_files import CONFIG, WEIGHTS
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
-from kveraser.model.backbone import digest
+from kveraser.files import digest
 
 _KEY_PREFIX = "base_model.model."
 

@@ -3,20 +3,22 @@
 Knows: backends, spans, token ids. Does not know about text, ledgers, undoing, or how any method works.
 
 A method is one small frozen dataclass. It says beforehand which slots it will overwrite (`plan`), and then overwrites
-them (`apply`). What all of them share is around them: checks, undo, roll-back and the receipt (`transaction.py`).
+them (`apply`). What all of them share is around them: checks, undo, roll-back and the receipt (`transaction.py`). What tables
+and plots want to know of one is in `comparing.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kveraser.cache import Backend, Can, Eraser, Marks, Tokens
 from kveraser.methods.choice import Choice
+from kveraser.methods.comparing import Compared
 from kveraser.methods.slots import neighbors
 from kveraser.readers import Text
 from kveraser.spans import Span
@@ -99,7 +101,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class EraseMethod:
+class EraseMethod(Compared):
     """One way to erase spans from a cache. Subclasses are frozen dataclasses; their fields are the method's options."""
 
     name: ClassVar[str]
@@ -118,24 +120,6 @@ class EraseMethod:
     """Whether `apply` also repairs what earlier edits left, so that it has work to do even without spans."""
     moves_keys: ClassVar[bool] = False
     """Whether what follows the spans moves up, so that cached keys are rotated and rounded again."""
-    budget_option: ClassVar[str | None] = None
-    """The option that says how many tokens behind each span are recomputed, if there is one."""
-    compared: ClassVar[bool] = True
-    """Whether tables compare it with the others; not where it only chooses among them."""
-    compared_at_nothing: ClassVar[bool] = False
-    """Whether tables also show it with nothing recomputed, since it erases even then."""
-    timed: ClassVar[bool] = True
-    """Whether short tables of latency show it."""
-
-    def with_budget(self, tokens: int) -> EraseMethod:
-        """The method at so many recomputed tokens per span; methods without such an option stay as they are."""
-        changed: dict[str, int] = {} if self.budget_option is None else {self.budget_option: tokens}
-        return cast("EraseMethod", replace(cast("Any", self), **changed))
-
-    @property
-    def recomputes(self) -> int | None:
-        """How many tokens behind each span it is told to recompute; None where that is not said."""
-        return None if self.budget_option is None else getattr(self, self.budget_option)
 
     def chosen(self, edit: Edit) -> EraseMethod:
         """The method that does an edit: this one, unless it only chooses among others, and then needs none of the following."""

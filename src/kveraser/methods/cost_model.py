@@ -13,7 +13,6 @@ random states, for the plain model and for the model with the eraser in it. Tell
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
-from kveraser.files import cache_folder, write_atomically
+from kveraser.files import cache_folder, digest_json, enclosed, opened, write_atomically
 from kveraser.model.view import causal_lm, finish, kv_shape, model_device, model_dtype, text_config
 from kveraser.readers import Calibration, ModelSource, Scene
 from kveraser.spans import Span
@@ -164,15 +163,16 @@ def cost_model(
     config = text_config(base)
     shape = [config.model_type, config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", 0)]
     kinds = ["neutral" if steering_model is model else "trained", calibration.tells]
-    key = hashlib.sha256(json.dumps([_FORMAT, setting, shape, kinds]).encode()).hexdigest()[:16]
+    key = digest_json([_FORMAT, setting, shape, kinds])[:16]
     file = cache_folder() / "cost" / f"{key}.json"
     if not refresh:
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            said = json.loads(file.read_text(encoding="utf-8"))
+            data = opened(said, _FORMAT, file) if "body" in said else said  # older ones have no checksum
             return CostModel(*(PassCost(**data[name]) for name in ("plain", "steering", "telling")))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not measured yet, or damaged: measure
     measured = measure(model, steering_model, calibration)
-    body = {"format": _FORMAT, "setting": setting, "shape": shape, "kinds": kinds, **asdict(measured)}
-    write_atomically(file, json.dumps(body, indent=2).encode())
+    body = {"setting": setting, "shape": shape, "kinds": kinds, **asdict(measured)}
+    write_atomically(file, enclosed(body, _FORMAT, indent=2))
     return measured

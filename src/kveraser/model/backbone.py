@@ -10,7 +10,6 @@ named backbone's file is known beforehand: once converted, the file is not read 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from kveraser.errors import BackboneError
-from kveraser.files import cache_folder, write_atomically
+from kveraser.files import cache_folder, digest, write_atomically
 from kveraser.model.backbone_files import find_gguf, remedies
 from kveraser.model.names import BACKBONES, EMBEDDED, NamedBackbone
 
@@ -198,12 +197,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         fresh.generation_config = model.generation_config
         fresh.save_pretrained(folder)
         AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(folder)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -158,6 +158,24 @@ def test_a_folder_of_version_one_is_taken_over_with_its_sessions_and_conversatio
     assert not list(tmp_path.glob("index.sqlite*"))
 
 
+@pytest.mark.parametrize("version", ["today", "without checksums"])
+def test_a_conversation_whose_card_was_altered_is_neither_used_nor_removed(make_service, tmp_path, caplog, version):
+    service = make_service(state_dir=tmp_path)
+    reply = ask(service, TALK)
+    service.close()
+    (card,) = tmp_path.rglob("kveraser-context.json")
+    body = json.loads(card.read_text())["body"]
+    if version != "today":
+        card.write_text(json.dumps({**body, "format": 2}))
+    else:
+        card.write_text(card.read_text().replace(f'"ids": [{body["ids"][0]},', f'"ids": [{body["ids"][0] + 1},'))
+    service = make_service(state_dir=tmp_path)
+    again = ask(service, TALK)
+    assert (again.reuse.method, again.text) == ("prefix" if version != "today" else "prefill", reply.text)
+    assert ("was altered" in caplog.text) == (version == "today")
+    assert card.exists() or version != "today"
+
+
 def test_a_newer_format_is_refused(make_service, tmp_path):
     make_service(state_dir=tmp_path).close()
     (marker,) = tmp_path.glob("*.json")

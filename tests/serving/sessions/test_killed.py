@@ -5,13 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import httpx
 import pytest
@@ -19,41 +15,42 @@ from serving_helpers import free_port
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
-from kveraser.serving.service import Service, ServiceOptions
-from kveraser.serving.sessions.sessions import Sessions
-
-_SERVER = """
-import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-from pathlib import Path
-from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.cli import app
 from kveraser.serving.service import Service, ServiceOptions
 from kveraser.serving.sessions.selection import Selection
 from kveraser.serving.sessions.sessions import Sessions
-service = Service(text_model(), make_tokenizer(), random_eraser(text_model()), ServiceOptions(state_dir=Path({state!r})))
-sessions = Sessions(service.store, service.limits)
-name = sessions.create("me").id
-print("session", name, flush=True)
-for number in range(10_000):
-    sessions.append_message("me", name, "tool", f"the code is {{number}}", f"call-{{number}}")
-    if number % 5 == 4:
-        sessions.erase("me", name, Selection(message=f"call-{{number - 2}}"), "kveraser")
-    print("done", number, flush=True)
-"""
+from processes import pipe, start
+
+
+def grow(state, told):
+    """A session that grows for ever, in a process of its own; what is acknowledged is told."""
+    options = ServiceOptions(state_dir=state)
+    service = Service(text_model(), make_tokenizer(), random_eraser(text_model()), options)
+    sessions = Sessions(service.store, service.limits)
+    name = sessions.create("me").id
+    told.send(("session", name))
+    for number in range(10_000):
+        sessions.append_message("me", name, "tool", f"the code is {number}", f"call-{number}")
+        if number % 5 == 4:
+            sessions.erase("me", name, Selection(message=f"call-{number - 2}"), "kveraser")
+        told.send(("done", number))
 
 
 @pytest.mark.long
 def test_what_was_acknowledged_is_there_after_kill_minus_nine(tmp_path):
-    here = Path(__file__).parents[1]
-    code = _SERVER.format(tests=str(here.parent), here=str(here), state=str(tmp_path / "state"))
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as process:
-        name, last = "", -1
-        for line in process.stdout:  # also what was written before the kill and read after it
-            word, _, value = line.strip().partition(" ")
+    heard, told = pipe()
+    process = start(grow, tmp_path / "state", told, log=tmp_path / "log")
+    told.close()
+    name, last = "", -1
+    with suppress(EOFError):
+        while True:  # also what was told before the kill and is heard after it
+            word, value = heard.recv()
             name = value if word == "session" else name
-            last = int(value) if word == "done" else last
+            last = value if word == "done" else last
             if last == 17:
                 os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     model = text_model()
     service = Service(model, make_tokenizer(), random_eraser(model), ServiceOptions(state_dir=tmp_path / "state"))
     try:
@@ -99,23 +96,28 @@ def do_directly(context, number, what, turn):
         context.erase(f"call-{turn}")
 
 
+def serve(command):
+    app(command)
+
+
 @contextmanager
 def server_process(folder):
     """`kveraser serve` in a process of its own; gives it, and its URL."""
     url = f"http://127.0.0.1:{(port := free_port())}"
-    command = [sys.executable, "-m", "kveraser", "serve", "--model", folder / "model", "--eraser", folder / "eraser",
-               "--dtype", "float32", "--port", port, "--state-dir", folder / "state"]  # fmt: skip
-    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
-        try:
-            for _ in range(1200):
-                assert process.poll() is None, process.stderr.read()
-                with suppress(httpx.TransportError):
-                    httpx.get(f"{url}/healthz")
-                    break
-                time.sleep(0.1)
-            yield process, url
-        finally:
-            process.kill()
+    command = ["serve", "--model", folder / "model", "--eraser", folder / "eraser", "--dtype", "float32", "--port", port,
+               "--state-dir", folder / "state"]  # fmt: skip
+    process = start(serve, list(map(str, command)), log=folder / "log")
+    try:
+        for _ in range(1200):
+            assert process.is_alive(), (folder / "log").read_text()
+            with suppress(httpx.TransportError):
+                httpx.get(f"{url}/healthz")
+                break
+            time.sleep(0.1)
+        yield process, url
+    finally:
+        process.kill()
+        process.join()
 
 
 @pytest.mark.long
@@ -139,7 +141,7 @@ def test_after_kill_minus_nine_under_load_every_acknowledged_turn_is_there_and_g
             clients = [pool.submit(work, number) for number in range(4)]
             while len(sessions) < 4 or min(count for _, count in sessions.values()) < 8:
                 assert not any(client.done() for client in clients)
-                time.sleep(0.001)
+                time.sleep(0.01)
             process.kill()
             for client in clients:
                 client.result()

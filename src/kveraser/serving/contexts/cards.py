@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from kveraser.context import session_folder
-from kveraser.files import disk
+from kveraser.errors import DamagedError
+from kveraser.files import disk, enclosed, opened
 from kveraser.files.writing import shred
 from kveraser.serving.contexts.matching import Ids
 
@@ -59,9 +60,9 @@ def _has_our_name(folder: Path, name: str) -> bool:
 
 def card_of(row: StoredContext) -> bytes:
     """The card of a context."""
-    fields = {"kveraser": "context", "format": FORMAT, "id": row.id, "owner": row.owner, "session": row.is_session,
+    fields = {"kveraser": "context", "id": row.id, "owner": row.owner, "session": row.is_session,
               "ids": row.ids.tolist(), "placeholders": list(row.placeholders), "prompt_end": row.prompt_end}  # fmt: skip
-    return json.dumps(fields).encode()
+    return enclosed(fields, FORMAT)
 
 
 def read_card(folder: Path, name: str) -> StoredContext | None:
@@ -69,11 +70,15 @@ def read_card(folder: Path, name: str) -> StoredContext | None:
     if not _has_our_name(folder, name) or (folder / CARD).is_symlink():
         return None
     try:
-        card = json.loads((folder / CARD).read_bytes())
+        said = json.loads((folder / CARD).read_bytes())
+        card = opened(said, FORMAT, folder / CARD) if "body" in said else said  # older ones have no checksum
         if (card["kveraser"], card["id"]) != ("context", name):
             return None
         ids = np.asarray(card["ids"], dtype=np.int64)
         return StoredContext(name, card["owner"], card["session"], ids, tuple(card["placeholders"]), card["prompt_end"])
+    except DamagedError as error:
+        log.warning("%s; what it belongs to is left where it is, and not used", error)
+        return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -13,10 +13,14 @@ const view = new TextView($("context"));
 const heat = new Heat(view, $("readers"), (characters, signal) => session.readers(characters, signal));
 let examples = [];
 let asking = null;
+let running = Promise.resolve();
 
 /** Do one thing at a time; say what went wrong. */
-async function doing(what, work) {
-  if (document.body.ariaBusy === "true") return;
+function doing(what, work) {
+  if (document.body.ariaBusy !== "true") running = doNow(what, work);
+}
+
+async function doNow(what, work) {
   document.body.ariaBusy = "true";
   heat.follow(null); // what it would look at may be gone by then
   $("error").textContent = "";
@@ -203,7 +207,7 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   setKey($("key").value.trim());
   $("key").value = "";
-  doing("", begin);
+  running.then(() => doing("", begin)); // another key may still be being tried
 });
 
 doing("", async () => {

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from kveraser.errors import StoreError
+from kveraser.files import enclosed, opened
 
 CHUNK = 256
 """Tokens per file."""
@@ -106,19 +107,16 @@ def to_manifest(entry: Entry) -> bytes:
         "salt": entry.salt,
         "client": entry.client,
     }
-    return json.dumps({"format": FORMAT, "sha256": _digest(body), "body": body}).encode()
+    return enclosed(body, FORMAT)
 
 
 def from_manifest(entry: str, text: str) -> Entry:
     """The entry that a file tells of.
 
     Raises:
-        ValueError, KeyError, TypeError: it was altered, or is of another version.
+        ValueError, KeyError, TypeError: it was altered, or is of a newer version.
     """
-    data = json.loads(text)
-    body = data["body"]
-    if data["format"] != FORMAT or data["sha256"] != _digest(body):
-        raise ValueError("its manifest was altered, or is of another version")
+    body = opened(json.loads(text), FORMAT, "its manifest")
     return Entry(
         id=entry,
         geometry=Geometry(**body["geometry"]),
@@ -133,10 +131,6 @@ def from_manifest(entry: str, text: str) -> Entry:
 def digest_ids(ids: Iterable[int]) -> str:
     """SHA-256 of token ids."""
     return hashlib.sha256(b"".join(int(token).to_bytes(8, "little") for token in ids)).hexdigest()
-
-
-def _digest(body: object) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def parts_of(entry: Entry, start: int, end: int) -> Iterator[Part]:

@@ -9,6 +9,7 @@ know about tasks, servers or engines.
     decoding        the one decoder: from logits to the next token, and on
     backend         what both ask of a cache and the model that fills it
     erasable        all that over transformers (transformers.py); engines have theirs
+    together        the next token of several of them at once
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kveraser.context.repairing import RepairProgress
 from kveraser.context.restoring import RestoreReport
 from kveraser.context.state import PURGED, ContextState, EditRecord
 from kveraser.context.text import says_a_line
+from kveraser.context.together import advance_together
 from kveraser.context.token_context import TokenContext
 from kveraser.context.transformers import LiveTransformers
 
@@ -41,6 +43,7 @@ __all__ = [
     "Step",
     "TokenContext",
     "Watch",
+    "advance_together",
     "says_a_line",
     "steps",
 ]

@@ -18,6 +18,7 @@
     +-- StoreError (RuntimeError)
     +-- SessionNotFoundError
     +-- QueueFullError
+    +-- NoRoomYetError
     +-- JobTimeoutError
     +-- JobCancelledError
     +-- ApiError
@@ -109,6 +110,10 @@ class QueueFullError(KVEraserError):
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
         self.retry_after = retry_after
+
+
+class NoRoomYetError(KVEraserError):
+    """There is no memory for a request while others are being answered; nothing was changed, and it waits until one of them is."""
 
 
 class JobTimeoutError(KVEraserError):

@@ -74,6 +74,12 @@ def serve_command(
     served_name: Annotated[str | None, typer.Option(help="The model's name in requests; default: --model.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered with 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 300.0,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Replies made at the same time; 1 makes them one after the other, with the very bits."
+        ),
+    ] = 16,
     body_limit: Annotated[str, typer.Option(help="Longest request.")] = "8M",
 ) -> None:
     """Serve a model with OpenAI's and Anthropic's API, reusing what is cached also after clients drop or clear messages.
@@ -95,7 +101,7 @@ def serve_command(
         options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]
             cache_budget=parse_bytes(cache_budget), placeholder=placeholder, state_dir=state_dir,
-            queue_size=queue_size, timeout=timeout,
+            queue_size=queue_size, timeout=timeout, batch=batch,
         )  # fmt: skip
         limit = parse_bytes(body_limit)
         backbone, tokenizer = load(model, device, dtype)

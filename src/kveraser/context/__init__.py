@@ -15,7 +15,7 @@ know about tasks, servers or engines.
 from __future__ import annotations
 
 from kveraser.context.backend import Keep, LiveBackend, Run
-from kveraser.context.decoding import GREEDY, Drawing, Step, Watch, steps
+from kveraser.context.decoding import GREEDY, Decoder, Drawing, Step, Watch, steps
 from kveraser.context.erasable import ErasableContext
 from kveraser.context.live import LiveContext
 from kveraser.context.repairing import RepairProgress
@@ -30,6 +30,7 @@ __all__ = [
     "GREEDY",
     "PURGED",
     "ContextState",
+    "Decoder",
     "Drawing",
     "EditRecord",
     "ErasableContext",

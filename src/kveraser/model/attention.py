@@ -40,7 +40,7 @@ def decoding_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Softmax attention, fast for one new token; arguments as of `grouped_attention`."""
-    batch, heads, tokens, size = query.shape
+    heads, tokens = query.shape[1:3]
     groups = key.shape[1]
     if tokens > 1 or groups == heads or attention_mask is not None or options.get("dropout"):
         result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)

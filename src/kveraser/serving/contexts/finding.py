@@ -1,6 +1,7 @@
 """A context for a request: the owner's conversation that saves the most, edited as the policy says.
 
-Knows: the store, matches, policies. Does not know about HTTP, sampling or decoding.
+Knows: the store, matches, policies. Does not know about HTTP, sampling or decoding. From a conversation in which a reply is being made,
+only what is exact is copied.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class ContextFinder:
             return self.store.new(owner, is_session=False), Reuse("prefill")
         held, found = best
         self.store.make_room(max(needed - held.bytes, 0), keep=held)
-        in_place = found.kept_until >= held.prompt_end
+        in_place = found.kept_until >= held.prompt_end and not held.busy
         # Steered slots keep their places, so a steered context may be longer than the prompt.
         fits = cache_length(held.context.cache) + len(ids) - found.new_from + max_tokens
-        if steer and (found.removals or in_place) and fits <= self.limits.context_length:
+        if steer and not held.busy and (found.removals or in_place) and fits <= self.limits.context_length:
             reuse = reuse_by_steering(held, found)
             held.repair = held.repair or policy == "auto"
             return held, reuse
@@ -60,7 +61,7 @@ class ContextFinder:
         best: tuple[int, str, Match] | None = None
         for candidate in self.store.candidates(owner):
             found = match(candidate.ids, wanted, placeholder=self.store.placeholder, starts=self._starts)
-            saved = found.gain if steer else min(found.prefix, candidate.exact_until)
+            saved = found.gain if steer and not candidate.busy else min(found.prefix, candidate.exact_until)
             if saved > 0 and (best is None or saved > best[0]):
                 best = saved, candidate.id, found
         held = self.store.get(owner, best[1], is_session=False) if best else None

@@ -31,6 +31,7 @@ class HeldContext:
         receipts: of a session's erases, by id, the oldest first: the states that undo them live in their receipts.
         has_copy: whether there is an exact copy in the making, of a repair that was begun.
         rebuild: an exact copy in the making, beside the context that goes on being used.
+        reserved: bytes that it may take while a reply is made in it; 0 where none is.
     """
 
     id: str
@@ -44,12 +45,18 @@ class HeldContext:
     receipts: dict[str, EraseReceipt] = field(default_factory=dict)
     has_copy: bool = False
     rebuild: ErasableContext | None = None
+    reserved: int = 0
     _view: tuple[tuple[Any, ...], View] | None = field(default=None, repr=False)
 
     @property
     def exact(self) -> bool:
         """Whether the context equals a fresh prefill of its view."""
         return self.context.exact and not self.placeholders
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is being made in it: it may be copied from, but neither edited nor let go of."""
+        return self.reserved > 0
 
     @property
     def bytes(self) -> int:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser
-from kveraser.errors import SessionFileError
+from kveraser.errors import NoRoomYetError, SessionFileError
 from kveraser.serving.contexts.cards import StoredContext
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.matching import Ids
@@ -36,11 +36,12 @@ DISK_TIMES = 4
 @dataclass(frozen=True)
 class Candidate:
     """A cached conversation that a request may use, in memory or on disk; `exact_until`: how many of its ids, from the
-    beginning, equal a fresh prefill (of one on disk: at most)."""
+    beginning, equal a fresh prefill (of one on disk: at most); `busy`: whether a reply is being made in it."""
 
     id: str
     ids: Ids
     exact_until: int
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ContextStore:
         """The owner's cached conversations, the most recently used first."""
         for held in reversed(list(self._held.values())):
             if held.owner == owner and not held.is_session:
-                yield Candidate(held.id, held.view.ids, held.exact_until)
+                yield Candidate(held.id, held.view.ids, held.exact_until, held.busy)
         for row in reversed(list(self._stored.values())):
             if row.owner == owner and not row.is_session and row.id not in self._held:
                 yield Candidate(row.id, row.ids, len(row.ids))
@@ -127,6 +128,11 @@ class ContextStore:
     def bytes(self) -> int:
         """Memory taken by keys and values."""
         return sum(held.bytes for held in self._held.values())
+
+    @property
+    def _spoken_for(self) -> int:
+        """Memory that keys and values take, or may take before the replies that are being made are done."""
+        return sum(max(held.bytes, held.reserved) for held in self._held.values())
 
     @property
     def count(self) -> tuple[int, int]:
@@ -164,15 +170,21 @@ class ContextStore:
 
     def make_room(self, extra: int = 0, keep: HeldContext | None = None) -> None:
         """Let go of things until `extra` more bytes fit into the budget: of what undoes erases, the oldest first, then of the
-        least recently used contexts, but not of `keep`, which go to disk."""
+        least recently used contexts, but not of `keep` or busy ones, which go to disk.
+
+        Raises:
+            NoRoomYetError: more are wanted, and there will be room for them once busy contexts are so no more.
+        """
         for held in list(self._held.values()):
-            while self.bytes + extra > self.budget and held.drop_oldest_undo():
+            while self._spoken_for + extra > self.budget and held.drop_oldest_undo():
                 pass
         for held in list(self._held.values()):
-            if self.bytes + extra <= self.budget:
+            if self._spoken_for + extra <= self.budget:
                 return
-            if held is not keep:
+            if held is not keep and not held.busy:
                 self._spill(held)
+        if extra and any(held.busy for held in self._held.values()) and self._spoken_for + extra > self.budget:
+            raise NoRoomYetError("other replies that are being made take up the memory; this waits until one is done")
 
     def close(self) -> None:
         """Write what is in memory to disk, and let go of the folder."""

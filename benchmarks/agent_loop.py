@@ -199,9 +199,7 @@ def main(
 ) -> None:
     """Replay it and print a table."""
     model, tokenizer = kv.load_backbone(name)
-    service = Service(
-        model, tokenizer, options=ServiceOptions(cache_budget=8 << 30, timeout=3600, placeholder=PLACEHOLDER)
-    )
+    service = Service(model, tokenizer, options=ServiceOptions(cache_budget=8 << 30, timeout=3600))
     try:
         rows = measure(service, name, Transcript(calls, words), api or list(APIS), keep, tokens)
     finally:

@@ -18,7 +18,7 @@
     +-- StoreError (RuntimeError)
     +-- SessionNotFoundError
     +-- QueueFullError
-    +-- NoRoomYetError
+    +-- NotYetError
     +-- JobTimeoutError
     +-- JobCancelledError
     +-- ApiError
@@ -112,8 +112,9 @@ class QueueFullError(KVEraserError):
         self.retry_after = retry_after
 
 
-class NoRoomYetError(KVEraserError):
-    """There is no memory for a request while others are being answered; nothing was changed, and it waits until one of them is."""
+class NotYetError(KVEraserError):
+    """What a request needs, memory or a conversation, is taken by replies that are being made; nothing was changed, and it waits until one of
+    them is done."""
 
 
 class JobTimeoutError(KVEraserError):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kveraser.errors import JobCancelledError, JobTimeoutError, NoRoomYetError, QueueFullError
+from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, QueueFullError
 from kveraser.serving.worker import Worker
 
 
@@ -174,7 +174,7 @@ def test_what_has_no_room_yet_waits_until_another_one_has_ended_and_is_told_so_o
     def wanting(job):
         tries.append(1)
         if held:
-            raise NoRoomYetError("later")
+            raise NotYetError("later")
         return "room"
 
     gate = threading.Event()
@@ -185,6 +185,6 @@ def test_what_has_no_room_yet_waits_until_another_one_has_ended_and_is_told_so_o
     assert first.future.done()
     assert len(tries) == 2
     held.append(1)
-    with pytest.raises(NoRoomYetError):
+    with pytest.raises(NotYetError):
         worker.submit(wanting, 5).future.result(5)
     worker.stop(1)

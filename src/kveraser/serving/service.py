@@ -23,6 +23,7 @@ from kveraser.model.view import causal_lm
 from kveraser.serving.beside import Beside
 from kveraser.serving.completion import Prompt, Reply, ReuseReport
 from kveraser.serving.contexts.finding import ContextFinder
+from kveraser.serving.contexts.forgetting import forget
 from kveraser.serving.contexts.idle_repair import IdleRepair
 from kveraser.serving.contexts.limits import Limits
 from kveraser.serving.contexts.reuse import Policy
@@ -38,8 +39,8 @@ class ServiceOptions:
 
     Attributes:
         policy: for requests that do not name one.
+        max_residual: under `auto`, for requests that do not name one: what edits in place may leave behind; None sets no limit.
         cache_budget: bytes of keys and values in memory, all contexts together.
-        placeholder: text that clients put in place of what they cleared; "" for none.
         state_dir: where contexts are kept; None keeps nothing beyond the process.
         queue_size: requests that may wait.
         timeout: seconds for one request, waiting included.
@@ -49,8 +50,8 @@ class ServiceOptions:
     """
 
     policy: Policy = "exact"
+    max_residual: float | None = None
     cache_budget: int = 4 << 30
-    placeholder: str = "[cleared]"
     state_dir: Path | None = None
     queue_size: int = 64
     timeout: float = 300.0
@@ -62,6 +63,8 @@ class ServiceOptions:
         for name in ("cache_budget", "queue_size", "timeout", "max_reply", "batch"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.max_residual is not None and not 0 <= self.max_residual <= 1:
+            raise OptionError(f"max_residual={self.max_residual} must be a share from 0 to 1")
 
 
 class Service:
@@ -82,12 +85,10 @@ class Service:
         self.eraser = eraser or default_eraser(model)
         self.vocabulary = int(causal_lm(model).get_input_embeddings().num_embeddings)
         self.limits = Limits.of(model, tokenizer, self.options.cache_budget)
-        placeholder = tuple(tokenizer.encode(self.options.placeholder, add_special_tokens=False))
         self.store = ContextStore(
-            model, tokenizer, eraser, budget=self.options.cache_budget, placeholder=placeholder,
-            folder=self.options.state_dir,
-        )  # fmt: skip
-        self._finder = ContextFinder(self.store, self.limits, tokenizer)
+            model, tokenizer, eraser, budget=self.options.cache_budget, folder=self.options.state_dir
+        )
+        self._finder = ContextFinder(self.store, self.limits, tokenizer, self.eraser)
         self.numbers = self.store.numbers()
         """Of the store, after the last piece of work; for all threads."""
         self.beside = Beside(self.options.queue_size)
@@ -121,7 +122,12 @@ class Service:
             emit: called with every piece of the reply as it comes, and with the reply so far; returns whether that is enough.
         """
         started, reading = time.perf_counter(), 0.0
-        held, reuse = self._finder.prepare(prompt.owner, prompt.ids, prompt.sampling.max_tokens, prompt.policy)
+        forgotten = None
+        if prompt.must_forget:
+            forgotten = forget(self.store, self.tokenizer, prompt.owner, prompt.must_forget)
+        held, reuse = self._finder.prepare(
+            prompt.owner, prompt.ids, prompt.sampling.max_tokens, prompt.policy, prompt.max_residual
+        )
         new = list(prompt.ids[reuse.kept :])
         held.reserved = self.limits.bytes_for(held.context.backend.length + len(new) + prompt.sampling.max_tokens)
         try:
@@ -136,13 +142,16 @@ class Service:
             report = ReuseReport(
                 method=reuse.method,
                 exact=held.exact,
+                reason=reuse.reason,
                 spans=reuse.spans,
                 tokens_reused=reuse.kept - reuse.mended,
                 tokens_recomputed=reuse.recomputed + len(new),
                 seconds=reading + time.perf_counter() - started,
                 recomputed=reuse.where,
-                residual=0.0 if held.exact else reuse.residual,
+                residual=0.0 if held.exact else held.residual,
                 eraser=reuse.eraser,
+                replacements=reuse.replacements,
+                forgotten=forgotten,
             )
             reply = Reply(report, len(prompt.ids))
             backend = held.context.backend

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from kveraser.errors import JobCancelledError, JobTimeoutError, NoRoomYetError, QueueFullError
+from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, QueueFullError
 
 log = logging.getLogger("kveraser.serving")
 
@@ -117,7 +117,7 @@ class Worker:
         self._stopping = False
         self._running: Job | None = None
         self._open: list[Job] = []  # replaced, not changed: other threads look at it
-        self._full = False  # a job waits for room that only the end of another one makes
+        self._full = False  # a job waits for what only the end of another one sets free
         self._thread = threading.Thread(target=self._run, name="kveraser-worker", daemon=True)
         self._thread.start()
 
@@ -251,10 +251,10 @@ class Worker:
         self._end(job, result, error)
 
     def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
-        """What became of a job; one for which there is no room yet waits again, until another one has ended."""
+        """What became of a job; one whose time has not come yet waits again, until another one has ended."""
         together = len(self._open)
         self._open = [other for other in self._open if other is not job]
-        if isinstance(error, NoRoomYetError) and self._open:
+        if isinstance(error, NotYetError) and self._open:
             self._full = True
             job.put_back()
             self._put_back(job)

@@ -1,10 +1,10 @@
 """Tokens per second of a server that many clients use at once, against one client's.
 
-    python benchmarks/throughput.py [--clients 16] [--tokens 48] [--repeats 3] [--output FOLDER]
+    python benchmarks/throughput.py [--clients 16] [--tokens 32] [--repeats 3] [--output FOLDER]
 
-Every client has a conversation of its own. One alone, all of them one after the other (`--batch 1`) and all at the same time take turns, so that
-what disturbs one disturbs all; ratios are what counts. Prompts are read afresh each time and are a part of the time. Then: how many of the replies
-made together, greedy, are those made one after the other. The service is called without HTTP around it.
+Every client has a conversation of its own that goes on turn by turn; the first turn, in which it is read, is not timed. One client alone, all of
+them one after the other (`--batch 1`) and all at the same time take turns, so that what disturbs one disturbs all; ratios are what counts. Then: how many of the
+replies made together, greedy, are those made one after the other to the same conversation. The service is called without HTTP around it.
 """
 
 from __future__ import annotations
@@ -43,22 +43,25 @@ class Clients:
         batch: of the service.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, batch: int, count: int, tokens: int) -> None:
         self.service = Service(
             model, tokenizer, options=ServiceOptions(cache_budget=8 << 30, timeout=3600, batch=batch)
         )
-        self.rounds = 0
-        self.replies: list[list[dict[str, Any]]] = []
+        self.talks, self.tokens = conversations(count), tokens
+        self.turns: list[list[tuple[str, dict[str, Any]]]] = []
+        """For each turn, what each client had sent, and the reply."""
 
-    def run(self, count: int, tokens: int) -> None:
-        """Each of so many clients asks once."""
-        self.rounds += 1
+    def turn(self) -> None:
+        """Each client asks once, and will have its conversation go on."""
 
-        def one(number: int) -> dict[str, Any]:
-            return ask(self.service, f"{self.rounds} {number}", conversations(count)[number], "exact", tokens)
+        def one(number: int) -> tuple[str, dict[str, Any]]:
+            talk = self.talks[number]
+            sent, reply = str(talk), ask(self.service, str(number), talk, "exact", self.tokens)
+            talk += [{"role": "assistant", "content": reply["text"]}, {"role": "user", "content": "Go on."}]
+            return sent, reply
 
-        with ThreadPoolExecutor(count) as pool:
-            self.replies.append(list(pool.map(one, range(count))))
+        with ThreadPoolExecutor(len(self.talks)) as pool:
+            self.turns.append(list(pool.map(one, range(len(self.talks)))))
 
 
 def same_start(left: str, right: str) -> float:
@@ -69,32 +72,31 @@ def same_start(left: str, right: str) -> float:
 
 def measure(model: Any, tokenizer: Any, clients: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Time all three; one row for each."""
-    groups = {ALONE: Clients(model, tokenizer, 1), ONE_BY_ONE: Clients(model, tokenizer, 1),
-              TOGETHER: Clients(model, tokenizer, clients)}  # fmt: skip
-    sizes = {ALONE: 1, ONE_BY_ONE: clients, TOGETHER: clients}
+    sizes = {ALONE: (1, 1), ONE_BY_ONE: (1, clients), TOGETHER: (clients, clients)}
+    groups = {name: Clients(model, tokenizer, *size, tokens) for name, size in sizes.items()}
     try:
         seconds = interleaved(
-            model, {name: lambda g=group, n=sizes[name]: g.run(n, tokens) for name, group in groups.items()}, repeats,
-            f"{clients} clients", warm_up=0,
-        )  # fmt: skip
+            model, {name: group.turn for name, group in groups.items()}, repeats, f"{clients} clients"
+        )
     finally:
         for group in groups.values():
             group.service.close()
     rows, alone = [], 0.0
-    serial = [reply["text"] for reply in groups[ONE_BY_ONE].replies[0]]
     for name, group in groups.items():
-        rates = [
-            sum(reply["completion_tokens"] for reply in replies) / taken
-            for replies, taken in zip(group.replies, seconds[name], strict=True)
-        ]
+        timed = [[reply for _, reply in turn] for turn in group.turns[1:]]
+        rates = [sum(r["completion_tokens"] for r in turn) / s for turn, s in zip(timed, seconds[name], strict=True)]
         rate = statistics.median(rates)
         alone = alone or rate
-        texts = [[reply["text"] for reply in replies] for replies in group.replies]
-        pairs = [(text, serial[n]) for each in texts for n, text in enumerate(each)]
+        pairs = [
+            (reply["text"], other["text"])
+            for turn, others in zip(group.turns, groups[ONE_BY_ONE].turns, strict=True)
+            for (sent, reply), (known, other) in zip(turn, others, strict=False)
+            if sent == known
+        ]
         rows.append({
-            "how": name, "clients": sizes[name], "tokens_per_second": rate, "times_one_client": rate / alone,
-            "first_token_seconds": statistics.median(r["seconds_to_first_token"] for e in group.replies for r in e),
-            "tokens": sum(r["completion_tokens"] for r in group.replies[0]), "replies": len(pairs),
+            "how": name, "clients": sizes[name][1], "tokens_per_second": rate, "times_one_client": rate / alone,
+            "first_token_seconds": statistics.median(r["seconds_to_first_token"] for turn in timed for r in turn),
+            "tokens": sum(r["completion_tokens"] for r in timed[0]), "replies": len(pairs),
             "same_replies": sum(text == other for text, other in pairs) / len(pairs),
             "same_start": statistics.fmean(same_start(text, other) for text, other in pairs), "seconds": seconds[name],
         })  # fmt: skip
@@ -103,7 +105,7 @@ def measure(model: Any, tokenizer: Any, clients: int, tokens: int, repeats: int)
 
 def main(
     clients: Annotated[int, typer.Option(help="Clients at the same time.")] = 16,
-    tokens: Annotated[int, typer.Option(help="Of each reply, at most.")] = 48,
+    tokens: Annotated[int, typer.Option(help="Of each reply, at most.")] = 32,
     repeats: Annotated[int, typer.Option(help="How often each is timed.")] = 3,
     name: Annotated[str, typer.Option("--model", help="The model.")] = DEFAULT_BACKBONE,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

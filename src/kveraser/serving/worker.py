@@ -6,7 +6,8 @@ Most work is done whole, one piece after the other. Work that takes turns is a g
 other work is done between their turns. One yields `None` to let others have a turn, or a wish; all wishes that there are by then are
 granted together, and each generator is sent what became of its own (an exception is thrown into it).
 
-    a round:   one piece of work from the queue, whole | one turn of the oldest that has no wish | all wishes
+    a round:   a piece of work from the queue, whole, and a turn of the oldest that has no wish, | all wishes
+               and more of both for as long as the last wishes took
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ class Worker:
         self._stopping = False
         self._running: Job | None = None
         self._open: list[Job] = []  # replaced, not changed: other threads look at it
+        self._granting = 0.0  # seconds that the last wishes took
         self._full = False  # a job waits for what only the end of another one sets free
         self._thread = threading.Thread(target=self._run, name="kveraser-worker", daemon=True)
         self._thread.start()
@@ -195,12 +197,10 @@ class Worker:
     def _run(self) -> None:
         more = True
         while True:
-            job = self._next(wait=not (more or self._open))
-            if job is not None:
-                self._begin(job)
+            done = self._do_apart(wait=not (more or self._open))
             if self._open:
-                self._round()
-            elif job is None:
+                self._grant()
+            elif not done:
                 if self._stopping:
                     return
                 more = bool(self._survive(self._idle))
@@ -227,15 +227,32 @@ class Worker:
         else:
             self._end(job, result, error)
 
-    def _round(self) -> None:
-        """A turn of the oldest job that has no wish; then the wishes of all."""
-        job = next((job for job in self._open if job.wish is None), None)
-        if job is not None:
-            self._turn(job, None)
+    def _do_apart(self, wait: bool) -> bool:
+        """Do what is not done together; whether there was anything.
+
+        It gets as much time as the wishes: a long piece of work does not keep others from theirs, nor do many short ones.
+        """
+        until, done = time.monotonic() + self._granting, False
+        while not done or time.monotonic() < until:
+            new = self._next(wait and not done)
+            if new is not None:
+                self._begin(new)
+            old = next((job for job in self._open if job.wish is None), None)
+            if old is not None:
+                self._turn(old, None)
+            if new is None and old is None:
+                break
+            done = True
+        return done
+
+    def _grant(self) -> None:
+        """Grant all wishes."""
+        started = time.monotonic()
         wishing = [job for job in self._open if job.wish is not None]
         if wishing:
             for job, granted in zip(wishing, self._together([job.wish for job in wishing]), strict=True):
                 self._turn(job, granted)
+        self._granting = time.monotonic() - started
 
     def _turn(self, job: Job, sent: Any) -> None:
         """Let a job go on until it yields, or ends."""

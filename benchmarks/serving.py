@@ -1,9 +1,10 @@
-"""What a server saves when a client drops a message: time to the first token, and latencies of many clients.
+"""What a server saves when a client drops a message, or changes a line: time to the first token.
 
-    python benchmarks/serving.py [--tokens 6000] [--dropped 200] [--clients 16] [--output FOLDER]
+    python benchmarks/serving.py [--tokens 6000] [--dropped 200] [--conversations 1] [--output FOLDER]
 
 One conversation is cached, a message at its beginning is dropped, and the shorter conversation is asked again: by reading
-it afresh, under `exact` and under `kveraser`. Then clients take turns. The service is called without HTTP around it.
+it afresh, under `exact` and under `kveraser`. Then conversations whose system prompt tells the time are asked again a minute later: how much is reused,
+how soon the first token comes, and whether the answers are those of `exact`. The service is called without HTTP around it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from rich.table import Table
 
 import kveraser as kv
 from kveraser.evaluation.provenance import environment
+from kveraser.model.backbone import DEFAULT_BACKBONE
 from kveraser.serving.completion import Prompt
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.decoding import Sampling
@@ -51,57 +52,76 @@ def ask(service: Service, owner: str, talk: list[dict[str, str]], policy: Policy
     """Ask; what was reused, and seconds to the first token and in all (waiting included)."""
     text = service.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     ids = tuple(service.tokenizer.encode(str(text), add_special_tokens=False))
-    prompt = Prompt(owner, ids, policy, Sampling(tokens))
+    prompt = Prompt(owner, ids, policy, Sampling(max_tokens=tokens))
     started, first = time.perf_counter(), []
     job = service.submit(lambda job: service.complete(prompt, job, lambda *_: first.append(time.perf_counter())))
     reply = job.future.result()
     return {**asdict(reply.reuse), "prompt_tokens": len(ids), "seconds_to_first_token": first[0] - started,
-            "seconds_in_all": time.perf_counter() - started, "text": reply.text}  # fmt: skip
+            "seconds_in_all": time.perf_counter() - started, "completion_tokens": reply.completion_tokens,
+            "text": reply.text}  # fmt: skip
+
+
+def a_minute_later(service: Service, tokens: int, conversations: int, answer: int) -> dict[str, Any]:
+    """Conversations whose system prompt tells the time, asked again with another time under `kveraser`, and read afresh."""
+    found: list[dict[str, Any]] = []
+    for number in range(conversations):
+        owner = f"caller {number}"
+        talk = conversation(service, owner, 200, tokens)
+        talk[-1] = {"role": "user", "content": f"Which item was counted on day {3 + number}?"}
+        told = talk[0]["content"]
+
+        def at(minute: int, talk: list[dict[str, str]] = talk, told: str = told) -> list[dict[str, str]]:
+            return [{"role": "system", "content": f"{told} It is 2026-11-26 14:{minute:02}:07."}, *talk[1:]]
+
+        ask(service, owner, at(31), "exact")
+        changed = ask(service, owner, at(32), "kveraser", answer)
+        fresh = ask(service, f"{owner}, afresh", at(32), "exact", answer)
+        found.append({
+            "reused": changed["tokens_reused"] / changed["prompt_tokens"], "method": changed["method"],
+            "prompt_tokens": changed["prompt_tokens"], "tokens_recomputed": changed["tokens_recomputed"],
+            "first_token": changed["seconds_to_first_token"], "first_token_afresh": fresh["seconds_to_first_token"],
+            "times_sooner": fresh["seconds_to_first_token"] / changed["seconds_to_first_token"],
+            "same": changed["text"] == fresh["text"], "texts": [changed["text"], fresh["text"]],
+        })  # fmt: skip
+    means = {name: statistics.median(row[name] for row in found) for name in ("reused", "first_token", "times_sooner")}
+    return {**means, "same_answers": sum(row["same"] for row in found), "conversations": found}
 
 
 def main(
     tokens: Annotated[int, typer.Option(help="Length of the conversation.")] = 6000,
     dropped: Annotated[int, typer.Option(help="Length of the message that is dropped.")] = 200,
-    clients: Annotated[int, typer.Option(help="Clients that take turns; 0 leaves this out.")] = 16,
-    turns: Annotated[int, typer.Option(help="Turns of each client.")] = 3,
+    conversations: Annotated[int, typer.Option(help="Conversations that tell the time; 0 leaves this out.")] = 1,
+    answer: Annotated[int, typer.Option(help="Tokens of their answers.")] = 16,
+    name: Annotated[str, typer.Option("--model", help="The model.")] = DEFAULT_BACKBONE,
     output: Annotated[Path | None, typer.Option(help="Folder for serving.json.")] = None,
 ) -> None:
-    """Time it and print two tables."""
-    model, tokenizer = kv.load_backbone()
+    """Time it and print what was found."""
+    model, tokenizer = kv.load_backbone(name)
     service = Service(model, tokenizer, options=ServiceOptions(cache_budget=8 << 30, timeout=3600))
-    found: dict[str, Any] = {"drop": {}, "clients": {}}
+    found: dict[str, Any] = {"drop": {}, "timestamp": {}}
     try:
-        for name, policy in (("read afresh", "exact"), ("exact", "exact"), ("kveraser", "kveraser")):
-            talk = conversation(service, name, dropped, tokens)
-            if name != "read afresh":
-                ask(service, name, talk, "exact")
+        for how, policy in (("read afresh", "exact"), ("exact", "exact"), ("kveraser", "kveraser")):
+            talk = conversation(service, how, dropped, tokens)
+            if how != "read afresh":
+                ask(service, how, talk, "exact")
             del talk[2]
-            found["drop"][name] = ask(service, name, talk, policy)
+            found["drop"][how] = ask(service, how, talk, policy)
 
-        def client(number: int) -> list[float]:
-            talk, seconds = [{"role": "user", "content": f"I am number {number}. Count to five."}], []
-            for _ in range(turns):
-                reply = ask(service, "shared", talk, "exact", 8)
-                seconds.append(reply["seconds_in_all"])
-                talk += [{"role": "assistant", "content": reply["text"]}, {"role": "user", "content": "Go on."}]
-            return seconds
-
-        if clients:
-            with ThreadPoolExecutor(clients) as pool:
-                seconds = sorted(second for each in pool.map(client, range(clients)) for second in each)
-            cuts = statistics.quantiles(seconds, n=20)
-            found["clients"] = {"clients": clients, "turns": turns, "p50": cuts[9], "p95": cuts[18]}
+        if conversations:
+            found["timestamp"] = a_minute_later(service, tokens, conversations, answer)
     finally:
         service.close()
     table = Table("how", "prompt tokens", "reused", "run", "exact", "first token, s", "times faster", box=None)
     slowest = found["drop"]["read afresh"]["seconds_to_first_token"]
-    for name, row in found["drop"].items():
+    for how, row in found["drop"].items():
         first = row["seconds_to_first_token"]
-        table.add_row(name, str(row["prompt_tokens"]), str(row["tokens_reused"]), str(row["tokens_recomputed"]),
+        table.add_row(how, str(row["prompt_tokens"]), str(row["tokens_reused"]), str(row["tokens_recomputed"]),
                       "yes" if row["exact"] else "no", f"{first:.2f}", f"{slowest / first:.1f}")  # fmt: skip
     Console(width=110).print(table)
-    if clients:
-        print(f"{clients} clients, {turns} turns of 8 tokens each: p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s")
+    if conversations:
+        changed = found["timestamp"]
+        print(f"{conversations} conversations a minute later: {changed['reused']:.1%} reused, first token {changed['first_token']:.2f} s, "
+              f"{changed['times_sooner']:.1f} times sooner than read afresh; {changed['same_answers']} answers the same")  # fmt: skip
     if output:
         output.mkdir(parents=True, exist_ok=True)
         (output / "serving.json").write_text(json.dumps({**found, **environment(model)}, indent=1))

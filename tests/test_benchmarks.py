@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from serving_helpers import services, tiny_service, tool_tokenizer
 
-from conftest import make_tokenizer
+from conftest import make_tokenizer, text_model
 from kveraser.tasks import EraseExample
 from kveraser.training.lessons import join_examples
 
@@ -54,6 +55,41 @@ def test_both_training_loops_are_timed_on_the_same_examples(together):
         assert (only.ids, only.targets, only.kind) == (probe.ids, probe.targets, probe.kind)
         if probe.cached is not None:
             assert one.questions[only.cached] == lesson.questions[probe.cached]
+
+
+@pytest.fixture
+def serving_benchmarks(monkeypatch):
+    """Loads benchmarks of the server, which share parts."""
+    for name in ("measuring", "serving"):
+        monkeypatch.setitem(sys.modules, name, load(name))
+    return load
+
+
+def test_an_agents_loop_is_replayed_in_both_apis_under_every_policy(serving_benchmarks):
+    bench = serving_benchmarks("agent_loop")
+    service = tiny_service(tool_tokenizer(), cache_budget=1 << 24)
+    try:
+        rows = bench.measure(service, "tiny", bench.Transcript(4, 12), ["openai", "anthropic"], 1, 2)
+    finally:
+        service.close()
+    assert [(row["api"], row["policy"]) for row in rows] == [(a, p) for a in bench.APIS for p in bench.POLICIES]
+    for row in rows:
+        assert row["calls"] == 4
+        assert 0 < row["tokens_processed"] < row["prompt_tokens"]
+        assert (row["exact_replies"] == 4) == (row["policy"] == "exact")
+    assert all(row["same_calls"] == row["times_fewer"] == 1 for row in rows if row["policy"] == "exact")
+    assert all(row["times_fewer"] > 1 for row in rows if row["policy"] != "exact")
+
+
+def test_many_clients_and_a_line_that_changes_are_timed(serving_benchmarks):
+    serving = serving_benchmarks("serving")
+    with services() as make:
+        (row,) = serving.a_minute_later(make(), 900, 1, 2)["conversations"]
+    assert 0 <= row["reused"] < 1
+    rows = serving_benchmarks("throughput").measure(text_model(), make_tokenizer(), 2, 3, 1)
+    assert [row["clients"] for row in rows] == [1, 2, 2]
+    assert all(row["same_replies"] == row["same_start"] == 1 for row in rows)
+    assert rows[0]["times_one_client"] == 1
 
 
 FILL = runpy.run_path(str(FOLDER.parent / "docs" / "fill_bench.py"))

@@ -4,7 +4,7 @@ Knows: the public names and where each is. Does not know how any of them works.
 """
 
 from kveraser.context import ErasableContext
-from kveraser.edit import erase, readers, reading, restore
+from kveraser.edit import erase, readers, reading, replace, restore
 from kveraser.eraser import KVEraser
 from kveraser.errors import (
     BackboneError,
@@ -67,5 +67,6 @@ __all__ = [
     "methods",
     "readers",
     "reading",
+    "replace",
     "restore",
 ]

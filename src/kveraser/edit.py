@@ -1,4 +1,4 @@
-"""`erase`, `restore`, `readers` and `reading` on a plain transformers cache, in place, for people with a generate loop of their own.
+"""`erase`, `replace`, `restore`, `readers` and `reading` on a plain transformers cache, in place, for people with a generate loop of their own.
 
 Knows: models, caches, token ids. Does not know about text or ledgers; spans are the cache's current positions. `run_edit` and
 `run_readers` are for contexts, too, over any backend.
@@ -32,6 +32,7 @@ from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
 from kveraser.methods import Edit, EraseMethod, EraseReceipt, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
+from kveraser.methods.replacing import Change
 from kveraser.methods.undo import put_back_on_failure
 from kveraser.model.view import as_batch, causal_lm
 from kveraser.readers import Scene, Text, source_of
@@ -91,12 +92,13 @@ def run_edit(
     undo: bool,
     commit: Callable[[EraseReceipt], None] | None = None,
     text: Text | None = None,
+    changes: tuple[Change, ...] = (),
 ) -> EraseReceipt:
-    """Run one method on checked arguments; `find_eraser` and `text` as of `Edit`."""
+    """Run one method on checked arguments; `find_eraser` and `text` as of `Edit`, the others as of `transact`."""
     backend.check_rounding()
     edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
     with torch.no_grad():
-        return transact(method, edit, undo=undo, commit=commit)
+        return transact(method, edit, changes=changes, undo=undo, commit=commit)
 
 
 def erase(
@@ -131,15 +133,70 @@ def erase(
         SpanError, UnsupportedCacheError, CacheMismatchError, EraserMismatchError, OptionError: nothing was changed.
     """
     chosen = as_method(method)
-    if chosen.removes:
+    tokens = _checked(model, cache, chosen, token_ids, attention_mask, position_ids)
+    spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
+    backend = TransformersBackend(model, cache)
+    return run_edit(backend, tokens, spans, chosen, lambda: eraser or default_eraser(model), undo)
+
+
+def replace(
+    model: nn.Module,
+    cache: Cache,
+    token_ids: Tensor | list[int],
+    span: Span,
+    new_ids: Tensor | list[int],
+    method: str | EraseMethod | KVEraser = "kveraser",
+    attention_mask: Tensor | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    eraser: KVEraser | None = None,
+    undo: bool = True,
+) -> EraseReceipt:
+    """Let a span of a live cache say something else, in place, as if the context had always said it.
+
+    New tokens are computed behind what is before the span. A shorter text leaves slots over, which the method drops or hides; for a
+    longer one what follows moves. Equal ids change nothing, none at all erase.
+
+    Args:
+        model, cache, token_ids, method, attention_mask, position_ids, eraser, undo: as for `erase`.
+        span: current cache positions, without padding in any row.
+        new_ids: `(n,)` for all rows, or `(batch, n)`.
+
+    Returns:
+        The receipt, for `restore` as any other. `receipt.token_ids(token_ids)` are the ids that go with the cache now,
+        `receipt.replacement` is where the new ones are among them.
+
+    Raises:
+        SpanError, UnsupportedCacheError, CacheMismatchError, EraserMismatchError, OptionError: nothing was changed.
+    """
+    chosen = as_method(method)
+    tokens = _checked(model, cache, chosen, token_ids, attention_mask, position_ids)
+    spans = merge_spans([span], tokens.length)
+    new = as_batch(whole_numbers(new_ids), tokens.ids.device).long()
+    if new.shape[0] not in (1, tokens.ids.shape[0]):
+        raise CacheMismatchError(f"new_ids has {new.shape[0]} rows, the cache has {tokens.ids.shape[0]}")
+    _check_vocabulary(model, Tokens(new))
+    backend = TransformersBackend(model, cache)
+    changes = (Change(spans[0], new.expand(tokens.ids.shape[0], -1)),)
+    return run_edit(backend, tokens, spans, chosen, lambda: eraser or default_eraser(model), undo, changes=changes)
+
+
+def _checked(
+    model: nn.Module,
+    cache: Cache,
+    method: EraseMethod,
+    token_ids: Tensor | list[int],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tokens:
+    """The tokens of a cache that a method is to edit, once all is known to fit together."""
+    if method.removes:
         check_editable(model, cache)
     else:
         check_cache(cache)
     tokens = _tokens(cache, token_ids, attention_mask, position_ids)
     _check_vocabulary(model, tokens)
-    spans = merge_spans([span] if isinstance(span, Span) else span, tokens.length)
-    backend = TransformersBackend(model, cache)
-    return run_edit(backend, tokens, spans, chosen, lambda: eraser or default_eraser(model), undo)
+    return tokens
 
 
 @torch.no_grad()

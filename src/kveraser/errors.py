@@ -18,6 +18,7 @@
     +-- StoreError (RuntimeError)
     +-- SessionNotFoundError
     +-- QueueFullError
+    +-- NotYetError
     +-- JobTimeoutError
     +-- JobCancelledError
     +-- ApiError
@@ -110,6 +111,11 @@ class QueueFullError(KVEraserError):
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting} requests are waiting already; try again in {retry_after} s")
         self.retry_after = retry_after
+
+
+class NotYetError(KVEraserError):
+    """What a request needs, memory or a conversation, is taken by replies that are being made; nothing was changed, and it waits until one of
+    them is done."""
 
 
 class JobTimeoutError(KVEraserError):

@@ -4,14 +4,20 @@ Knows: integers. Does not know about tensors, caches, tokenizers or models.
 
 A *ledger position* is fixed when a token is appended. A *cache position* (slot) is where its states are now. The two
 differ once an erase has removed slots. An erased span may also keep its slots, with steering states in them.
+
+Text that replaces a span gets ledger positions of its own, at the end of the ledger like everything that is new, and *stands*
+where the span stood: the order of the cache is then another one than that of the ledger.
+
+    ledger    A A A s s s B B | n n         after `s s s` was replaced by `n n`
+    cache     A A A n n * B B               `*`: the slot that is left over, if it stays in place
 """
 
 from __future__ import annotations
 
 import operator
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kveraser.errors import SpanError
 
@@ -118,6 +124,12 @@ def gaps(spans: Iterable[Span], length: int, start: int = 0) -> tuple[Span, ...]
     return tuple(free)
 
 
+def common(one: Span, other: Span) -> Span | None:
+    """The positions that are in both."""
+    start, end = max(one.start, other.start), min(one.end, other.end)
+    return Span(start, end) if start < end else None
+
+
 def remap(span: Span, removed: Iterable[Span]) -> Span:
     """Where `span` is after `removed` spans (sorted, disjoint, not overlapping it) were cut out before it."""
     return span.shift(-sum(len(cut) for cut in removed if cut.end <= span.start))
@@ -125,36 +137,59 @@ def remap(span: Span, removed: Iterable[Span]) -> Span:
 
 @dataclass(frozen=True, order=True)
 class Erased:
-    """An erased span of a ledger; `in_cache` when its slots still exist and hold steering states."""
+    """An erased span of a ledger; `in_cache` when slots of it still exist and hold steering states.
+
+    Attributes:
+        taken: how many of its slots, from the first on, the text that replaced it has taken.
+    """
 
     span: Span
     in_cache: bool
+    taken: int = 0
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The positions `[start, end)` that have slots; maybe none."""
+        return (self.span.start + self.taken if self.in_cache else self.span.end), self.span.end
+
+
+@dataclass(frozen=True, order=True)
+class Placed:
+    """Ledger positions that stand right before another position instead of behind the one that has their number."""
+
+    span: Span
+    before: int
 
 
 class SpanLedger:
     """Which ledger positions are erased, and where the others are in the cache.
 
-    Cost of every operation grows with the number of erased spans, never with the number of tokens. What is erased is
-    replaced and never changed in place, so that another thread which looks sees one state of it.
+    Cost of every operation grows with the number of erased spans, never with the number of tokens. What is erased, and what was
+    placed elsewhere, is replaced and never changed in place, so that another thread which looks sees one state of it.
     """
 
-    def __init__(self, length: int = 0, erased: Iterable[Erased] = ()) -> None:
+    def __init__(self, length: int = 0, erased: Iterable[Erased] = (), placed: Iterable[Placed] = ()) -> None:
         self.length = length
-        self._erased: tuple[Erased, ...] = tuple(sorted(erased))
+        self._parts = (tuple(sorted(erased)), tuple(sorted(placed)))
 
     def copy(self) -> SpanLedger:
         """An independent copy."""
-        return SpanLedger(self.length, self._erased)
+        return SpanLedger(self.length, *self._parts)
 
     @property
     def erased(self) -> tuple[Erased, ...]:
         """The erased spans in order."""
-        return self._erased
+        return self._parts[0]
+
+    @property
+    def placed(self) -> tuple[Placed, ...]:
+        """The spans that stand elsewhere than their numbers say, in order."""
+        return self._parts[1]
 
     @property
     def cache_length(self) -> int:
         """Number of slots: live tokens plus steering states."""
-        return self.length - sum(len(entry.span) for entry in self._erased if not entry.in_cache)
+        return self.length - sum(len(entry.span) - (entry.held[1] - entry.held[0]) for entry in self.erased)
 
     def append(self, count: int) -> Span:
         """Add `count` live positions at the end; returns them."""
@@ -162,13 +197,24 @@ class SpanLedger:
         self.length += count
         return span
 
-    def mark(self, span: Span, *, in_cache: bool) -> None:
-        """Record that the live positions of `span` are erased."""
-        self._erased = tuple(sorted((*self._erased, Erased(span, in_cache))))
+    def mark(self, span: Span, *, in_cache: bool, taken: int = 0) -> None:
+        """Record that the live positions of `span` are erased; `taken` as of `Erased`."""
+        self._set_erased((*self.erased, Erased(span, in_cache, taken)))
 
     def unmark(self, span: Span) -> None:
         """Record that `span`, which was marked as a whole, is live again."""
-        self._erased = tuple(entry for entry in self._erased if entry.span != span)
+        self._set_erased(entry for entry in self.erased if entry.span != span)
+
+    def place(self, span: Span, before: int) -> None:
+        """Let `span`, the newest positions, stand right before the position `before`."""
+        erased, placed = self._parts
+        self._parts = (erased, (*placed, Placed(span, before)))
+
+    def withdraw(self, span: Span) -> None:
+        """Record that the live positions `span`, which were placed as a whole, are gone for good."""
+        erased, placed = self._parts
+        entries = (*erased, Erased(span, False))
+        self._parts = (tuple(sorted(entries)), tuple(entry for entry in placed if entry.span != span))
 
     def drop_slots(self, removed: Iterable[Span]) -> tuple[Span, ...]:
         """Record that the slots `removed` (sorted, disjoint; before the removal) are gone from the cache.
@@ -177,7 +223,7 @@ class SpanLedger:
             The erased spans that had steering states there and now have none.
         """
         cuts = list(removed)
-        slots = {entry.span: self.to_cache(entry.span.start) for entry in self._erased if entry.in_cache}
+        slots = {entry.span: self.to_cache(entry.span.start) for entry in self.erased if entry.in_cache}
         dropped = tuple(span for span, slot in slots.items() if any(slot in cut for cut in cuts))
         self.set_in_cache(dropped, False)
         return dropped
@@ -185,45 +231,93 @@ class SpanLedger:
     def set_in_cache(self, spans: Iterable[Span], in_cache: bool) -> None:
         """Record whether the given erased spans have slots."""
         chosen = set(spans)
-        self._erased = tuple(Erased(e.span, in_cache) if e.span in chosen else e for e in self._erased)
+        self._set_erased(replace(e, in_cache=in_cache) if e.span in chosen else e for e in self.erased)
 
     def live(self, within: Span | None = None) -> tuple[Span, ...]:
-        """The maximal runs of positions that are not erased, in `within` or everywhere."""
-        start, end = (within.start, within.end) if within else (0, self.length)
-        return gaps((entry.span for entry in self._erased if entry.span.end > start), end, start) if end > start else ()
+        """The maximal runs of positions that are not erased, in `within` or everywhere, in the order of the cache."""
+        runs = [run for run, entry in self.runs() if entry is None]
+        return tuple(runs) if within is None else tuple(found for run in runs if (found := common(run, within)))
+
+    def parts(self, span: Span) -> tuple[Span, ...]:
+        """A span cut where its positions do not follow each other in the cache; in the order of the cache."""
+        return tuple(found for run in self._order() if (found := common(run, span)))
+
+    def standing(self, span: Span) -> tuple[Span, ...]:
+        """What stands where a span stood: the span itself, or, where it was replaced, the runs that are live there now."""
+        inside = [entry for entry in self.placed if entry.before in span]
+        if not inside:
+            return (span,)
+        found = [*self.live(span), *(run for entry in inside for run in self.standing(entry.span))]
+        return tuple(sorted(found, key=lambda run: self.to_cache(run.start)))
 
     def check_live(self, span: Span) -> None:
         """Raise `SpanError` unless every position of `span` is in the ledger and not erased."""
         if span.end > self.length:
             raise SpanError(f"span {span} ends after the context, which has {self.length} tokens")
-        index = bisect_right(self._erased, Erased(Span(span.start, span.start + 1), True))
-        for entry in self._erased[max(index - 1, 0) :]:
+        index = bisect_right(self.erased, Erased(Span(span.start, span.start + 1), True))
+        for entry in self.erased[max(index - 1, 0) :]:
             if entry.span.start >= span.end:
                 break
             if entry.span.overlaps(span):
-                raise SpanError(f"span {span} overlaps {entry.span}, which is erased already; restore that one first")
+                new = next((placed.span for placed in self.placed if placed.before in entry.span), None)
+                hint = "restore that one first" if new is None else f"what replaced it is {new}"
+                raise SpanError(f"span {span} overlaps {entry.span}, which is erased already; {hint}")
 
     def to_cache(self, position: int) -> int:
         """The slot of a ledger position (of the next slot, when its own was removed)."""
-        removed = 0
-        for entry in self._erased:
-            if entry.span.start >= position:
-                break
-            if not entry.in_cache:
-                removed += min(entry.span.end, position) - entry.span.start
-        return position - removed
+        slot = 0
+        for run, entry in self.runs():
+            start, end = (run.start, run.end) if entry is None else entry.held
+            if position in run:
+                return slot + max(min(position, end) - start, 0)
+            slot += end - start
+        return slot
 
     def span_to_cache(self, span: Span) -> Span:
-        """The slots of a live span (one run: nothing inside it is erased)."""
+        """The slots of a live span (one run: nothing inside it is erased or stands elsewhere)."""
         start = self.to_cache(span.start)
         return Span(start, start + len(span))
 
     def from_cache(self, slots: Span) -> tuple[Span, ...]:
-        """The ledger positions of some slots, in order."""
-        found, at = [], 0
-        for run in gaps((entry.span for entry in self._erased if not entry.in_cache), self.length):
-            start, end = max(slots.start, at), min(slots.end, at + len(run))
+        """The ledger positions of some slots, in the order of the cache."""
+        found: list[Span] = []
+        at = 0
+        for run, entry in self.runs():
+            first, last = (run.start, run.end) if entry is None else entry.held
+            start, end = max(slots.start, at), min(slots.end, at + last - first)
             if start < end:
-                found.append(Span(start, end).shift(run.start - at))
-            at += len(run)
+                here = Span(start, end).shift(first - at)
+                if found and found[-1].end == here.start:
+                    here = Span(found.pop().start, here.end)
+                found.append(here)
+            at += last - first
         return tuple(found)
+
+    def runs(self) -> Iterator[tuple[Span, Erased | None]]:
+        """All positions as runs in the order of the cache, each with its entry where it is erased."""
+        erased = self.erased
+        for piece in self._order():
+            at = piece.start
+            for entry in erased[bisect_left(erased, piece.start, key=lambda known: known.span.start) :]:
+                if entry.span.start >= piece.end:
+                    break
+                if entry.span.start > at:
+                    yield Span(at, entry.span.start), None
+                yield entry.span, entry
+                at = entry.span.end
+            if at < piece.end:
+                yield Span(at, piece.end), None
+
+    def _order(self) -> list[Span]:
+        """All positions as runs in the order of the cache."""
+        placed = self.placed
+        pieces = list(gaps((entry.span for entry in placed), self.length))
+        for span, before in ((entry.span, entry.before) for entry in placed):
+            index = next(number for number, piece in enumerate(pieces) if before in piece)
+            piece = pieces[index]
+            left = [Span(piece.start, before)] if before > piece.start else []
+            pieces[index : index + 1] = [*left, span, Span(before, piece.end)]
+        return pieces
+
+    def _set_erased(self, entries: Iterable[Erased]) -> None:
+        self._parts = (tuple(sorted(entries)), self._parts[1])

@@ -80,28 +80,22 @@ class Script:
     def __init__(self, *texts):
         self.texts, self.told = texts, 0
 
-    def decode(self, context, logits, sampling, tokenizer, check):
+    def decoding(self, sampling, tokenizer, ends, device):
         text = self.texts[min(self.told, len(self.texts) - 1)]
         self.told += 1
         ids = iter([*tokenizer.encode(text, add_special_tokens=False), *[tokenizer.eos_token_id] * 2])
 
-        def scores():
-            return torch.nn.functional.one_hot(torch.tensor(next(ids)), len(logits)).float()
+        class Told(decoding.Decoding):
+            def draw(self, logits):
+                return super().draw(torch.nn.functional.one_hot(torch.tensor(next(ids)), len(logits)).float())
 
-        class Told:
-            backend = context.backend
-
-            def advance(self, ids):
-                context.advance(ids)
-                return scores()
-
-        yield from decoding.decode(Told(), scores(), replace(sampling, temperature=0.0), tokenizer, check)
+        return Told(replace(sampling, temperature=0.0), tokenizer, ends, device)
 
 
 @pytest.fixture
 def say(monkeypatch):
     """Sets what the model says from now on."""
-    return lambda *texts: monkeypatch.setattr("kveraser.serving.service.decode", Script(*texts).decode)
+    return lambda *texts: monkeypatch.setattr("kveraser.serving.service.Decoding", Script(*texts).decoding)
 
 
 def chat_ids(messages):

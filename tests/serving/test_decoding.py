@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import make_tokenizer, text_model
 from kveraser import ErasableContext
-from kveraser.serving.decoding import GrowingText, Sampling, decode
+from kveraser.serving.decoding import Decoding, GrowingText, Sampling
 
 
 @given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=4), max_size=3))
@@ -35,7 +35,10 @@ def _continue(**options):
     model, tokenizer = text_model(), make_tokenizer()
     context = ErasableContext(model, tokenizer)
     logits = context.advance(tokenizer.encode("the code of the"))
-    pieces = list(decode(context, logits, Sampling(max_tokens=12, **options), tokenizer, lambda: None))
+    decoding = Decoding(Sampling(max_tokens=12, **options), tokenizer, context.backend.ends, context.device)
+    pieces = [decoding.draw(logits)]
+    while not pieces[-1].finish_reason:
+        pieces.append(decoding.draw(context.advance([decoding.token])))
     return "".join(piece.text for piece in pieces), pieces, context
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kveraser.errors import JobCancelledError, JobTimeoutError, QueueFullError
+from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, QueueFullError
 from kveraser.serving.worker import Worker
 
 
@@ -96,3 +96,95 @@ def test_what_fails_between_jobs_does_not_end_the_thread(caplog):
     worker.stop(1)
     assert "ZeroDivisionError" in caplog.text
     assert "IndexError" in caplog.text
+
+
+def test_work_that_takes_turns_has_its_wishes_granted_together_while_other_work_is_done_between():
+    told, done = [], []
+
+    def together(wishes):
+        told.append(wishes)
+        return [10 * wish for wish in wishes]
+
+    def turns(number, count):
+        done.append(f"begun {number}")
+        yield None
+        found = []
+        for step in range(count):
+            found.append((yield number + step))
+        return found
+
+    worker = Worker(9, lambda: False, together=together, most=2)
+    gate = threading.Event()
+    worker.submit(lambda job: gate.wait(5), 5)
+    jobs = [worker.submit(lambda job, n=n: turns(n, 6), 5) for n in (100, 200, 300)]
+    between = worker.submit(lambda job: done.append("between"), 5)
+    gate.set()
+    assert [job.future.result(5) for job in jobs] == [[10 * (n + step) for step in range(6)] for n in (100, 200, 300)]
+    between.future.result(5)
+    assert max(map(len, told)) == 2  # never more than there may be
+    assert done.index("between") < done.index("begun 300")  # what takes turns waits for a place, other work does not
+    worker.stop(1)
+
+
+def test_what_takes_turns_hears_of_its_own_error_alone_and_can_be_cancelled_between_turns():
+    def together(wishes):
+        return [ZeroDivisionError() if wish == "bad" else wish for wish in wishes]
+
+    worker = Worker(9, lambda: False, together=together, most=3)
+
+    def turns(job, wish):
+        for _ in range(50):
+            job.check()
+            yield wish
+        return "done"
+
+    def until_cancelled(job):
+        while True:
+            job.check()
+            yield "endless"
+
+    gate = threading.Event()
+    worker.submit(lambda job: gate.wait(5), 5)
+    bad, good = (worker.submit(lambda job, w=w: turns(job, w), 5) for w in ("bad", "good"))
+    endless = worker.submit(until_cancelled, 5)
+    gate.set()
+    with pytest.raises(ZeroDivisionError):
+        bad.future.result(5)
+    assert good.future.result(5) == "done"
+    endless.cancel()
+    with pytest.raises(JobCancelledError):
+        endless.future.result(5)
+    stopped = worker.submit(until_cancelled, 60)
+    worker.stop(0.05)
+    with pytest.raises(JobCancelledError):
+        stopped.future.result(1)
+    assert worker.taking_turns == 0
+
+
+def test_what_has_no_room_yet_waits_until_another_one_has_ended_and_is_told_so_only_if_there_is_none():
+    worker = Worker(9, lambda: False, together=list, most=3)
+    held, tries = [], []
+
+    def holder(job):
+        held.append(1)
+        for _ in range(5):
+            yield "step"
+        held.clear()
+
+    def wanting(job):
+        tries.append(1)
+        if held:
+            raise NotYetError("later")
+        return "room"
+
+    gate = threading.Event()
+    worker.submit(lambda job: gate.wait(5), 5)
+    first, second = worker.submit(holder, 5), worker.submit(wanting, 5)
+    gate.set()
+    assert second.future.result(5) == "room"
+    assert first.future.done()
+    assert len(tries) == 2
+    held.append(1)
+    with pytest.raises(NotYetError):
+        worker.submit(wanting, 5).future.result(5)
+    worker.stop(1)

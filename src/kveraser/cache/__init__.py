@@ -2,9 +2,9 @@
 
 `backend` is what methods and contexts act on, `transformers` that over a transformers cache. For it, `support` says what can be
 edited, `growable` is a cache layer that grows without copies, `surgery` reads and writes slots, `deleting` moves them, `passes` runs
-tokens again inside their slots, `repair` as if others had never been there, `closing` runs new ones as if these had left no gap;
-`stand_in` is in the cache's place while they run. `marks` is what an edited cache remembers of itself, `tokens` what a pass must know
-of the tokens in it.
+tokens again inside their slots, `repair` as if others had never been there, `closing` runs new ones as if these had left no gap, `rows`
+one for each of several caches; `stand_in` is in the cache's place while they run. `marks` is what an edited cache remembers of itself,
+`tokens` what a pass must know of the tokens in it.
 
 Knows: transformers' caches and forwards, slots. Does not know about erasing methods, undoing, text, or who has read what.
 """
@@ -25,6 +25,7 @@ from kveraser.cache.passes import (
     window_spans,
 )
 from kveraser.cache.repair import Repair, can_close_gaps, repair_slots
+from kveraser.cache.rows import extend_rows
 from kveraser.cache.stand_in import StandInLayer, additive
 from kveraser.cache.support import check_cache, check_editable, check_model, writing
 from kveraser.cache.surgery import (
@@ -71,6 +72,7 @@ __all__ = [
     "count_positions",
     "cut",
     "extend",
+    "extend_rows",
     "get_marks",
     "growable_cache",
     "look",

@@ -29,6 +29,7 @@ class Can(Enum):
     """What a backend may be able to do."""
 
     DELETE = "move up what follows a removed span"
+    OPEN = "make room between its slots"
     RECOMPUTE = "run a stretch of tokens again in its slots"
     STEER = "run tokens again under an eraser"
     RUNS = "run stretches of tokens again as if others had never been there"
@@ -220,6 +221,16 @@ class Backend(ABC):
             The tokens that are left, and the bytes of keys and values that were moved.
         """
         self._cannot(Can.DELETE)
+
+    def open(self, tokens: Tokens, blank: tuple[Span, ...], steered: tuple[Span, ...]) -> int:
+        """Make room for tokens whose states are to be computed: what is behind them moves; returns the bytes moved. For `OPEN`.
+
+        Args:
+            tokens: of all slots, with room.
+            blank: the room, in order.
+            steered: slots that hold steering states, where they are then.
+        """
+        self._cannot(Can.OPEN)
 
     def recompute(self, tokens: Tokens, span: Span) -> int:
         """Run tokens again in their slots, seeing all before them; returns the bytes written. For `RECOMPUTE`."""

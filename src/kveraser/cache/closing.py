@@ -34,7 +34,7 @@ _CLOSING = "kveraser_closing"
 
 
 @dataclass(frozen=True)
-class _Gaps:
+class Gaps:
     """Hidden spans in order, the turns of the queries for the slots between them, and which layers are rotary.
 
     `turns` are of the slots up to the end of each span; for those behind the last one queries stay as they are.
@@ -45,14 +45,43 @@ class _Gaps:
     rotary: tuple[bool, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, spans: Sequence[Span]) -> _Gaps:
-        """From the hidden spans."""
+    def of(cls, model: nn.Module, steered: Sequence[Steered]) -> Gaps | None:
+        """From slots that hold steering states, in order; None where there is no gap, or none that can be closed.
+
+        The states of a trained eraser stand in for what was there, and were trained to with their gap open: it stays so.
+        """
+        spans = [entry.span for entry in steered if entry.silent]
+        if not spans or not can_close_gaps(model):
+            return None
         inv_freq, layout = frequencies(model), rotary_layout(model)
         gone = list(accumulate(map(len, reversed(spans))))[::-1]  # positions from each span on
         turns = tuple(Rotation(-positions, inv_freq, layout.pairing) for positions in gone)
         return cls(tuple(spans), turns, tuple(layout.rotary))
 
-    def blocks(self, query: Tensor, keys: Tensor, rotary: bool) -> list[tuple[Tensor, Tensor]]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, layer: int) -> Tensor:
+        """Causal softmax attention of the last tokens of a cache; scores are float32.
+
+        Args:
+            query: `(batch, heads, tokens, head_dim)`.
+            key, value: `(batch, kv_heads, slots, head_dim)`, those of the tokens the last ones.
+            layer: which layer of the model this is.
+
+        Returns:
+            `(batch, tokens, heads, head_dim)`, in the type of the queries.
+        """
+        count = query.shape[2]
+        own = torch.arange(count, device=query.device)
+
+        def hide(scores: Tensor, rows: slice) -> None:
+            for span in self.spans:
+                scores[..., span.slice] = -torch.inf
+            if count > 1:
+                scores[..., -count:].masked_fill_(own > own[rows, None], -torch.inf)
+
+        blocks = self._blocks(query.float() * scaling, key.float(), self.rotary[layer])
+        return blockwise_attention(blocks, value, hide).transpose(1, 2).to(query.dtype)
+
+    def _blocks(self, query: Tensor, keys: Tensor, rotary: bool) -> list[tuple[Tensor, Tensor]]:
         """The queries for each block of slots, and its keys."""
         found, at = [], 0
         for span, turn in zip(self.spans, self.turns, strict=True):
@@ -61,7 +90,7 @@ class _Gaps:
         return [*found, (query, keys[:, :, at:])]
 
 
-_gaps: ContextVar[_Gaps | None] = ContextVar("gaps", default=None)
+_gaps: ContextVar[Gaps | None] = ContextVar("gaps", default=None)
 
 
 @contextmanager
@@ -71,15 +100,14 @@ def closing_gaps(model: nn.Module, steered: Sequence[Steered], otherwise: nn.Mod
     New tokens are those whose states are appended to the cache; all of them are behind the spans, and there is no padding.
 
     Args:
-        steered: slots that hold steering states, in order. Those of a trained eraser stand in for what was there, and were
-            trained to with their gap open: it stays so.
+        steered: slots that hold steering states, in order.
         otherwise: given instead where there is no gap, or none that can be closed.
     """
-    gaps = [entry.span for entry in steered if entry.silent]
-    if not gaps or not can_close_gaps(model):
+    gaps = Gaps.of(model, steered)
+    if gaps is None:
         yield otherwise
         return
-    token = _gaps.set(_Gaps.of(model, gaps))
+    token = _gaps.set(gaps)
     try:
         yield view(causal_lm(model), attention=_CLOSING)
     finally:
@@ -89,23 +117,12 @@ def closing_gaps(model: nn.Module, steered: Sequence[Steered], otherwise: nn.Mod
 def _closing_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal softmax attention of the last tokens of a cache, across closed gaps; scores are float32."""
+    """Attention of the last tokens of a cache, across closed gaps."""
     gaps = _gaps.get()
     assert gaps is not None
-    count, size = query.shape[2:]
     scaling = options.get("scaling")
-    scaled = query.float() * (size**-0.5 if scaling is None else scaling)
-    rotary = gaps.rotary[int(module.layer_idx)]  # type: ignore[arg-type]
-    own = torch.arange(count, device=query.device)
-
-    def hide(scores: Tensor, rows: slice) -> None:
-        for span in gaps.spans:
-            scores[..., span.slice] = -torch.inf
-        if count > 1:
-            scores[..., -count:].masked_fill_(own > own[rows, None], -torch.inf)
-
-    found = blockwise_attention(gaps.blocks(scaled, key.float(), rotary), value, hide)
-    return found.transpose(1, 2).to(query.dtype), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return gaps.attend(query, key, value, scaling, int(module.layer_idx)), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(_CLOSING, _closing_attention)

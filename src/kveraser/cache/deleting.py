@@ -1,17 +1,18 @@
-"""Cutting slots out of a transformers cache and moving up what follows, keys turned back to their new positions.
+"""Cutting slots out of a transformers cache, or making room in it: what follows moves, keys turned to their new positions.
 
-Knows: rotary embeddings, the first layer's keys. Does not know why slots are deleted.
+Knows: rotary embeddings, the first layer's keys. Does not know what for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
 from kveraser.cache.passes import PREFILL_CHUNK, look
-from kveraser.cache.surgery import cut, read, state_bytes
+from kveraser.cache.surgery import cut, read, spread, state_bytes
 from kveraser.cache.tokens import Tokens
 from kveraser.model.rope import frequencies, rotary_layout, rotate
 from kveraser.model.view import causal_lm
@@ -50,6 +51,31 @@ def delete_slots(
             layer.keys[:, :, suffix.slice] = rotate(layer.keys[:, :, suffix.slice], delta, inv_freq, layout.pairing)
     _remake_layer_0(model, cache, left, suffix, tuple(span for span in steered if span.end > suffix.start))
     return left, state_bytes(read(cache, suffix))
+
+
+def open_slots(
+    model: nn.Module, cache: Cache, tokens: Tokens, blank: tuple[Span, ...], steered: tuple[Span, ...]
+) -> int:
+    """Make room, which holds zeros, and re-rotate the keys behind it; returns the bytes of keys and values that were moved.
+
+    Args:
+        tokens: of all slots, with room.
+        blank: the room, in order.
+        steered: slots that hold steering states, where they are then.
+    """
+    layout, inv_freq = rotary_layout(model), frequencies(model)
+    suffix = Span(blank[0].start, tokens.length)
+    spread(cache, blank)
+    moved = gaps(blank, suffix.end, suffix.start)
+    for run in moved:
+        delta = torch.tensor(sum(len(room) for room in blank if room.end <= run.start), device=tokens.ids.device)
+        for rotary, layer in zip(layout.rotary, cache.layers, strict=True):
+            if rotary:
+                layer.keys[:, :, run.slice] = rotate(layer.keys[:, :, run.slice], delta, inv_freq, layout.pairing)
+    _remake_layer_0(
+        model, cache, tokens, suffix, tuple(sorted((*blank, *(s for s in steered if s.start >= suffix.start))))
+    )
+    return sum(state_bytes(read(cache, run)) for run in moved)
 
 
 def _remake_layer_0(model: nn.Module, cache: Cache, tokens: Tokens, suffix: Span, steered: tuple[Span, ...]) -> None:

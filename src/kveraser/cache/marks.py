@@ -119,6 +119,16 @@ class Marks:
             start -= sum(min(removed.end, start) - removed.start for removed in spans if removed.start < start)
         return replace(self, approximate_from=start, steered=steered)
 
+    def opened(self, at: int, count: int) -> Marks:
+        """These marks after room for `count` tokens was made from slot `at` on."""
+        steered = tuple(
+            replace(entry, span=entry.span.shift(count)) if entry.span.start >= at else entry for entry in self.steered
+        )
+        start = self.approximate_from
+        return replace(
+            self, approximate_from=start + count if start is not None and start >= at else start, steered=steered
+        )
+
     def truncate(self, length: int) -> Marks:
         """These marks after the cache was cut to `length` slots."""
         start = self.approximate_from

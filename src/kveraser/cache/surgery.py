@@ -116,6 +116,28 @@ def cut(cache: Cache, spans: tuple[Span, ...]) -> None:
         _assign(cache, joined)
 
 
+def spread(cache: Cache, blank: tuple[Span, ...]) -> None:
+    """Make room of zeros (sorted, disjoint slots as they are then); the slots behind it move down. Keys are not re-rotated."""
+    first, length = blank[0].start, cache_length(cache)
+    whole = length + sum(len(room) for room in blank)
+    with writing(cache):
+        held, at, states = snapshot(cache, Span(first, length)) if first < length else [], 0, []
+        runs = sorted([*((room, True) for room in blank), *((run, False) for run in gaps(blank, whole, first))])
+        for keys, values in held:
+            at, parts = 0, []
+            for run, empty in runs:
+                if empty:
+                    parts.append(
+                        [part.new_zeros((*part.shape[:2], len(run), part.shape[3])) for part in (keys, values)]
+                    )
+                else:
+                    parts.append([part[:, :, at : at + len(run)] for part in (keys, values)])
+                    at += len(run)
+            states.append((torch.cat([keys for keys, _ in parts], -2), torch.cat([values for _, values in parts], -2)))
+        truncate(cache, first)
+        append(cache, states)
+
+
 def truncate(cache: Cache, length: int) -> None:
     """Keep the first `length` slots; nothing is copied. A pass that was interrupted may have reached only some of the layers."""
     for layer in cache.layers:

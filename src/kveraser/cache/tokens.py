@@ -84,6 +84,26 @@ class Tokens:
             positions = (positions - gone.expand(positions.shape).cumsum(-1)).clamp(min=0)[:, keep]
         return Tokens(self.ids[:, keep], positions, mask)
 
+    def opened(self, at: int, count: int) -> Tokens:
+        """The tokens with room for `count` more (of id 0) from slot `at` on; what was behind it moves."""
+        rows = self.ids.shape[0]
+        room = self.ids.new_zeros(rows, count)
+        positions, mask = self.positions, self.mask
+        if positions is not None:
+            before = positions[:, :at] if mask is None else positions[:, :at].masked_fill(mask[:, :at] == 0, -1)
+            last = before.amax(-1, keepdim=True) if at else before.new_full((len(positions), 1), -1)
+            fresh = last + 1 + torch.arange(count, device=positions.device)
+            positions = torch.cat([positions[:, :at], fresh, positions[:, at:] + count], -1)
+        if mask is not None:
+            mask = torch.cat([mask[:, :at], mask.new_ones(rows, count), mask[:, at:]], -1)
+        return Tokens(torch.cat([self.ids[:, :at], room, self.ids[:, at:]], -1), positions, mask)
+
+    def with_ids(self, start: int, ids: Tensor) -> Tokens:
+        """The tokens with other ids `(rows, n)` from slot `start` on."""
+        changed = self.ids.clone()
+        changed[:, start : start + ids.shape[1]] = ids
+        return Tokens(changed, self.positions, self.mask)
+
 
 def count_positions(mask: Tensor) -> Tensor:
     """Positions `(batch, tokens)` as `model.generate` counts them: real tokens from 0, padding anywhere."""

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from kveraser.cache.backend import Backend, Can, Kept
 from kveraser.cache.closing import closing_gaps
-from kveraser.cache.deleting import check_movable, delete_slots
+from kveraser.cache.deleting import check_movable, delete_slots, open_slots
 from kveraser.cache.marks import Marks, Steered, get_marks, set_marks
 from kveraser.cache.passes import PREFILL_CHUNK, Rewrite, extend, look, range_bytes, recompute, rewrite_runs
 from kveraser.cache.repair import Repair, can_close_gaps, repair_slots
@@ -174,6 +174,9 @@ class TransformersBackend(Backend):
 
     def delete(self, tokens: Tokens, spans: tuple[Span, ...]) -> tuple[Tokens, int]:
         return delete_slots(self.model, self.cache, tokens, spans, self.marks.cut(spans).steered_spans)
+
+    def open(self, tokens: Tokens, blank: tuple[Span, ...], steered: tuple[Span, ...]) -> int:
+        return open_slots(self.model, self.cache, tokens, blank, steered)
 
     def recompute(self, tokens: Tokens, span: Span) -> int:
         return recompute(self.model, self.cache, tokens, span)

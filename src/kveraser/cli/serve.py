@@ -62,7 +62,9 @@ def serve_command(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     policy: Annotated[str, typer.Option(help="exact, kveraser or auto, for requests that name none.")] = "exact",
-    placeholder: Annotated[str, typer.Option(help="What clients put for cleared text; '' for nothing.")] = "[cleared]",
+    max_residual: Annotated[
+        float | None, typer.Option(help="Under auto: recompute at once where edits leave more behind, such as 0.1.")
+    ] = None,
     cache_budget: Annotated[str, typer.Option(help="Memory for keys and values, such as 512M or 4G.")] = "4G",
     state_dir: Annotated[
         Path | None, typer.Option(help="Keep sessions here; default: they end with the server.")
@@ -76,6 +78,12 @@ def serve_command(
     served_name: Annotated[str | None, typer.Option(help="The model's name in requests; default: --model.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered with 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 300.0,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Replies made at the same time; 1 makes them one after the other, with the very bits."
+        ),
+    ] = 16,
     body_limit: Annotated[str, typer.Option(help="Longest request.")] = "8M",
 ) -> None:
     """Serve a model with OpenAI's and Anthropic's API, reusing what is cached also after clients drop or clear messages.
@@ -95,8 +103,9 @@ def serve_command(
         check_exposure(host, bool(keys), "set KVERASER_API_KEYS")
         options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]
-            cache_budget=parse_bytes(cache_budget), placeholder=placeholder, state_dir=state_dir,
-            queue_size=queue_size, timeout=timeout,
+            max_residual=max_residual,
+            cache_budget=parse_bytes(cache_budget), state_dir=state_dir,
+            queue_size=queue_size, timeout=timeout, batch=batch,
         )  # fmt: skip
         limit = parse_bytes(body_limit)
         backbone, tokenizer = load(model, device, dtype)

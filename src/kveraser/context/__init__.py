@@ -9,18 +9,20 @@ know about tasks, servers or engines.
     decoding        the one decoder: from logits to the next token, and on
     backend         what both ask of a cache and the model that fills it
     erasable        all that over transformers (transformers.py); engines have theirs
+    together        the next token of several of them at once
 """
 
 from __future__ import annotations
 
 from kveraser.context.backend import Keep, LiveBackend, Run
-from kveraser.context.decoding import GREEDY, Drawing, Step, Watch, steps
+from kveraser.context.decoding import GREEDY, Decoder, Drawing, Step, Watch, steps
 from kveraser.context.erasable import ErasableContext
 from kveraser.context.live import LiveContext
 from kveraser.context.repairing import RepairProgress
 from kveraser.context.restoring import RestoreReport
 from kveraser.context.state import PURGED, ContextState, EditRecord
 from kveraser.context.text import says_a_line
+from kveraser.context.together import advance_together
 from kveraser.context.token_context import TokenContext
 from kveraser.context.transformers import LiveTransformers
 
@@ -28,6 +30,7 @@ __all__ = [
     "GREEDY",
     "PURGED",
     "ContextState",
+    "Decoder",
     "Drawing",
     "EditRecord",
     "ErasableContext",
@@ -41,6 +44,7 @@ __all__ = [
     "Step",
     "TokenContext",
     "Watch",
+    "advance_together",
     "says_a_line",
     "steps",
 ]

@@ -96,6 +96,31 @@ Watch = Callable[[Step], bool]
 """Called with every step; True ends the answer there."""
 
 
+class Decoder:
+    """Draws one token after the other; whoever asks for the next has the last one run first.
+
+    Args:
+        ends: whether a token ends a text or a turn; none of the first `min_tokens` does.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self, ends: Callable[[int], bool], drawing: Drawing, device: torch.device, *, min_tokens: int = 0
+    ) -> None:
+        self._ends, self._draw, self._min_tokens = ends, drawing.sampler(device), min_tokens
+        self._answer: list[int] = []
+
+    def draw(self, logits: Tensor) -> Step:
+        """The next token, from the logits after the last one, float32 `(vocab,)`."""
+        token, allowed = self._draw(logits), logits
+        while len(self._answer) < self._min_tokens and self._ends(token):
+            allowed = allowed.clone() if allowed is logits else allowed
+            allowed[token] = -torch.inf
+            token = self._draw(allowed)
+        self._answer.append(token)
+        return Step(self._answer, logits, self._ends(token))
+
+
 def steps(
     logits: Tensor,
     advance: Callable[[int], Tensor],
@@ -104,19 +129,14 @@ def steps(
     *,
     min_tokens: int = 0,
 ) -> Iterator[Step]:
-    """Continue after `logits`, without end: whoever asks for the next step has the last token run first.
+    """Continue after `logits`, without end.
 
     Args:
         advance: runs a token behind those before; returns the logits after it, float32 `(vocab,)`.
-        ends: whether a token ends a text or a turn; none of the first `min_tokens` does.
+        ends, min_tokens: as of `Decoder`.
     """
-    draw, answer = drawing.sampler(logits.device), list[int]()
+    decoder = Decoder(ends, drawing, logits.device, min_tokens=min_tokens)
     while True:
-        token, allowed = draw(logits), logits
-        while len(answer) < min_tokens and ends(token):
-            allowed = allowed.clone() if allowed is logits else allowed
-            allowed[token] = -torch.inf
-            token = draw(allowed)
-        answer.append(token)
-        yield Step(answer, logits, ends(token))
-        logits = advance(token)
+        step = decoder.draw(logits)
+        yield step
+        logits = advance(step.token)

@@ -44,11 +44,12 @@ class ErasableContext(LiveContext):
         """The keys and values of its slots."""
         return self.backend.cache
 
-    def prefix(self, length: int, *, take: bool = False) -> ErasableContext:
+    def prefix(self, length: int, *, take: bool = False, wipe: bool = False) -> ErasableContext:
         """A new context of the first `length` live tokens, without messages, and with nothing erased in its ledger.
 
         Args:
             take: hand the states over instead of copying them; this context is empty afterwards.
+            wipe: with `take`, overwrite all other states.
 
         Raises:
             ContextError: more tokens than are exact.
@@ -68,6 +69,11 @@ class ErasableContext(LiveContext):
             if length:
                 new._register(ids)
             if take:
+                if wipe:
+                    for left in (self.backend, *([self._repair.beside] if self._repair else [])):
+                        left.crop(0)
+                        left.wipe_spare()
+                    new.backend.wipe_spare()
                 self.backend = self.backend.fresh()
                 self._begin()
             return new

@@ -91,7 +91,41 @@ class LiveContext(Talking, TokenContext):
             EraserMismatchError: no eraser for this model. In every case nothing was changed.
         """
         with self._lock:
-            return self.erase_spans([self.locate(entry) for entry in several(what)], method, undo=undo)
+            spans = [span for entry in several(what) for span in self._standing(entry)]
+            return self.erase_spans(spans, method, undo=undo)
+
+    def replace(
+        self,
+        what: What,
+        new: str | Sequence[int] | Tensor,
+        method: str | EraseMethod | KVEraser = "kveraser",
+        *,
+        undo: bool = True,
+    ) -> EraseReceipt:
+        """Let something say another text, as if the context had always said that.
+
+        The new text has ledger positions of its own, `receipt.replacement`: valid for ever, to be erased or replaced like any other.
+        Those of the old text stay its own. A message is replaced as often as wanted by its id. Equal text changes nothing, an empty
+        one erases.
+
+        Args:
+            what: as for `erase`; of several, the first says the new text and the others are erased.
+            new: text or token ids.
+            method, undo: as for `erase`.
+
+        Raises:
+            SpanError, EraserMismatchError: as for `erase`.
+            OptionError: a method that only erases, or cannot be done here.
+            ContextError: an id outside the vocabulary, or no room. In every case nothing was changed.
+        """
+        with self._lock:
+            spans = [span for entry in several(what) for span in self._standing(entry)]
+            return self.replace_spans(spans, self._encode(new) if isinstance(new, str) else new, method, undo=undo)
+
+    def _standing(self, what: Span | str) -> tuple[Span, ...]:
+        """What `erase` takes as ledger spans; a message is what is said in its place now."""
+        span = self.locate(what)
+        return (span,) if isinstance(what, Span) else self._ledger.standing(span)
 
     def readers(self, what: What) -> Tensor:
         """How much each token has attended to something: who would have to be recomputed to erase it.
@@ -108,7 +142,7 @@ class LiveContext(Talking, TokenContext):
             CalibrationError: keys and values tell too little.
         """
         with self._lock:
-            return self.readers_of([self.locate(entry) for entry in several(what)])
+            return self.readers_of([span for entry in several(what) for span in self._standing(entry)])
 
     def _calibration_text(self) -> Text | None:
         tokenizer = self.tokenizer

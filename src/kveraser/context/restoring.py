@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kveraser.cache import Can, EditMark, Repair, slots_of
-from kveraser.context.state import ContextState, EditRecord
+from kveraser.context.state import PURGED, ContextState, EditRecord
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo, put_back
@@ -63,6 +63,7 @@ class Restoring(ContextState):
             self.backend.finish()
             started = time.perf_counter()
             record = self._record(receipt)
+            self._check_stands(record)
             backend, marks = self.backend, self.backend.marks
             undo = record.undo()
             place = next((index for index, edit in enumerate(marks.edits) if edit.id == receipt.id), None)
@@ -146,18 +147,33 @@ class Restoring(ContextState):
                 theirs.adopt(part, undo.states_of(part))
 
     def _unmark(self, record: EditRecord) -> None:
-        for span in record.erased:
-            self._ledger.unmark(span)
-        self._ledger.set_in_cache(record.dropped, True)
-        self._drop_record(record)
+        self._ledger = self._ledger_without(record)
+        self._forget_record(record)
         self._repair = None
+
+    def _check_stands(self, record: EditRecord) -> None:
+        """Raise unless all that a replacement put in is there as it put it in."""
+        for span in record.placed:
+            gone = next((other for other in self._ledger.erased if other.span.overlaps(span)), None)
+            if gone is not None:
+                raise RestoreError(
+                    f"a later edit took {gone.span} out of {span}, which had replaced {record.receipt.span}; restore that one first"
+                )
 
     def _ledger_without(self, record: EditRecord) -> SpanLedger:
         ledger = self._ledger.copy()
         for span in record.erased:
             ledger.unmark(span)
+        for span in record.placed:
+            ledger.withdraw(span)
         ledger.set_in_cache(record.dropped, True)
         return ledger
+
+    def _forget_record(self, record: EditRecord) -> None:
+        """Drop the record of an edit that is undone, and the ids that it had put in: they were never said."""
+        self._drop_record(record)
+        for span in record.placed:
+            self._ids.view[span.slice] = PURGED
 
     def _ids_of_slots_before(self, record: EditRecord) -> list[int]:
         """Ids of the slots that the cache had when the edit was made."""
@@ -168,7 +184,7 @@ class Restoring(ContextState):
     def _restore_by_recomputing(self, record: EditRecord) -> int:
         """Bring a span back from its ids: everything from it on is recomputed exactly; returns the number of tokens."""
         ledger = self._ledger_without(record)
-        slot = ledger.to_cache(record.receipt.spans[0].start)
+        slot = min(ledger.to_cache(span.start) for span in record.receipt.spans)
         backend, marks = self.backend, self.backend.marks
         start = min(slot, backend.length if marks.exact else marks.approximate_from or 0)
         ledger.set_in_cache([entry.span for entry in ledger.erased], False)
@@ -182,7 +198,7 @@ class Restoring(ContextState):
             backend.crop(start)
             backend.extend(self._tokens_of(ids))
         with uninterrupted():
-            self._drop_record(record)
+            self._forget_record(record)
             self._became_exact(ledger)
         return len(ids) - start
 

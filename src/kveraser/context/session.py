@@ -21,7 +21,7 @@ from kveraser.context.messages import Conversation
 from kveraser.context.state import EditRecord
 from kveraser.errors import DamagedError, RestoreError, SessionFileError
 from kveraser.methods import EraseReceipt
-from kveraser.spans import Erased, Span, SpanLedger
+from kveraser.spans import Erased, Placed, Span, SpanLedger
 
 if TYPE_CHECKING:
     from kveraser.context.token_context import TokenContext
@@ -45,9 +45,11 @@ class Session:
     def of(cls, context: TokenContext, chat: Conversation) -> Session:
         """The state of a live context."""
         index, data = context.backend.pack(context._ids.view)
-        marks = context.backend.marks
+        marks, ledger = context.backend.marks, context._ledger
+        placed = ledger.placed
         index |= {
-            "erased": [[e.span.start, e.span.end, e.in_cache] for e in context._ledger.erased],
+            "erased": [[e.span.start, e.span.end, e.in_cache, *([e.taken] if placed else [])] for e in ledger.erased],
+            "placed": [[p.span.start, p.span.end, p.before] for p in placed],
             "approximate_from": marks.approximate_from,
             "steered": [[span.start, span.end] for span in marks.steered_spans],
             "edits": [_record_to_json(record) for record in context._records.values()],
@@ -81,7 +83,9 @@ class Session:
         index, backend = self.index, context.backend
         with readable(what):
             context._ids = IdBuffer(backend.unpack(index, self.data))
-            context._ledger = SpanLedger(len(context._ids), (Erased(Span(a, b), c) for a, b, c in index["erased"]))
+            erased = (Erased(Span(a, b), *more) for a, b, *more in index["erased"])
+            placed = (Placed(Span(a, b), before) for a, b, before in index.get("placed", ()))  # older ones have none
+            context._ledger = SpanLedger(len(context._ids), erased, placed)
             context._records = {entry.receipt.id: entry for entry in map(_record_from_json, index["edits"])}
             steered = tuple(backend.steered(Span(a, b)) for a, b in index["steered"])
             backend.marks = Marks(index["approximate_from"], steered)
@@ -113,9 +117,15 @@ def _record_to_json(record: EditRecord) -> dict[str, Any]:
 def _receipt_fields(written: dict[str, Any]) -> dict[str, Any]:
     """The fields of a receipt as `asdict` and JSON left them, spans as spans again; `stand_ins` stay as they are."""
     fields = dict(written)
-    for name in ("spans", "removed", "steered", "recomputed"):  # older sessions do not say what was recomputed
+    for name in (
+        "spans",
+        "removed",
+        "steered",
+        "recomputed",
+        "replacements",
+    ):  # older sessions do not say the last ones
         fields[name] = tuple(Span(**span) for span in fields.get(name, ()))
-    fields["notes"] = tuple(fields.get("notes", ()))
+    fields["notes"], fields["puts"] = tuple(fields.get("notes", ())), ()
     return fields
 
 

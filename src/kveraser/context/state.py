@@ -40,6 +40,11 @@ class EditRecord:
         """Ledger spans that the edit took out of the context (none for `no-erase`)."""
         return self.receipt.spans if self.receipt.tokens_removed else ()
 
+    @property
+    def placed(self) -> tuple[Span, ...]:
+        """Ledger spans that it put in their place."""
+        return self.receipt.replacements if self.receipt.tokens_removed else ()
+
 
 @dataclass
 class Repair:
@@ -196,12 +201,10 @@ class ContextState:
         """The id of every slot; steered ones take that of the live token before (or behind) them."""
         ids: list[int] = []
         waiting = 0
-        runs = sorted(
-            [*((run, True) for run in ledger.live()), *((e.span, False) for e in ledger.erased if e.in_cache)]
-        )
-        for run, live in runs:
-            if not live:
-                waiting, ids = (waiting, ids + [ids[-1]] * len(run)) if ids else (waiting + len(run), ids)
+        for run, entry in ledger.runs():
+            if entry is not None:
+                held = entry.held[1] - entry.held[0]
+                waiting, ids = (waiting, ids + [ids[-1]] * held) if ids else (waiting + held, ids)
                 continue
             tokens = self._ids.view[run.slice].tolist()
             ids += [tokens[0]] * waiting + tokens

@@ -52,24 +52,26 @@ class AttentionGuidedRepair(MovingRepair):
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         choice, start = plan.choice, plan.layout_from
         assert choice is not None  # there are tokens behind the spans, or they would have been cropped
-        tokens, written = edit.backend.delete(edit.tokens, edit.spans)
-        left = edit.marks.cut(edit.spans)
+        tokens, written = self.moved(edit)
+        left = edit.marks.cut(edit.spare)
         marks = left.contaminated(start)
         suffix = Span(edit.spans[0].start, tokens.length)
-        if len(choice.slots) == len(suffix) and len(choice.sees) == len(edit.kept):  # nothing is left out
+        if len(choice.slots) + sum(edit.new) == len(suffix) and len(choice.sees) == len(
+            edit.after
+        ):  # nothing is left out
             written += edit.backend.recompute(tokens, suffix)
             marks = mended_from(marks, start)
         else:
             keep = torch.ones(edit.length, dtype=torch.long, device=tokens.ids.device)
-            for span in edit.spans:
+            for span in edit.spare:
                 keep[span.slice] = 0
             place = keep.cumsum(0) - 1
             written += edit.backend.rewrite(tokens, (), [choice.repair(left.steered_spans, place)])
         return Outcome(
             marks,
-            removed=edit.spans,
+            removed=edit.spare,
             recomputed=choice.runs,
-            tokens_recomputed=len(choice.slots),
+            tokens_recomputed=len(choice.slots) + sum(edit.new),
             bytes_written=written,
             residual=choice.residual,
             notes=choice.notes,

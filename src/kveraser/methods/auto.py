@@ -38,6 +38,7 @@ class Auto(EraseMethod):
     needs: ClassVar[frozenset[Can]] = frozenset({Can.STEER, Can.READ})
     timed: ClassVar[bool] = False
     needs_eraser: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
     compared: ClassVar[bool] = False
 
     def chosen(self, edit: Edit) -> EraseMethod:
@@ -46,13 +47,13 @@ class Auto(EraseMethod):
         if not rest:  # only to be cropped, which is free; mending what earlier edits left is not
             return FullRecompute() if edit.marks.exact else steering
         eraser, model = steering.using(edit), edit.backend.model
-        inner = replace(edit, spans=rest)
+        inner = replace(edit, spans=rest, new=edit.new[: len(rest)])
         calibration = calibration_of(inner, eraser.calibration)
         attached = model if eraser.is_neutral else cast("KVEraser", eraser).attached(model)
         costs = self.costs or cost_model(model, attached, calibration)
         start = min(edit.spans[0].start, edit.length if edit.marks.exact else edit.marks.approximate_from or 0)
         removed = sum(len(span) for span in (*edit.spans, *edit.marks.steered_spans))
-        exact = costs.recompute(start, max(edit.length - removed, start))
+        exact = costs.recompute(start, max(edit.length - removed + sum(edit.new), start))
         quick = sum(
             costs.steer(turn.tokens_steered, turn.tokens - turn.tokens_steered, turn.columns)
             for turn in steering.passes(inner)

@@ -19,7 +19,7 @@ from torch import Tensor
 from kveraser.cache import Backend, Can, Eraser, Marks, Tokens
 from kveraser.methods.choice import Choice
 from kveraser.methods.comparing import Compared
-from kveraser.methods.slots import neighbors
+from kveraser.methods.slots import neighbors, with_slots
 from kveraser.readers import Text
 from kveraser.spans import Span
 
@@ -36,6 +36,9 @@ class Edit:
         marks: the cache's marks before the edit.
         find_eraser: gives the eraser, for the methods that need one: the caller's, or the model's own.
         text: gives ids of some text to calibrate the model on, should that be needed; None takes what is in the cache.
+        new: for each of the spans how many new tokens are to stand in its first slots; () for an erase. A method that plans finds
+            their ids in `tokens`, and as many slots as they need.
+        blank: slots that were added for them and hold nothing yet, each at the end of a span.
     """
 
     backend: Backend
@@ -44,6 +47,8 @@ class Edit:
     marks: Marks
     find_eraser: Callable[[], Eraser]
     text: Text | None = None
+    new: tuple[int, ...] = ()
+    blank: tuple[Span, ...] = ()
 
     @property
     def length(self) -> int:
@@ -57,6 +62,34 @@ class Edit:
         for span in (*self.spans, *self.marks.steered_spans):
             stays[span.slice] = False
         return stays.nonzero()[:, 0]
+
+    @property
+    def fresh(self) -> tuple[Span, ...]:
+        """The slots of the new tokens."""
+        return tuple(
+            Span(span.start, span.start + count) for span, count in zip(self.spans, self.new, strict=False) if count
+        )
+
+    @property
+    def spare(self) -> tuple[Span, ...]:
+        """The slots of the spans that no new token takes: to be dropped or hidden. In an erase, the spans."""
+        counts = self.new or (0,) * len(self.spans)
+        return tuple(Span(s.start + n, s.end) for s, n in zip(self.spans, counts, strict=True) if n < len(s))
+
+    @property
+    def growth(self) -> int:
+        """For how many new tokens the spans have no slots."""
+        return sum(max(count - len(span), 0) for span, count in zip(self.spans, self.new, strict=False))
+
+    @property
+    def after(self) -> Tensor:
+        """The slots that hold tokens after the edit, `(n,)` int64: what stays and what is new, as they lie now."""
+        return with_slots(self.kept, self.fresh)
+
+    @property
+    def absent(self) -> tuple[Span, ...]:
+        """The slots that nobody is to see any more, in order: what of the spans is dropped or hidden, and what was hidden before."""
+        return tuple(sorted((*self.spare, *self.marks.steered_spans)))
 
     def neighbors(self, count: int) -> list[tuple[Span, tuple[Span, ...]]]:
         """For each of the spans, the first `count` live slots behind it (none beyond the next one), as disjoint runs."""
@@ -116,6 +149,10 @@ class EraseMethod(Compared):
     """Whether it works by an eraser."""
     removes: ClassVar[bool] = True
     """Whether the spans are erased at all."""
+    replaces: ClassVar[bool] = False
+    """Whether it knows of new tokens (`Edit.new`), so that it can replace."""
+    rebuilds: ClassVar[bool] = False
+    """Whether it computes all that follows anew, so that longer text needs no room to be made."""
     mends: ClassVar[bool] = False
     """Whether `apply` also repairs what earlier edits left, so that it has work to do even without spans."""
     moves_keys: ClassVar[bool] = False

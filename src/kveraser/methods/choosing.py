@@ -14,6 +14,7 @@ from kveraser.cache import Can, slots_of
 from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
 from kveraser.methods.base import Edit
 from kveraser.methods.choice import Choice
+from kveraser.methods.slots import with_slots
 from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, source_of, weights_of
 
 CANDIDATES = 256
@@ -95,7 +96,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     if not len(suffix):
         return None
     if budget >= len(suffix) and wish.coverage is None and (wish.keys is None or len(kept) <= ALL * wish.keys):
-        return Choice(suffix, kept, 0.0)  # all of them: nobody need be asked who has read what
+        return Choice(suffix, edit.after, 0.0)  # all of them: nobody need be asked who has read what
     try:
         calibration = calibration_of(edit, given)
         if not calibration.tells:
@@ -105,7 +106,8 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     except (CalibrationError, UnsupportedCacheError) as error:
         note = f"readers of the span could not be told, the next tokens were recomputed instead: {error}"
         return next_tokens(edit, budget, note)
-    scene = Scene.of(source_of(edit.backend), edit.tokens, edit.spans, edit.marks.steered_spans, calibration)
+    unread = sorted((*edit.marks.steered_spans, *edit.blank))
+    scene = Scene.of(source_of(edit.backend), edit.tokens, edit.spans, unread, calibration)
     slots = scene.suffix
     scores = scene.thin().amax(0)
     always = first_behind(edit.spans, slots, budget)
@@ -117,7 +119,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     chosen = choose(slots, scores, always, budget, weights=weights, coverage=wish.coverage, block=wish.block)
     left = residual(slots, scores, chosen)
     sees, samples, stand_for = _sight(scene, kept, chosen, wish.keys)
-    return Choice(chosen, sees, left, samples=samples, stand_for=stand_for)
+    return Choice(chosen, with_slots(sees, edit.fresh), left, samples=samples, stand_for=stand_for)
 
 
 def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> tuple[Tensor, Tensor | None, float]:
@@ -158,4 +160,4 @@ def most_shown(count: int, kept: int, keys: int | None) -> int:
 def next_tokens(edit: Edit, budget: int, note: str) -> Choice:
     """The live tokens behind the spans that come next, seeing everything that stays."""
     runs = edit.runs_behind(max(budget // len(edit.spans), 1))
-    return Choice(slots_of(runs, edit.tokens.ids.device), edit.kept, None, (note,))
+    return Choice(slots_of(runs, edit.tokens.ids.device), edit.after, None, (note,))

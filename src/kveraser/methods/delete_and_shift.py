@@ -22,6 +22,6 @@ class DeleteAndShift(Moving):
     needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE})
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        _, written = edit.backend.delete(edit.tokens, edit.spans)
-        marks = edit.marks.cut(edit.spans).contaminated(plan.layout_from)
-        return Outcome(marks, removed=edit.spans, bytes_written=written)
+        _, written = self.moved(edit)
+        marks = edit.marks.cut(edit.spare).contaminated(plan.layout_from)
+        return Outcome(marks, removed=edit.spare, tokens_recomputed=sum(edit.new), bytes_written=written)

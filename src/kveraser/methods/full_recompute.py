@@ -27,6 +27,8 @@ class FullRecompute(EraseMethod):
     summary: ClassVar[str] = "recompute the whole suffix (exact)"
     exact: ClassVar[bool] = True
     mends: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+    rebuilds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
@@ -43,10 +45,15 @@ class FullRecompute(EraseMethod):
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = self._start(edit)
-        gone = (*edit.spans, *edit.marks.steered_spans)
-        removed = merge_spans(gone, edit.length) if gone else ()  # nothing: only to mend what an earlier edit left
+        gone = edit.absent
+        removed = merge_spans(gone, edit.length) if gone else ()  # nothing: only to mend, or all slots are taken again
         tokens = edit.tokens.without(removed)
-        written = edit.backend.rebuild(tokens, removed, start, self.chunk)
+        if edit.blank:
+            edit.backend.crop(start)
+            edit.backend.extend(tokens, self.chunk)
+            written = edit.backend.bytes_per_slot * (tokens.length - start)
+        else:
+            written = edit.backend.rebuild(tokens, removed, start, self.chunk)
         return Outcome(
             marks=replace(edit.marks, approximate_from=None, steered=()),
             removed=removed,

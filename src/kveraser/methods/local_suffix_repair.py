@@ -32,16 +32,17 @@ class LocalSuffixRepair(MovingRepair):
         self.check_tokens(self.tokens)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        repaired = merge_spans((remap(run, edit.spans) for run in edit.runs_behind(self.tokens)), edit.length)
-        tokens, written = edit.backend.delete(edit.tokens, edit.spans)
+        behind = (remap(run, edit.spare) for run in edit.runs_behind(self.tokens))
+        repaired = merge_spans((*self.fresh(edit), *behind), edit.length)
+        tokens, written = self.close(edit)
         for run in repaired:
             written += edit.backend.recompute(tokens, run)
-        marks = edit.marks.cut(edit.spans).contaminated(plan.layout_from)
+        marks = edit.marks.cut(edit.spare).contaminated(plan.layout_from)
         if repaired[0].start == marks.approximate_from and repaired[0].end == tokens.length:
             marks = replace(marks, approximate_from=None)
         return Outcome(
             marks,
-            removed=edit.spans,
+            removed=edit.spare,
             recomputed=edit.runs_behind(self.tokens),
             tokens_recomputed=sum(len(run) for run in repaired),
             bytes_written=written,

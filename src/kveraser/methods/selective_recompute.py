@@ -38,7 +38,7 @@ class SelectiveRecompute(MovingRepair):
 
     name: ClassVar[str] = "selective-recompute"
     summary: ClassVar[str] = "delete-and-shift, then recompute the 15 % that deviate most"
-    needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER}
+    needs: ClassVar[frozenset[Can]] = frozenset(Can) - {Can.STEER, Can.OPEN}
     timed: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -49,15 +49,15 @@ class SelectiveRecompute(MovingRepair):
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = edit.spans[0].start
-        tokens, written = edit.backend.delete(edit.tokens, edit.spans)
+        tokens, written = self.moved(edit)
         suffix = Span(start, tokens.length)
-        left = edit.marks.cut(edit.spans)
-        steered = tuple(span for span in left.steered_spans if span.start >= start)
-        live = torch.cat([torch.arange(run.start, run.end) for run in gaps(steered, suffix.end, start)])
+        left, fresh = edit.marks.cut(edit.spare), self.fresh(edit)
+        done = sorted((*fresh, *(span for span in left.steered_spans if span.start >= start)))
+        live = torch.cat([torch.arange(run.start, run.end) for run in gaps(done, suffix.end, start)])
         wanted = math.ceil(self.ratio * len(live)) if self.tokens is None else self.tokens * len(edit.spans)
         count = min(wanted, len(live))
         marks = left.contaminated(plan.layout_from)
-        if count == len(suffix):
+        if count + sum(map(len, fresh)) == len(suffix):
             written += edit.backend.recompute(tokens, suffix)
             marks = mended_from(marks, start)
         else:
@@ -65,7 +65,7 @@ class SelectiveRecompute(MovingRepair):
             seen = [torch.arange(run.start, run.end) for run in gaps(left.steered_spans, suffix.end)]
             repair = Repair(chosen, torch.cat(seen).to(chosen), left.steered_spans)
             written += edit.backend.rewrite(tokens, (), [repair])
-        return Outcome(marks, removed=edit.spans, tokens_recomputed=count, bytes_written=written)
+        return Outcome(marks, removed=edit.spare, tokens_recomputed=count + sum(edit.new), bytes_written=written)
 
     @staticmethod
     def _choose(edit: Edit, tokens: Tokens, suffix: Span, live: Tensor, count: int) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from kveraser.cache import slots_of
 from kveraser.spans import Span, merge_spans
 
 
@@ -47,6 +49,12 @@ def runs_of(slots: Tensor) -> tuple[Span, ...]:
     return tuple(Span(listed[a], listed[b - 1] + 1) for a, b in pairwise(edges))
 
 
+def with_slots(slots: Tensor, runs: Iterable[Span]) -> Tensor:
+    """Some slots and those of runs, in order, each once."""
+    more = slots_of(runs, slots.device)
+    return torch.cat([slots, more]).unique() if len(more) else slots
+
+
 def split_tail(spans: tuple[Span, ...], steered: Iterable[Span], length: int) -> tuple[tuple[Span, ...], int]:
     """Take the (sorted) spans that end the context off the others; returns these and where the context is to be cropped.
 
@@ -71,11 +79,11 @@ def find_stand_ins(
 ) -> tuple[tuple[Span, int], ...]:
     """For steered slots next to what was erased, the nearest slot that stays: before the run of gone tokens, else behind.
 
-    Older steered slots are among them when the token that stood in for them has gone now.
+    Older steered slots are among them when the token that stood in for them has gone now, or is another one.
     """
     found = []
     for run in merge_spans((*removed, *steered), length) if removed or steered else ():
-        if any(span.overlaps(run) for span in erased):
+        if any(span.start <= run.end and run.start <= span.end for span in erased):
             source = run.start - 1 if run.start else run.end
             found += [(span, source) for span in steered if span.overlaps(run) and source < length]
     return tuple(found)

@@ -29,6 +29,7 @@ from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.methods.choice import Choice
 from kveraser.methods.choosing import Wish, calibration_of, choose_readers
+from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.slots import runs_of
 from kveraser.spans import Span, union_spans
 
@@ -123,6 +124,7 @@ class Steering(EraseMethod):
     summary: ClassVar[str] = "replace the span's states, recompute the tokens that have read it"
     needs: ClassVar[frozenset[Can]] = frozenset({Can.STEER})
     needs_eraser: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
     compared_at_nothing: ClassVar[bool] = True
     budget_option: ClassVar[str | None] = "repair"
 
@@ -169,6 +171,11 @@ class Steering(EraseMethod):
             raise OptionError(f"choose='readers' cannot be done in {edit.backend.name}'s cache; use choose='next'")
         return found
 
+    def chosen(self, edit: Edit) -> EraseMethod:
+        """Longer text moves what is behind it. Where that is no more than would be recomputed anyway, all of it is, exactly."""
+        behind = edit.length - edit.spans[0].end if edit.spans else 0
+        return FullRecompute() if edit.growth and 0 < behind <= self.budget(edit) else self
+
     def plan(self, edit: Edit) -> SteeringPlan:
         choice = None
         if self.chooses(edit) == "next":
@@ -181,7 +188,8 @@ class Steering(EraseMethod):
         return SteeringPlan(min([edit.length, *changed]), (*edit.spans, *written), choice, passes)
 
     def passes(self, edit: Edit, choice: Choice | None = None) -> list[SteeringPass]:
-        """The forwards that `apply` runs. Spans are steered from left to right: each sees what is before it as it is then.
+        """The forwards that `apply` runs. New tokens are computed first, where their forward can be that of the readers as well; spans
+        are steered from left to right: each sees what is before it as it is then.
 
         With the whole prefix every span has a pass of its own, as in a prefill in chunks, so that an eraser that does
         nothing changes not even a bit. The readers go with the last pass: they never see what is steered.
@@ -189,59 +197,84 @@ class Steering(EraseMethod):
         eraser = self.using(edit)
         window = None if self.full_prefix else eraser.window if self.window is None else self.window
         count = self._repair(edit) if self.chooses(edit) == "next" else 0
-        passes: list[SteeringPass] = []
-        for span, runs in edit.neighbors(count):
-            for turn in _turns(edit, span, runs, window, steers=eraser.steers_spans):
+        passes = _new_tokens(edit) if edit.fresh and self._joins(edit) else []
+        counts = edit.new or (0,) * len(edit.spans)
+        for (span, runs), new in zip(edit.neighbors(count), counts, strict=True):
+            for turn in _turns(edit, span, new, runs, window, steers=eraser.steers_spans):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both
                 else:
                     passes.append(turn)
         if choice is not None:
-            absent = tuple(sorted((*edit.spans, *edit.marks.steered_spans)))  # never seen, and every gap is closed
-            readers = SteeringPass(repaired=(choice.repair(absent),))
+            readers = SteeringPass(repaired=(choice.repair(edit.absent),))  # never seen, and every gap is closed
             if passes and passes[-1].tokens + readers.tokens <= PREFILL_CHUNK:
                 passes[-1] = passes[-1].joined(readers)
             else:
                 passes.append(readers)
         return passes
 
+    def _joins(self, edit: Edit) -> bool:
+        """Whether new tokens are run together with others, as if nothing had been hidden before them."""
+        return Can.REPAIR in edit.backend.can and not self.using(edit).steers_readers
+
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         assert isinstance(plan, SteeringPlan)
         eraser, choice, backend = self.using(edit), plan.choice, edit.backend
-        written = 0
+        alone = () if self._joins(edit) else edit.fresh
+        written = sum(backend.recompute(edit.tokens, run) for run in alone)
         for turn in plan.passes:
             written += backend.rewrite(edit.tokens, turn.steered, turn.repaired, eraser)
-        if not eraser.steers_spans:  # last, so that an engine puts new states into the very places of the old ones
+        if (
+            edit.spare and not eraser.steers_spans
+        ):  # last, so that an engine puts new states into the very places of the old ones
             known = partial(calibration_of, edit, eraser.calibration)
-            written += eraser.hide(backend, edit.tokens, edit.spans, known)
+            written += eraser.hide(backend, edit.tokens, edit.spare, known)
         runs = tuple(run for run in plan.in_place if run not in edit.spans)
         notes = choice.notes if choice else ()
-        if runs and not backend.closes_gaps:
+        if runs and edit.spare and not backend.closes_gaps:
             notes = (*notes, _GAP_OPEN)
         changed_from = min(edit.spans[0].start, plan.layout_from)
         return Outcome(
-            marks=edit.marks.contaminated(changed_from).steer(tuple(map(backend.steered, edit.spans))),
-            steered=edit.spans,
+            marks=edit.marks.contaminated(changed_from).steer(tuple(map(backend.steered, edit.spare))),
+            steered=edit.spare,
             recomputed=runs,
-            tokens_recomputed=sum(turn.tokens for turn in plan.passes),
+            tokens_recomputed=sum(turn.tokens for turn in plan.passes) + sum(map(len, alone)),
             bytes_written=written,
             residual=choice.residual if choice else None,
-            eraser=eraser.kind,
+            eraser=eraser.kind if edit.spare else None,
             notes=notes,
         )
 
 
+def _new_tokens(edit: Edit) -> list[SteeringPass]:
+    """New tokens in chunks, each behind all that is before it but what is hidden."""
+    shown = edit.after
+    passes: list[SteeringPass] = []
+    for run in edit.fresh:
+        for start in range(run.start, run.end, PREFILL_CHUNK):
+            part = Span(start, min(start + PREFILL_CHUNK, run.end))
+            repair = Repair(slots_of((part,), shown.device), shown[shown < part.end], edit.absent)
+            turn = SteeringPass(repaired=(repair,))
+            if passes and passes[-1].tokens + turn.tokens <= PREFILL_CHUNK:
+                passes[-1] = passes[-1].joined(turn)
+            else:
+                passes.append(turn)
+    return passes
+
+
 def _turns(
-    edit: Edit, span: Span, runs: tuple[Span, ...], window: Window | None, *, steers: bool
+    edit: Edit, span: Span, new: int, runs: tuple[Span, ...], window: Window | None, *, steers: bool
 ) -> Iterator[SteeringPass]:
-    """A span in chunks, as a prefill would compute it, the last one together with what is repaired next behind it."""
-    before = window_spans(window, span.start)
-    device = edit.tokens.ids.device
-    repaired = (Repair(slots_of(runs, device), slots_of((*before, *runs), device), (span,)),) if runs else ()
-    if not steers:
+    """What `new` tokens leave of a span, in chunks as a prefill would compute it, the last one together with what is repaired next
+    behind it."""
+    first, device = span.start + new, edit.tokens.ids.device
+    before = window_spans(window, first)
+    spare = (Span(first, span.end),) if first < span.end else ()
+    repaired = (Repair(slots_of(runs, device), slots_of((*before, *runs), device), spare),) if runs else ()
+    if not (steers and spare):
         if repaired:
             yield SteeringPass(repaired=repaired)
         return
-    for start, end in pairwise([*range(span.start, span.end, PREFILL_CHUNK), span.end]):
-        earlier = (Span(span.start, start),) if start > span.start else ()
+    for start, end in pairwise([*range(first, span.end, PREFILL_CHUNK), span.end]):
+        earlier = (Span(first, start),) if start > first else ()
         yield SteeringPass((Rewrite(Span(start, end), (*before, *earlier)),), repaired if end == span.end else ())

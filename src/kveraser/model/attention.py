@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from kveraser.errors import UnsupportedCacheError
 from kveraser.model.view import causal_lm, evaluating, frozen, model_device, model_dtype, text_config, view
 
 _DECODING, _GROUPED, _MASKED = "kveraser_decoding", "kveraser_grouped", "kveraser_masked"
@@ -31,20 +32,29 @@ _MOST_SCORES = 1 << 24
 """Attention scores that are held at a time."""
 _MOST_SLOTS = 2048
 """Beyond, the scores of plain products no longer fit a CPU's caches."""
+_CHANGING_SCORES = ("softcap", "s_aux", "position_bias")
+"""Options of transformers' attention functions that change the scores."""
 
 
 def decoding_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Softmax attention, fast for one new token; arguments as of `grouped_attention`."""
-    batch, heads, tokens, size = query.shape
+    heads, tokens = query.shape[1:3]
     groups = key.shape[1]
     if tokens > 1 or groups == heads or attention_mask is not None or options.get("dropout"):
         result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return result
+    return one_token_attention(query, key, value, options.get("scaling")), None
+
+
+def one_token_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Softmax attention of one token, `(batch, heads, 1, head_dim)`, that sees all slots; `(batch, 1, heads, head_dim)`."""
+    batch, heads, _, size = query.shape
+    groups = key.shape[1]
     rows = query.reshape(batch, groups, heads // groups, size)
-    found = F.scaled_dot_product_attention(rows, key, value, scale=options.get("scaling"))
-    return found.reshape(batch, heads, 1, size).transpose(1, 2), None
+    found = F.scaled_dot_product_attention(rows, key, value, scale=scaling)
+    return found.reshape(batch, 1, heads, size)
 
 
 def grouped_attention(
@@ -120,7 +130,16 @@ def blockwise_attention(
 def told_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention as the keys say: they come from a pass that knows what each token sees, and carry its `attend`."""
+    """Attention as the keys say: they come from a pass that knows what each token sees, and carry its `attend`.
+
+    Raises:
+        UnsupportedCacheError: scores that are not those of plain softmax attention.
+    """
+    if any(options.get(name) is not None for name in _CHANGING_SCORES):
+        raise UnsupportedCacheError(
+            f"{type(module).__name__} changes attention scores ({', '.join(_CHANGING_SCORES)}), so single tokens cannot be "
+            "run again; use repair=0 or full-recompute"
+        )
     scaling = options.get("scaling")
     attend: Any = key.attend  # type: ignore[attr-defined]
     return attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kveraser.serving.contexts.reuse import Policy
+from kveraser.serving.contexts.reuse import Policy, Reason
 from kveraser.serving.decoding import Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids to be read and continued, for the owner of an API key."""
+    """Ids to be read and continued, for the owner of an API key.
+
+    Attributes:
+        max_residual: what edits in place may leave behind under `auto`; where it would be more, it is recomputed at once.
+        must_forget: texts of which nothing may be left in what is cached for the owner.
+    """
 
     owner: str
     ids: tuple[int, ...]
     policy: Policy
     sampling: Sampling
+    max_residual: float | None = None
+    must_forget: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,17 +35,21 @@ class ReuseReport:
     Attributes:
         method: `prefill`, `prefix`, `full-recompute` or `kveraser`.
         exact: whether the context equals a fresh prefill.
-        spans: runs that were taken out, in tokens of the cached conversation.
+        reason: why.
+        spans: runs that have changed, in tokens of the cached conversation.
+        replacements: how many tokens stand in the place of each; 0 where it was taken out.
         tokens_reused: tokens of the prompt whose states were there already and were left as they are.
         tokens_recomputed: tokens that were run through the model, steering included.
         recomputed: runs of the cached conversation that were recomputed where they are, in tokens like `spans`.
-        residual: what the erase left behind by its own estimate; 0.0 where the context is exact, None where not known.
+        residual: what edits left behind by their own estimate, the largest of any; 0.0 where the context is exact, None where not known.
         eraser: "trained" or "neutral", where one was used.
+        forgotten: cached conversations of which something was purged; None where nothing had to be forgotten.
         seconds: until the first token could be sampled, without waiting.
     """
 
     method: str
     exact: bool
+    reason: Reason
     spans: tuple[tuple[int, int], ...]
     tokens_reused: int
     tokens_recomputed: int
@@ -46,6 +57,8 @@ class ReuseReport:
     recomputed: tuple[tuple[int, int], ...] = ()
     residual: float | None = None
     eraser: str | None = None
+    replacements: tuple[int, ...] = ()
+    forgotten: int | None = None
 
 
 @dataclass

@@ -1,18 +1,19 @@
 """From the steps of the decoder to a reply: text as it becomes certain, stop texts, log-probabilities.
 
-Knows: the decoder, contexts of ids, tokenizers. Does not know about HTTP or where a context comes from.
+Knows: the decoder, tokenizers. Does not know about HTTP, or where logits come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from kveraser.context import Drawing, TokenContext, steps
+from kveraser.context import Decoder, Drawing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,36 +56,41 @@ class Delta:
     stopped_by: str | None = None
 
 
-def decode(
-    context: TokenContext,
-    logits: Tensor,
-    sampling: Sampling,
-    tokenizer: PreTrainedTokenizerBase,
-    check: Callable[[], None],
-) -> Iterator[Delta]:
-    """Continue a context whose last token gave `logits`; every sampled token but the last is appended to it.
+class Decoding:
+    """A reply in the making: what each token adds to it, as soon as the logits that it is drawn from are there.
 
     The last delta has the finish reason: `stop` (an end token or a stop text) or `length`.
 
     Args:
-        check: called before every token; what it raises ends the reply.
+        ends: whether a token ends a text or a turn.
+        device: where the logits are.
     """
 
-    def advance(token: int) -> Tensor:
-        check()
-        return context.advance([token])
+    def __init__(
+        self,
+        sampling: Sampling,
+        tokenizer: PreTrainedTokenizerBase,
+        ends: Callable[[int], bool],
+        device: torch.device,
+    ) -> None:
+        self._sampling, self._decoder = sampling, Decoder(ends, sampling, device)
+        self._text = GrowingText(tokenizer, sampling.stop)
+        self._count = 0
+        self.token = -1
+        """The last token that was drawn; it is to be run before the next one is."""
 
-    check()
-    text = GrowingText(tokenizer, sampling.stop)
-    for count, step in enumerate(steps(logits, advance, context.backend.ends, sampling), 1):
-        logprob = () if sampling.logprobs is None else (_logprob(step.logits, step.token, sampling.logprobs),)
-        new = "" if step.ended else text.push(step.token)
-        done = step.ended or text.stopped
-        if done or count >= sampling.max_tokens:
-            new += text.finish()
-            yield Delta(new, logprob, 1, "stop" if done or text.stopped else "length", text.stopped_by)
-            return
-        yield Delta(new, logprob, 1)
+    def draw(self, logits: Tensor) -> Delta:
+        """The next token, from the logits after the last one, float32 `(vocab,)`."""
+        step, wanted = self._decoder.draw(logits), self._sampling.logprobs
+        self.token, self._count = step.token, self._count + 1
+        logprob = () if wanted is None else (_logprob(step.logits, step.token, wanted),)
+        new = "" if step.ended else self._text.push(step.token)
+        done = step.ended or self._text.stopped
+        if done or self._count >= self._sampling.max_tokens:
+            new += self._text.finish()
+            reason = "stop" if done or self._text.stopped else "length"
+            return Delta(new, logprob, 1, reason, self._text.stopped_by)
+        return Delta(new, logprob, 1)
 
 
 def _logprob(logits: Tensor, token: int, count: int) -> TokenLogprob:

@@ -57,6 +57,7 @@ class _Gauges(Collector):
         numbers = self.service.numbers  # the store itself belongs to the worker's thread
         for name, text, value in (
             ("kveraser_queue_waiting", "Requests that wait.", self.service.worker.waiting),
+            ("kveraser_replies_in_the_making", "Replies that take turns.", self.service.worker.taking_turns),
             ("kveraser_cache_bytes", "Keys and values in memory.", numbers.bytes),
             ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", numbers.budget),
             ("kveraser_contexts_in_memory", "Contexts in memory.", numbers.in_memory),

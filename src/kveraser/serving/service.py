@@ -23,12 +23,14 @@ from kveraser.model.view import causal_lm
 from kveraser.serving.beside import Beside
 from kveraser.serving.completion import Prompt, Reply, ReuseReport
 from kveraser.serving.contexts.finding import ContextFinder
+from kveraser.serving.contexts.forgetting import forget
 from kveraser.serving.contexts.idle_repair import IdleRepair
 from kveraser.serving.contexts.limits import Limits
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.contexts.store import ContextStore
-from kveraser.serving.decoding import Delta, decode
-from kveraser.serving.worker import Job, Worker
+from kveraser.serving.decoding import Decoding, Delta
+from kveraser.serving.together import Next, Together
+from kveraser.serving.worker import Job, Turns, Work, Worker
 
 
 @dataclass(frozen=True)
@@ -37,28 +39,32 @@ class ServiceOptions:
 
     Attributes:
         policy: for requests that do not name one.
+        max_residual: under `auto`, for requests that do not name one: what edits in place may leave behind; None sets no limit.
         cache_budget: bytes of keys and values in memory, all contexts together.
-        placeholder: text that clients put in place of what they cleared; "" for none.
         state_dir: where contexts are kept; None keeps nothing beyond the process.
         queue_size: requests that may wait.
         timeout: seconds for one request, waiting included.
         grace: seconds that running requests get when the server stops.
         max_reply: tokens of a chat reply that names no limit.
+        batch: replies that are made at the same time, their tokens run together; with 1, one after the other.
     """
 
     policy: Policy = "exact"
+    max_residual: float | None = None
     cache_budget: int = 4 << 30
-    placeholder: str = "[cleared]"
     state_dir: Path | None = None
     queue_size: int = 64
     timeout: float = 300.0
     grace: float = 20.0
     max_reply: int = 1024
+    batch: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("cache_budget", "queue_size", "timeout", "max_reply"):
+        for name in ("cache_budget", "queue_size", "timeout", "max_reply", "batch"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.max_residual is not None and not 0 <= self.max_residual <= 1:
+            raise OptionError(f"max_residual={self.max_residual} must be a share from 0 to 1")
 
 
 class Service:
@@ -79,18 +85,18 @@ class Service:
         self.eraser = eraser or default_eraser(model)
         self.vocabulary = int(causal_lm(model).get_input_embeddings().num_embeddings)
         self.limits = Limits.of(model, tokenizer, self.options.cache_budget)
-        placeholder = tuple(tokenizer.encode(self.options.placeholder, add_special_tokens=False))
         self.store = ContextStore(
-            model, tokenizer, eraser, budget=self.options.cache_budget, placeholder=placeholder,
-            folder=self.options.state_dir,
-        )  # fmt: skip
-        self._finder = ContextFinder(self.store, self.limits, tokenizer)
+            model, tokenizer, eraser, budget=self.options.cache_budget, folder=self.options.state_dir
+        )
+        self._finder = ContextFinder(self.store, self.limits, tokenizer, self.eraser)
         self.numbers = self.store.numbers()
         """Of the store, after the last piece of work; for all threads."""
         self.beside = Beside(self.options.queue_size)
-        self.worker = Worker(self.options.queue_size, IdleRepair(self.store).step, self._publish)
+        self.worker = Worker(
+            self.options.queue_size, IdleRepair(self.store).step, self._publish, Together().run, self.options.batch
+        )
 
-    def submit(self, work: Callable[[Job], Any]) -> Job:
+    def submit(self, work: Work[Any]) -> Job:
         """Queue work on the contexts.
 
         Raises:
@@ -109,43 +115,61 @@ class Service:
         length, reply = len(prompt.ids), prompt.sampling.max_tokens
         self.limits.check(length + reply, f"{length} prompt tokens and {reply} for the reply")
 
-    def complete(self, prompt: Prompt, job: Job, emit: Callable[[Delta, Reply], bool] | None = None) -> Reply:
-        """Answer a prompt; in the worker's thread.
+    def complete(self, prompt: Prompt, job: Job, emit: Callable[[Delta, Reply], bool] | None = None) -> Turns[Reply]:
+        """Answer a prompt; in the worker's thread, taking turns with others: a chunk of the prompt, or a token of the reply.
 
         Args:
             emit: called with every piece of the reply as it comes, and with the reply so far; returns whether that is enough.
         """
-        started = time.perf_counter()
-        held, reuse = self._finder.prepare(prompt.owner, prompt.ids, prompt.sampling.max_tokens, prompt.policy)
+        started, reading = time.perf_counter(), 0.0
+        forgotten = None
+        if prompt.must_forget:
+            forgotten = forget(self.store, self.tokenizer, prompt.owner, prompt.must_forget)
+        held, reuse = self._finder.prepare(
+            prompt.owner, prompt.ids, prompt.sampling.max_tokens, prompt.policy, prompt.max_residual
+        )
+        new = list(prompt.ids[reuse.kept :])
+        held.reserved = self.limits.bytes_for(held.context.backend.length + len(new) + prompt.sampling.max_tokens)
         try:
-            new = list(prompt.ids[reuse.kept :])
             for at in range(0, len(new) - 1, PREFILL_CHUNK):
                 job.check()
                 held.context.append_ids(new[at : min(at + PREFILL_CHUNK, len(new) - 1)])
+                reading += time.perf_counter() - started
+                yield None
+                started = time.perf_counter()
             logits = held.context.advance(new[-1:])
             held.prompt_end = len(prompt.ids) - 1
             report = ReuseReport(
                 method=reuse.method,
                 exact=held.exact,
+                reason=reuse.reason,
                 spans=reuse.spans,
                 tokens_reused=reuse.kept - reuse.mended,
                 tokens_recomputed=reuse.recomputed + len(new),
-                seconds=time.perf_counter() - started,
+                seconds=reading + time.perf_counter() - started,
                 recomputed=reuse.where,
-                residual=0.0 if held.exact else reuse.residual,
+                residual=0.0 if held.exact else held.residual,
                 eraser=reuse.eraser,
+                replacements=reuse.replacements,
+                forgotten=forgotten,
             )
             reply = Reply(report, len(prompt.ids))
-            for delta in decode(held.context, logits, prompt.sampling, self.tokenizer, job.check):
+            backend = held.context.backend
+            decoding = Decoding(prompt.sampling, self.tokenizer, backend.ends, backend.device)
+            while True:
+                job.check()
+                delta = decoding.draw(logits)
                 reply.text += delta.text
                 reply.completion_tokens += delta.sampled
                 reply.tokens += delta.tokens
                 reply.finish_reason = delta.finish_reason or reply.finish_reason
                 reply.stopped_by = delta.stopped_by
-                if emit is not None and emit(delta, reply):
-                    break
-            return reply
+                enough = emit is not None and emit(delta, reply)
+                if enough or delta.finish_reason:
+                    return reply
+                logits = yield Next(held.context, decoding.token)
         finally:
+            held.reserved = 0
             if len(held.context) == 0:
                 self.store.forget(held)
             self.store.make_room()

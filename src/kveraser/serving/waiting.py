@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from kveraser.errors import JobCancelledError
 from kveraser.serving.service import Service
-from kveraser.serving.worker import Job
+from kveraser.serving.worker import Job, Work
 
 T = TypeVar("T")
 _LOOK_EVERY = 0.2  # seconds between looks whether the client is still there
 _SOON = 0.01  # seconds behind a deadline, when it is certainly over
 
 
-def _submit(service: Service, work: Callable[[Job], T]) -> Job:
+def _submit(service: Service, work: Work[Any]) -> Job:
     """Queue work; if its time is over before its turn comes, it fails then and not when its turn comes."""
     job = service.submit(work)
     asyncio.get_running_loop().call_later(job.timeout + _SOON, job.give_up)
     return job
 
 
-async def run(service: Service, request: Request, work: Callable[[Job], T]) -> T:
+async def run(service: Service, request: Request, work: Work[T]) -> T:
     """The result of work in the worker's thread; the work is cancelled when the client goes away."""
     job = _submit(service, work)
     future = asyncio.wrap_future(job.future)
@@ -66,7 +66,7 @@ async def with_first(first: T, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
         yield event
 
 
-async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], None]) -> AsyncGenerator[T]:
+async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], Any]) -> AsyncGenerator[T]:
     """What work in the worker's thread emits; closing the iterator cancels the work.
 
     Raises:

@@ -1,6 +1,13 @@
 """One worker thread, and a bounded queue before it.
 
-Knows: threads, deadlines. Does not know about models, contexts or HTTP.
+Knows: threads, deadlines, turns. Does not know about models, contexts or HTTP.
+
+Most work is done whole, one piece after the other. Work that takes turns is a generator: several of them are open at a time, and
+other work is done between their turns. One yields `None` to let others have a turn, or a wish; all wishes that there are by then are
+granted together, and each generator is sent what became of its own (an exception is thrown into it).
+
+    a round:   a piece of work from the queue, whole, and a turn of the oldest that has no wish, | all wishes
+               and more of both for as long as the last wishes took
 """
 
 from __future__ import annotations
@@ -10,16 +17,19 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from kveraser.errors import JobCancelledError, JobTimeoutError, QueueFullError
+from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, QueueFullError
 
 log = logging.getLogger("kveraser.serving")
 
 T = TypeVar("T")
 _STOPPING = "the server is stopping"
+Turns = Generator[Any, Any, T]
+"""Work that takes turns with other work."""
+Work = Callable[["Job"], T | Turns[T]]
 
 
 class Job:
@@ -28,10 +38,17 @@ class Job:
     Args:
         work: called in the worker's thread with this job; calls `check()` every now and then.
         timeout: seconds from now.
+
+    Attributes:
+        turns: the work as it goes on, where it takes turns.
+        wish: what it waits for, or None.
     """
 
-    def __init__(self, work: Callable[[Job], Any], timeout: float) -> None:
+    def __init__(self, work: Work[Any], timeout: float) -> None:
         self.work, self.timeout = work, timeout
+        self.turns: Turns[Any] | None = None
+        self.wish: Any = None
+        self.started = 0.0
         self.future: Future[Any] = Future()
         self._deadline = time.monotonic() + timeout
         self._cancelled, self._begun, self._lock = "", False, threading.Lock()
@@ -64,6 +81,10 @@ class Job:
             begun, self._begun = self._begun, True
             return not begun
 
+    def put_back(self) -> None:
+        """It waits again, and will be begun anew."""
+        self.turns, self._begun = None, False
+
     def give_up(self) -> None:
         """If it still waits and should stop, it fails now, without its turn."""
         error = self._why_stop()
@@ -72,21 +93,34 @@ class Job:
 
 
 class Worker:
-    """Runs jobs one after another in one thread, and idle work when there are none.
+    """Runs jobs in one thread, and idle work when there are none.
 
     Args:
         capacity: jobs that may wait.
         idle: does a little work; returns whether there is more.
         after: called in the worker's thread after every job and every bit of idle work, before the result is there.
+        together: grants the wishes of jobs that take turns; gives a result or an exception for each.
+        most: so many of these are open at a time.
     """
 
-    def __init__(self, capacity: int, idle: Callable[[], bool], after: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        idle: Callable[[], bool],
+        after: Callable[[], None] = lambda: None,
+        together: Callable[[Sequence[Any]], Sequence[Any]] = list,
+        most: int = 1,
+    ) -> None:
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._capacity, self._idle, self._after = capacity, idle, after
-        self._typical = 1.0  # seconds per job, a running mean
+        self._together, self._most = together, most
+        self._typical = 1.0  # seconds from the end of one job to that of the next, a running mean
         self._stopping = False
         self._running: Job | None = None
+        self._open: list[Job] = []  # replaced, not changed: other threads look at it
+        self._granting = 0.0  # seconds that the last wishes took
+        self._full = False  # a job waits for what only the end of another one sets free
         self._thread = threading.Thread(target=self._run, name="kveraser-worker", daemon=True)
         self._thread.start()
 
@@ -96,7 +130,12 @@ class Worker:
         with self._changed:
             return self._clear()
 
-    def submit(self, work: Callable[[Job], Any], timeout: float) -> Job:
+    @property
+    def taking_turns(self) -> int:
+        """Jobs that are open at the same time."""
+        return len(self._open)
+
+    def submit(self, work: Work[Any], timeout: float) -> Job:
         """Put work into the queue.
 
         Raises:
@@ -132,7 +171,7 @@ class Worker:
         self._thread.join(grace)
         while self._thread.is_alive():
             with self._changed:
-                jobs = [*self._queue, *([self._running] if self._running else [])]
+                jobs = [*self._queue, *self._open, *([self._running] if self._running else [])]
             for job in jobs:
                 job.cancel(_STOPPING)
             self._thread.join(0.05)
@@ -145,41 +184,118 @@ class Worker:
         return len(self._queue)
 
     def _next(self, wait: bool) -> Job | None:
-        """The next job, if there is one (or once there is one); None when there is none, or no more."""
+        """The next job, if there is one that can be taken up (or once there is one); None when there is none, or no more.
+
+        One that takes turns is not taken up while as many as there may be are open, but what is behind it is.
+        """
         with self._changed:
             while True:
-                while self._queue:
-                    job = self._queue.popleft()
-                    job.give_up()
-                    if job.begin():
+                self._clear()
+                full = len(self._open) >= self._most
+                for job in self._queue if not self._full else ():
+                    if not (full and job.turns is not None) and job.begin():
+                        self._queue.remove(job)
                         self._running = job
                         return job
                 if not wait or self._stopping:
                     return None
                 self._changed.wait()
 
+    def _put_back(self, job: Job) -> None:
+        with self._changed:
+            self._queue.appendleft(job)
+
     def _run(self) -> None:
         more = True
         while True:
-            job = self._next(wait=not more)
-            if job is None:
+            done = self._do_apart(wait=not (more or self._open))
+            if self._open:
+                self._grant()
+            elif not done:
                 if self._stopping:
                     return
                 more = bool(self._survive(self._idle))
                 self._survive(self._after)
                 continue
-            started = time.monotonic()
-            try:
-                result, error = job.work(job), None
-            except BaseException as raised:
-                result, error = None, raised
+            more = True
+
+    def _begin(self, job: Job) -> None:
+        """Do a piece of work, or open one that takes turns."""
+        job.started = job.started or time.monotonic()
+        result, error = None, None
+        try:
+            result = job.turns or job.work(job)
+        except BaseException as raised:
+            error = raised
+        if isinstance(result, Generator):
+            if len(self._open) < self._most:
+                job.turns, self._open = result, [*self._open, job]
+            else:
+                job.put_back()
+                job.turns = result
+                self._put_back(job)
+            self._running = None
+        else:
+            self._end(job, result, error)
+
+    def _do_apart(self, wait: bool) -> bool:
+        """Do what is not done together; whether there was anything.
+
+        It gets as much time as the wishes: a long piece of work does not keep others from theirs, nor do many short ones.
+        """
+        until, done = time.monotonic() + self._granting, False
+        while not done or time.monotonic() < until:
+            new = self._next(wait and not done)
+            if new is not None:
+                self._begin(new)
+            old = next((job for job in self._open if job.wish is None), None)
+            if old is not None:
+                self._turn(old, None)
+            if new is None and old is None:
+                break
+            done = True
+        return done
+
+    def _grant(self) -> None:
+        """Grant all wishes."""
+        started = time.monotonic()
+        wishing = [job for job in self._open if job.wish is not None]
+        if wishing:
+            for job, granted in zip(wishing, self._together([job.wish for job in wishing]), strict=True):
+                self._turn(job, granted)
+        self._granting = time.monotonic() - started
+
+    def _turn(self, job: Job, sent: Any) -> None:
+        """Let a job go on until it yields, or ends."""
+        assert job.turns is not None
+        result, error = None, None
+        try:
+            job.wish = job.turns.throw(sent) if isinstance(sent, BaseException) else job.turns.send(sent)
+            return
+        except StopIteration as end:
+            result = end.value
+        except BaseException as raised:
+            error = raised
+        self._end(job, result, error)
+
+    def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
+        """What became of a job; one whose time has not come yet waits again, until another one has ended."""
+        together = len(self._open)
+        self._open = [other for other in self._open if other is not job]
+        if isinstance(error, NotYetError) and self._open:
+            self._full = True
+            job.put_back()
+            self._put_back(job)
+        else:
+            self._full = False
             self._survive(self._after)
             if error is None:
                 job.future.set_result(result)
             else:
                 job.future.set_exception(error)
-            self._typical += 0.2 * (time.monotonic() - started - self._typical)
-            self._running, more = None, True
+            taken = (time.monotonic() - job.started) / max(together, 1)
+            self._typical += 0.2 * (taken - self._typical)
+        self._running = None
 
     @staticmethod
     def _survive(call: Callable[[], T]) -> T | None:

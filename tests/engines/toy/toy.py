@@ -91,6 +91,11 @@ class ToyBackend(LiveBackend):
             self.rows = torch.cat([self.rows[: span.start], self.rows[span.end :]])
         return left, (left.length - spans[0].start) * self.bytes_per_slot
 
+    def open(self, tokens, blank, steered):
+        for room in blank:
+            self.rows = torch.cat([self.rows[: room.start], torch.zeros(len(room), SIZE), self.rows[room.start :]])
+        return 0
+
     def recompute(self, tokens, span):
         for slot in span:
             self.rows[slot] = self.run(int(tokens.ids[0, slot]), self.rows[:slot])

@@ -14,6 +14,7 @@ from serving_helpers import NAME, running, servers, tiny_service, tool_tokenizer
 
 from kveraser.serving.anthropic.replies import BlockEvents
 from kveraser.serving.chat.reading import CallPiece, TextPiece, ThinkingPiece
+from kveraser.serving.decoding import Decoding, Delta
 
 ASK = [{"role": "user", "content": "what is the code of the door?"}]
 SCHEMA = {"type": "object", "properties": {"what": {"type": "string"}}, "required": ["what"]}
@@ -323,13 +324,13 @@ def test_errors_have_the_types_and_statuses_of_anthropic(serve, monkeypatch):
 def test_an_error_in_a_stream_is_an_event(serve, monkeypatch):
     server = serve()
 
-    def breaks(context, logits, sampling, tokenizer, check):
-        from kveraser.serving.decoding import Delta
+    def breaks(self, logits):
+        if self.token >= 0:
+            raise RuntimeError("secret")
+        self.token = 5
+        return Delta("so far ", sampled=1)
 
-        yield Delta("so far ", sampled=1)
-        raise RuntimeError("secret")
-
-    monkeypatch.setattr("kveraser.serving.service.decode", breaks)
+    monkeypatch.setattr(Decoding, "draw", breaks)
     *_, last = events_of(post(server, stream=True).text)
     assert last["type"] == "error"
     assert last["error"]["type"] == "api_error"

@@ -14,7 +14,7 @@ from kveraser.serving.anthropic.conversion import chat_of
 from kveraser.serving.anthropic.protocol import CountRequest, MessagesRequest
 from kveraser.serving.chat.answering import Asked
 from kveraser.serving.chat.rendering import ChatRenderer
-from kveraser.serving.completion import Prompt
+from kveraser.serving.chat.wishes import prompt_of
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.service import Service
 
@@ -53,8 +53,7 @@ def message_asked(service: Service, renderer: ChatRenderer, body: MessagesReques
         top_k=body.top_k or 0,
         stop=tuple(body.stop_sequences or ()),
     )
-    policy = (body.kveraser and body.kveraser.policy) or service.options.policy
-    prompt = Prompt(owner, ids, policy, sampling)
+    prompt = prompt_of(service, owner, ids, sampling, body.kveraser)
     service.check(prompt)
     asked = Asked(prompt, made.rendered.told, made.rendered.reader)
     return AskedMessage(asked, made.applied if body.context_management else None, limit < body.max_tokens)

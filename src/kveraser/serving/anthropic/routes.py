@@ -23,7 +23,7 @@ from kveraser.serving.events import STREAMS, line_response
 from kveraser.serving.metrics import Metrics
 from kveraser.serving.service import Service
 from kveraser.serving.waiting import first_of, run, stream
-from kveraser.serving.worker import Job
+from kveraser.serving.worker import Job, Turns
 
 
 def anthropic_router(service: Service, renderer: ChatRenderer, name: str, metrics: Metrics) -> APIRouter:
@@ -48,19 +48,16 @@ def anthropic_router(service: Service, renderer: ChatRenderer, name: str, metric
         made = await service.beside.run(lambda: message_asked(service, renderer, body, owner))
         shape = Shape(name, made.applied, made.is_cut)
 
-        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Answer:
-            found = answer(service, made.asked, job, emit)
+        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Turns[Answer]:
+            found = yield from answer(service, made.asked, job, emit)
             metrics.count(found.reply)
             return found
-
-        def work(job: Job, emit: Callable[[Progress], None]) -> None:
-            complete(job, emit)
 
         headers = {"request-id": request_id()}
         if not body.stream:
             response.headers.update(headers)
             return shape.whole(await run(service, request, complete))
-        events = stream(service, work)
+        events = stream(service, complete)
         first = await first_of(request, events)  # an error before the first token has a status of its own
         lines = event_lines(first, events, shape)
         return line_response(lines, events, request.url.path, error_name="error", last="", headers=headers)

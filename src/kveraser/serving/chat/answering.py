@@ -14,7 +14,7 @@ from kveraser.serving.chat.rendering import Reader
 from kveraser.serving.completion import Prompt, Reply
 from kveraser.serving.decoding import Delta
 from kveraser.serving.service import Service
-from kveraser.serving.worker import Job
+from kveraser.serving.worker import Job, Turns
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ Progress = tuple[Delta, list[Piece], Answer]
 """What is new of a reply: its tokens, what is certain by them; and the answer so far."""
 
 
-def answer(service: Service, asked: Asked, job: Job, emit: Callable[[Progress], None] | None = None) -> Answer:
-    """Answer a prompt.
+def answer(service: Service, asked: Asked, job: Job, emit: Callable[[Progress], None] | None = None) -> Turns[Answer]:
+    """Answer a prompt, taking turns with others.
 
     Args:
         emit: called with every piece of the answer as it comes.
@@ -77,5 +77,5 @@ def answer(service: Service, asked: Asked, job: Job, emit: Callable[[Progress], 
             emit((delta, new, found[0]))
         return reader.done
 
-    service.complete(asked.prompt, job, tell)
+    yield from service.complete(asked.prompt, job, tell)
     return found[0]

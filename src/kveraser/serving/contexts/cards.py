@@ -19,7 +19,7 @@ from kveraser.context import session_folder
 from kveraser.errors import DamagedError
 from kveraser.files import disk, enclosed, opened
 from kveraser.files.writing import shred
-from kveraser.serving.contexts.matching import Ids
+from kveraser.serving.contexts.blocks import Ids
 
 log = logging.getLogger("kveraser.serving")
 
@@ -38,8 +38,9 @@ class StoredContext:
         owner: digest of the API key it belongs to.
         is_session: made through the session API; else a cached conversation.
         ids: of a cached conversation, as a request would give them; empty for a session.
-        placeholders: ledger positions where a placeholder stands for an erased span.
         prompt_end: where in `ids` the last reply begins.
+        residual: of the edits that it is approximate by, as of a held context.
+        edited: whether more is in it than its ids: what was taken out and not purged.
         bytes: on disk.
         used: seconds since the epoch.
     """
@@ -48,8 +49,9 @@ class StoredContext:
     owner: str
     is_session: bool
     ids: Ids
-    placeholders: tuple[int, ...] = ()
     prompt_end: int = 0
+    residual: float | None = None
+    edited: bool = True
     bytes: int = 0
     used: float = 0.0
 
@@ -61,7 +63,7 @@ def _has_our_name(folder: Path, name: str) -> bool:
 def card_of(row: StoredContext) -> bytes:
     """The card of a context."""
     fields = {"kveraser": "context", "id": row.id, "owner": row.owner, "session": row.is_session,
-              "ids": row.ids.tolist(), "placeholders": list(row.placeholders), "prompt_end": row.prompt_end}  # fmt: skip
+              "ids": row.ids.tolist(), "prompt_end": row.prompt_end, "residual": row.residual, "edited": row.edited}  # fmt: skip
     return enclosed(fields, FORMAT)
 
 
@@ -75,7 +77,8 @@ def read_card(folder: Path, name: str) -> StoredContext | None:
         if (card["kveraser"], card["id"]) != ("context", name):
             return None
         ids = np.asarray(card["ids"], dtype=np.int64)
-        return StoredContext(name, card["owner"], card["session"], ids, tuple(card["placeholders"]), card["prompt_end"])
+        residual, edited = card.get("residual"), card.get("edited", True)
+        return StoredContext(name, card["owner"], card["session"], ids, card["prompt_end"], residual, edited)
     except DamagedError as error:
         log.warning("%s; what it belongs to is left where it is, and not used", error)
         return None

@@ -1,70 +1,99 @@
 """A context for a request: the owner's conversation that saves the most, edited as the policy says.
 
-Knows: the store, matches, policies. Does not know about HTTP, sampling or decoding.
+Knows: the store, matches, policies. Does not know about HTTP, sampling or decoding. A conversation in which a
+reply is being made is never changed: what is exact of it may be copied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kveraser.cache import cache_length
 from kveraser.context.chat import Message, added_by
+from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
+from kveraser.serving.contexts.blocks import Ids
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.limits import Limits
-from kveraser.serving.contexts.matching import Ids, Match, match
-from kveraser.serving.contexts.reuse import Policy, Reuse, reuse_by_steering, reuse_exactly, whole_placeholders
+from kveraser.serving.contexts.matching import Match, Prices, match
+from kveraser.serving.contexts.reuse import Policy, Reason, Reuse, reuse_copy, reuse_exactly, reuse_in_place
 from kveraser.serving.contexts.store import ContextStore
+
+_LEAST = 16
+"""Tokens that a change in place has to save, at least: it is a pass of its own."""
 
 
 class ContextFinder:
-    """Finds contexts for requests, and makes room for them."""
+    """Finds contexts for requests, and makes room for them.
 
-    def __init__(self, store: ContextStore, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        eraser: what changes conversations in place.
+    """
+
+    def __init__(
+        self, store: ContextStore, limits: Limits, tokenizer: PreTrainedTokenizerBase, eraser: KVEraser
+    ) -> None:
         self.store, self.limits = store, limits
         self._starts = _message_starts(tokenizer)
+        self._prices = Prices(max(eraser.repair, _LEAST), int(eraser.steers_spans))
 
-    def prepare(self, owner: str, ids: Sequence[int], max_tokens: int, policy: Policy) -> tuple[HeldContext, Reuse]:
+    def prepare(
+        self, owner: str, ids: Sequence[int], max_tokens: int, policy: Policy, max_residual: float | None = None
+    ) -> tuple[HeldContext, Reuse]:
         """A context that holds the beginning of a prompt, at least its last token left to be run.
 
         Args:
             max_tokens: room that is needed for the reply.
+            max_residual: what changes may leave behind; where it would be more, or is not known, what they change is recomputed.
         """
         wanted = np.asarray(ids[:-1], dtype=np.int64)
         needed = self.limits.bytes_for(len(ids) + max_tokens)
-        steer = policy != "exact"
-        best = self._best(owner, wanted, steer)
+        best = self._best(owner, wanted, policy != "exact")
         if best is None:
             self.store.make_room(needed)
-            return self.store.new(owner, is_session=False), Reuse("prefill")
+            return self.store.new(owner, is_session=False), Reuse("prefill", "new")
         held, found = best
         self.store.make_room(max(needed - held.bytes, 0), keep=held)
-        in_place = found.kept_until >= held.prompt_end
-        # Steered slots keep their places, so a steered context may be longer than the prompt.
-        fits = cache_length(held.context.cache) + len(ids) - found.new_from + max_tokens
-        if steer and (found.removals or in_place) and fits <= self.limits.context_length:
-            reuse = reuse_by_steering(held, found)
+        goes_on = found.kept_until >= held.prompt_end and not held.busy
+        reason = self._why_not_in_place(held, found, len(ids) + max_tokens) if policy != "exact" else "exact policy"
+        if reason is None and found.changes and not goes_on and held.exact_until >= found.kept_until:
+            self.store.make_room(needed, keep=held)
+            held, goes_on = self.store.copy(held, found.kept_until), True  # the other branch stays as it is
+        if reason is None and (found.changes or goes_on) and not held.busy:
+            reuse = reuse_in_place(held, found, wanted)
             held.repair = held.repair or policy == "auto"
-            return held, reuse
-        if in_place:
-            return held, reuse_exactly(held, found)
+            if max_residual is None or (held.residual is not None and held.residual <= max_residual):
+                return held, reuse
+            return held, replace(reuse_exactly(held, found, "residual too large"), recomputed=reuse.recomputed)
+        if goes_on:
+            return held, reuse_exactly(held, found, reason or "exact policy")
         keep = min(found.prefix, held.exact_until)
         self.store.make_room(needed, keep=held)
-        return self.store.copy(held, keep), Reuse("prefix" if keep else "prefill", kept=keep)
+        return self.store.copy(held, keep), reuse_copy(keep)
 
-    def _best(self, owner: str, wanted: Ids, steer: bool) -> tuple[HeldContext, Match] | None:
+    def _why_not_in_place(self, held: HeldContext, found: Match, length: int) -> Reason | None:
+        """Why a conversation is not to be changed in place for a request of so many tokens, reply included; None if it can be."""
+        if not found.worth_it:
+            return "too little saved"
+        # Steered slots keep their places, so a steered context may be longer than the prompt.
+        fits = cache_length(held.context.cache) + length - found.new_from <= self.limits.context_length
+        return None if fits else "no room"
+
+    def _best(self, owner: str, wanted: Ids, in_place: bool) -> tuple[HeldContext, Match] | None:
         """The owner's conversation that saves the most, and what of it can be used."""
         best: tuple[int, str, Match] | None = None
         for candidate in self.store.candidates(owner):
-            found = match(candidate.ids, wanted, placeholder=self.store.placeholder, starts=self._starts)
-            saved = found.gain if steer else min(found.prefix, candidate.exact_until)
+            found = match(candidate.ids, wanted, starts=self._starts, prices=self._prices)
+            can_change = in_place and not (candidate.busy and candidate.exact_until < found.kept_until)
+            saved = found.gain if can_change else min(found.prefix, candidate.exact_until)
             if saved > 0 and (best is None or saved > best[0]):
                 best = saved, candidate.id, found
         held = self.store.get(owner, best[1], is_session=False) if best else None
-        return None if held is None or best is None else (held, whole_placeholders(held, best[2]))
+        return None if held is None or best is None else (held, best[2])
 
 
 def _message_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

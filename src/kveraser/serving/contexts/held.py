@@ -23,33 +23,36 @@ class HeldContext:
         owner: digest of the API key it belongs to.
         is_session: made through the session API; else a cached conversation.
         context: the context itself.
-        placeholder: ids that clients put in place of what they cleared.
-        placeholders: ledger positions where a placeholder stands for an erased span, sorted.
         prompt_end: length of the view before the last prompt's last token was read: what follows may be dropped, since a
             client that asks again gets a new reply.
         repair: whether to make it exact in idle time.
+        residual: of the edits that it is approximate by, the largest of any; None where that of one is not known.
         receipts: of a session's erases, by id, the oldest first: the states that undo them live in their receipts.
         has_copy: whether there is an exact copy in the making, of a repair that was begun.
-        rebuild: an exact copy in the making, beside the context that goes on being used.
+        reserved: bytes that it may take while a reply is made in it; 0 where none is.
     """
 
     id: str
     owner: str
     is_session: bool
     context: ErasableContext
-    placeholder: tuple[int, ...] = ()
-    placeholders: tuple[int, ...] = ()
     prompt_end: int = 0
     repair: bool = False
+    residual: float | None = 0.0
     receipts: dict[str, EraseReceipt] = field(default_factory=dict)
     has_copy: bool = False
-    rebuild: ErasableContext | None = None
+    reserved: int = 0
     _view: tuple[tuple[Any, ...], View] | None = field(default=None, repr=False)
 
     @property
     def exact(self) -> bool:
         """Whether the context equals a fresh prefill of its view."""
-        return self.context.exact and not self.placeholders
+        return self.context.exact
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reply is being made in it: it may be copied from, but neither edited nor let go of."""
+        return self.reserved > 0
 
     @property
     def bytes(self) -> int:
@@ -75,16 +78,16 @@ class HeldContext:
 
         A ledger only grows, so which context it is, its length and what is erased tell two states of it apart.
         """
-        now = (self.context, len(self.context), self.context.erased, self.placeholders)
+        now = (self.context, len(self.context), self.context.erased)
         if self._view is None or self._view[0] != now:
-            self._view = now, View.of(self.context, self.placeholders, self.placeholder)
+            self._view = now, View.of(self.context)
         return self._view[1]
 
     @property
     def exact_until(self) -> int:
         """How many ids of the view, from the beginning, equal a fresh prefill."""
-        view, known = self.view, get_marks(self.context.cache).approximate_from
-        return min([len(view), *view.placeholder_starts[:1], *([] if known is None else [known])])
+        known = get_marks(self.context.cache).approximate_from
+        return len(self.view) if known is None else min(len(self.view), known)
 
 
 def context_bytes(context: ErasableContext) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 
-from kveraser.cache import PREFILL_CHUNK
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.store import ContextStore
 
@@ -29,7 +28,7 @@ class IdleRepair:
             self._repair(held)
         except Exception as error:  # it stays approximate, and says so
             log.error("a conversation could not be repaired: %s", type(error).__name__)
-            held.repair, held.rebuild = False, None
+            held.repair = False
         return True
 
     def _repair(self, held: HeldContext) -> None:
@@ -37,13 +36,4 @@ class IdleRepair:
             held.repair = False
             return
         self.store.make_room(keep=held)
-        if not held.placeholders:
-            held.context.repair(max_chunks=1)
-            return
-        ids = held.view.ids
-        if held.rebuild is None:
-            held.rebuild = held.context.prefix(held.exact_until)
-        done = len(held.rebuild)
-        held.rebuild.append_ids(ids[done : done + PREFILL_CHUNK].tolist())
-        if len(held.rebuild) == len(ids):
-            held.context, held.rebuild, held.placeholders = held.rebuild, None, ()
+        held.context.repair(max_chunks=1)

@@ -1,10 +1,10 @@
-"""What of a cached context a request can use: exact alignment of two sequences of token ids.
+"""What of a cached context a request can use: the runs of it to be kept, and what stands between them now.
 
 Knows: integers. Does not know about models, messages or caches.
 
-A request's ids are the cached ids with some runs taken out, or replaced by a placeholder, then new ids. Ids match exactly
-or not at all. Alignment is greedy: keep what is equal; where the two part, look for the next few ids of the request
-further on in the cached ones. Every step is bounded, so the cost is linear in the context.
+A request's ids are the cached ids with some runs taken out, replaced or put in, then new ids. Ids match exactly or not at all. Of the runs in
+which the two are equal (`blocks`), those are kept which save the most together: what is kept need not be run, and every change has a price. At
+most `MAX_BLOCKS` runs are weighed, so that the cost is that of finding them: linear in the context, but for one sort.
 """
 
 from __future__ import annotations
@@ -15,23 +15,53 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+from kveraser.serving.contexts.blocks import GRAM, Block, Ids, common_length, equal_blocks
 
-MAX_REMOVALS = 16
-"""Runs that one request may have taken out of a context."""
-ANCHOR = 8
-"""Equal ids in a row that count as the place where a request goes on (fewer where the cached ids end)."""
-MAX_CANDIDATES = 32
-"""Places that are looked at for one run."""
+MIN_KEPT = 2
+"""Ids that are kept between two changes, at least."""
+WORTH = 0.1
+"""Changes are made in place where that saves at least this share of the tokens that would be run otherwise."""
+
+_IMPOSSIBLE = -(1 << 60)
 
 
 @dataclass(frozen=True)
-class Removal:
-    """Cached ids `[start, end)` are not in the request; `replaced` when the placeholder stands there instead."""
+class Change:
+    """Cached ids `[start, end)`, at least one, are ids `[new_start, new_end)` of the request now; or gone, where these are none."""
 
     start: int
     end: int
-    replaced: bool = False
+    new_start: int
+    new_end: int
+
+    @property
+    def removed(self) -> int:
+        """Cached ids that are not there any more."""
+        return self.end - self.start
+
+    @property
+    def added(self) -> int:
+        """Ids that are there in their place."""
+        return self.new_end - self.new_start
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What changes take, in tokens that are run, besides their new ids.
+
+    Attributes:
+        change: for each change: the tokens that have read what was there.
+        removed: for each id that is taken out without another in its place.
+        may_grow: whether more ids can be put in a place than were there.
+    """
+
+    change: int = 0
+    removed: int = 1
+    may_grow: bool = True
+
+
+NO_EXTRAS = Prices()
+"""Nothing but what is taken out is run again."""
 
 
 @dataclass(frozen=True)
@@ -39,127 +69,109 @@ class Match:
     """How a request uses a cached context.
 
     Attributes:
-        removals: runs that are taken out, in order; something is kept behind each of them.
+        prefix: ids that the two share from the beginning.
+        changes: in order; something is kept behind each of them.
         kept_until: cached ids from here on are not used.
         new_from: request ids from here on are not cached.
+        gain: ids that need not be run, less what has to be run for the changes besides their new ids; without changes where they are
+            not worth being made.
+        worth_it: whether making the changes in place saves enough.
     """
 
-    removals: tuple[Removal, ...]
+    prefix: int
+    changes: tuple[Change, ...]
     kept_until: int
     new_from: int
-
-    @property
-    def prefix(self) -> int:
-        """Ids that the two share from the beginning."""
-        return self.removals[0].start if self.removals else self.kept_until
-
-    @property
-    def removed(self) -> int:
-        """Cached ids that are taken out before something that is kept."""
-        return sum(entry.end - entry.start for entry in self.removals)
-
-    @property
-    def kept(self) -> int:
-        """Cached ids that are used."""
-        return self.kept_until - self.removed
-
-    @property
-    def gain(self) -> int:
-        """Ids that need not be run, less those that have to be run to take the removals out."""
-        return self.kept - self.removed
+    gain: int
+    worth_it: bool = True
 
 
 def match(
     cached: Sequence[int] | Ids,
     wanted: Sequence[int] | Ids,
     *,
-    placeholder: Sequence[int] = (),
     starts: Set[int] = frozenset(),
-    max_removals: int = MAX_REMOVALS,
-    anchor: int = ANCHOR,
+    prices: Prices = NO_EXTRAS,
+    worth: float = WORTH,
+    gram: int = GRAM,
 ) -> Match:
-    """The alignment of a request with a cached context that saves the most; at worst one that keeps nothing.
+    """The use of a cached context that saves the most; at worst one that keeps nothing.
 
     Args:
-        placeholder: ids that may stand in the request for a run that was taken out.
-        starts: ids that begin a message; where a run may as well begin at one of them, it does.
-        max_removals: at most so many runs are taken out.
-        anchor: equal ids behind a run that are needed to take it out.
+        starts: ids that begin a message; a run that may as well begin at one of them does.
+        prices: what changes take.
+        worth: as `WORTH`.
+        gram: ids in a row by which equal runs are found.
     """
     have, want = np.asarray(cached, dtype=np.int64), np.asarray(wanted, dtype=np.int64)
-    marker = np.asarray(placeholder, dtype=np.int64)
-    at = new = _equal(have, want)
-    removals: list[Removal] = []
-    best = Match((), at, new)
-    while len(removals) < max_removals and at < len(have) and new < len(want):
-        floor = removals[-1].end if removals else 0
-        step = _next_step(have, want, at, new, floor, marker, anchor)
-        if step is None:
-            break
-        removal, new, length = step
-        removals.append(_begin_at_message(have, removal, floor, starts))
-        at, new = removal.end + length, new + length
-        candidate = Match(tuple(removals), at, new)
-        if candidate.gain > best.gain:
-            best = candidate
-    return best
+    prefix = common_length(have, want)
+    found = equal_blocks(have[prefix:], want[prefix:], gram)
+    root = Block(0, 0, prefix)
+    blocks = [root, *(Block(block.at + prefix, block.new + prefix, block.length) for block in found)]
+    kept, gain = _best_chain(blocks, prices)
+    until, resumed = kept[-1].at + kept[-1].length, kept[-1].new + kept[-1].length
+    changes = _changes(have, kept, starts)
+    if changes and gain - prefix < worth * (len(want) - prefix):
+        return Match(prefix, changes, until, resumed, prefix, worth_it=False)
+    return Match(prefix, changes, until, resumed, gain)
 
 
-def _equal(left: Ids, right: Ids) -> int:
-    """Length of the common prefix."""
-    length = min(len(left), len(right))
-    done, step = 0, 64
-    while done < length:  # in growing steps, so that a short prefix is cheap
-        end = min(done + step, length)
-        different = np.flatnonzero(left[done:end] != right[done:end])
-        if len(different):
-            return done + int(different[0])
-        done, step = end, step * 2
-    return length
+def _best_chain(blocks: list[Block], prices: Prices) -> tuple[list[Block], int]:
+    """The blocks to be kept, the first among them, cut so that none overlaps the one before; and their gain."""
+    at, new, length = np.array([(block.at, block.new, block.length) for block in blocks], dtype=np.int64).T
+    gain = np.zeros(len(blocks), dtype=np.int64)
+    before = np.full(len(blocks), -1)
+    gain[0] = length[0]
+    for index in range(1, len(blocks)):
+        _, left, price = _step(at, new, length, index, prices)
+        total = np.where(price < 0, _IMPOSSIBLE, gain[:index] + left - price)
+        before[index] = int(np.argmax(total))
+        gain[index] = total[before[index]]
+    index = last = int(np.argmax(gain))
+    chain: list[Block] = []
+    while index > 0:
+        earlier = int(before[index])
+        cut = int(_step(at, new, length, index, prices)[0][earlier])
+        chain.append(Block(int(at[index]) + cut, int(new[index]) + cut, int(length[index]) - cut))
+        index = earlier
+    return [blocks[0], *reversed(chain)], int(gain[last])
 
 
-def _next_step(
-    have: Ids, want: Ids, at: int, new: int, floor: int, marker: Ids, anchor: int
-) -> tuple[Removal, int, int] | None:
-    """The run to take out where the two part at `have[at]`, `want[new]`: (run, where the request goes on, equal ids)."""
-    openings = [(at, new, False)]
-    for back in range(min(len(marker), at - floor, new) + 1 if len(marker) else 0):  # its first ids may be kept ones
-        begin = new - back
-        if np.array_equal(want[begin : begin + len(marker)], marker):
-            openings.append((at - back, begin + len(marker), True))
-    found: list[tuple[int, Removal, int, int]] = []
-    for start, resume, replaced in openings:
-        for end in _places(have, want[resume:], at if not replaced else start + 1, anchor):
-            length = _equal(have[end:], want[resume:])
-            if end > start and length and (length >= anchor or end + length == len(have)):
-                found.append((length - (end - start), Removal(start, end, replaced), resume, length))
-    if not found:
-        return None
-    _, removal, resume, length = max(found, key=lambda entry: (entry[0], -entry[1].end, entry[1].start))
-    return removal, resume, length
+def _step(
+    at: NDArray[np.int64], new: NDArray[np.int64], length: NDArray[np.int64], index: int, prices: Prices
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Going on with a block behind each of those before it: what has to be cut off, what is left, the price (-1: it cannot be)."""
+    end_at, end_new = (at + length)[:index], (new + length)[:index]
+    cut = np.maximum(np.maximum(end_at - at[index], end_new - new[index]), 0)
+    left = length[index] - cut
+    removed, added = at[index] + cut - end_at, new[index] + cut - end_new
+    price = prices.change + prices.removed * np.maximum(removed - added, 0)
+    possible = (left >= MIN_KEPT) & (prices.may_grow | (added <= removed))
+    return cut, left, np.where(possible, price, -1)
 
 
-def _places(have: Ids, rest: Ids, start: int, anchor: int) -> list[int]:
-    """Where in `have[start:]` the next ids of the request occur; bounded, from the left. The last few are always looked at."""
-    places: list[int] = []
-    if len(rest) >= anchor:
-        haystack, needle = have[start:].tobytes(), rest[:anchor].tobytes()
-        size = have.itemsize
-        found = haystack.find(needle)
-        while found >= 0 and len(places) < MAX_CANDIDATES:
-            if found % size == 0:
-                places.append(start + found // size)
-            found = haystack.find(needle, found + 1)
-    return places + [place for place in range(max(start, len(have) - anchor + 1), len(have)) if place not in places]
+def _changes(have: Ids, kept: list[Block], starts: Set[int]) -> tuple[Change, ...]:
+    """What stands between the blocks that are kept."""
+    changes: list[Change] = []
+    for left, right in zip(kept[:-1], kept[1:], strict=True):
+        change = Change(left.at + left.length, right.at, left.new + left.length, right.new)
+        if change.removed == 0:  # something was put in: the id before it, or behind it, is given up with it
+            step = (-1, 0) if left.length else (0, 1)
+            change = Change(
+                change.start + step[0], change.end + step[1], change.new_start + step[0], change.new_end + step[1]
+            )
+        elif change.added == 0:
+            change = _begin_at_message(have, change, changes[-1].end + 1 if changes else 0, starts)
+        changes.append(change)
+    return tuple(changes)
 
 
-def _begin_at_message(have: Ids, removal: Removal, floor: int, starts: Set[int]) -> Removal:
-    """The same removal, moved to the left to the beginning of a message where the ids allow it."""
-    if removal.replaced or not starts:
-        return removal
-    start, end = removal.start, removal.end
-    while int(have[start]) not in starts:
+def _begin_at_message(have: Ids, change: Change, floor: int, starts: Set[int]) -> Change:
+    """The same run taken out, moved to the left to the beginning of a message where the ids allow it."""
+    start, end = change.start, change.end
+    while starts and int(have[start]) not in starts:
         if start <= floor or have[start - 1] != have[end - 1]:
-            return removal
+            return change
         start, end = start - 1, end - 1
-    return Removal(start, end)
+    moved = change.start - start
+    return Change(start, end, change.new_start - moved, change.new_end - moved)

@@ -1,19 +1,24 @@
-"""Using what of one conversation a request can use: keeping it exactly, or steering over what was taken out.
+"""Using what of one conversation a request can use: keeping it exactly, or changing it in place.
 
 Knows: held contexts, matches. Does not know how a context was found or what is done with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from kveraser.methods import Steering
+from kveraser.serving.contexts.blocks import Ids
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.matching import Match
 
 Policy = Literal["exact", "kveraser", "auto"]
 """How edits of a conversation are done: recomputed, steered, or steered and recomputed in idle time."""
+Reason = Literal[
+    "new", "continued", "branch", "changed", "exact policy", "too little saved", "no room", "residual too large"
+]
+"""Why a request got the states that it got."""
 
 
 @dataclass(frozen=True)
@@ -22,83 +27,81 @@ class Reuse:
 
     Attributes:
         method: `prefill` (nothing reused), `prefix`, `full-recompute` or `kveraser`.
-        spans: runs taken out, in ids of the cached conversation.
+        reason: why.
+        spans: runs that are changed, in ids of the cached conversation.
+        replacements: how many ids stand in the place of each.
         kept: ids of the request, from the beginning, that are in the context now.
-        recomputed: tokens that were run to take the runs out.
+        recomputed: tokens that were run to change the runs.
         mended: those of `kept` among them.
         where: runs of the cached conversation that were recomputed in place.
-        residual, eraser: of the erase, as in its receipt.
+        eraser: as in a receipt.
     """
 
     method: str
+    reason: Reason
     spans: tuple[tuple[int, int], ...] = ()
+    replacements: tuple[int, ...] = ()
     kept: int = 0
     recomputed: int = 0
     mended: int = 0
     where: tuple[tuple[int, int], ...] = ()
-    residual: float | None = None
     eraser: str | None = None
 
 
-def reuse_exactly(held: HeldContext, found: Match) -> Reuse:
-    """Keep what the request shares with the context from the beginning and is exact; drop the rest."""
+def reuse_exactly(held: HeldContext, found: Match, reason: Reason) -> Reuse:
+    """Keep what the request shares with the context from the beginning and is exact; drop the rest.
+
+    Args:
+        reason: why what has changed is not changed in place.
+    """
     keep = min(found.prefix, held.exact_until)
+    as_it_is = not found.changes and keep == found.prefix
     held.context = held.context.prefix(keep, take=True)
-    held.placeholders, held.rebuild = (), None
-    spans = tuple((removal.start, removal.end) for removal in found.removals)
-    method = "full-recompute" if spans or keep < found.prefix else "prefix" if keep else "prefill"
-    return Reuse(method, spans, keep)
+    held.residual = 0.0
+    return _plain(keep, "continued") if as_it_is else Reuse("full-recompute", reason, *_told(found), kept=keep)
 
 
-def reuse_by_steering(held: HeldContext, found: Match) -> Reuse:
-    """Take the removed runs out by steering; keep all else that the request shares with the context.
+def reuse_copy(keep: int) -> Reuse:
+    """A copy of the first ids of a conversation that stays as it is."""
+    return _plain(keep, "branch")
+
+
+def _plain(keep: int, reason: Reason) -> Reuse:
+    return Reuse("prefix", reason, kept=keep) if keep else Reuse("prefill", "new")
+
+
+def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
+    """Change what the request has changed, by steering; keep all else that it shares with the context.
 
     Raises:
-        EraserMismatchError, SpanError: nothing was changed.
+        EraserMismatchError, SpanError, ContextError: nothing was changed.
     """
-    view = held.view
-    runs = [(removal.start, removal.end) for removal in found.removals]
-    doomed = [*runs, *([(found.kept_until, len(view))] if found.kept_until < len(view) else [])]
-    spans = [span for start, end in doomed for span in view.ledger_spans(start, end)]
-    gone = {at for start, end in doomed for at in view.placeholders_in(start, end)}
-    firsts = (int(view.where[removal.start]) for removal in found.removals if removal.replaced)
-    positions = (set(held.placeholders) - gone) | {max(first, -1 - first) for first in firsts}
-    reuse = Reuse("kveraser" if runs else "prefix", tuple(runs), found.new_from)
-    if spans:
-        receipt = held.context.erase_spans(spans, Steering(), undo=False)
-        reuse = replace(
-            reuse,
-            recomputed=receipt.tokens_recomputed,
-            mended=max(receipt.tokens_recomputed - sum(len(span) for span in receipt.steered), 0),
-            where=view.places(receipt.recomputed),
-            residual=receipt.residual,
-            eraser=receipt.eraser,
-        )
-    held.placeholders = tuple(sorted(positions))
-    if doomed:
-        held.rebuild = None
-    return reuse
+    view, context = held.view, held.context
+    if found.kept_until < len(view):  # at the end nothing has read it
+        context.erase_spans(view.ledger_spans(found.kept_until, len(view)), Steering(), undo=False)
+    if not found.changes:
+        if held.exact:
+            held.residual = 0.0
+        return Reuse("prefix", "continued", kept=found.new_from)
+    receipts = []
+    for change in found.changes:
+        spans, new = view.ledger_spans(change.start, change.end), wanted[change.new_start : change.new_end]
+        receipts.append(context.replace_spans(spans, new.tolist(), Steering(), undo=False))
+    known = [held.residual, *(receipt.residual for receipt in receipts)]
+    held.residual = 0.0 if held.exact else None if None in known else max(map(float, known))  # type: ignore[arg-type]
+    where = view.places([run for receipt in receipts for run in receipt.recomputed])
+    return Reuse(
+        "kveraser",
+        "changed",
+        *_told(found),
+        kept=found.new_from,
+        recomputed=sum(receipt.tokens_recomputed for receipt in receipts),
+        mended=sum(change.added for change in found.changes) + sum(end - start for start, end in where),
+        where=where,
+        eraser=receipts[-1].eraser,
+    )
 
 
-def whole_placeholders(held: HeldContext, found: Match) -> Match:
-    """The match up to the first place where it would keep or take out a part of a placeholder only."""
-    length = len(held.placeholder)
-    cuts = {edge for removal in found.removals for edge in (removal.start, removal.end)} | {found.kept_until}
-    for start in held.view.placeholder_starts:
-        if any(start < cut < start + length for cut in cuts):
-            return before(found, start, length)
-    return found
-
-
-def before(found: Match, position: int, placeholder_length: int) -> Match:
-    """What of a match keeps cached ids before `position` only."""
-    if position >= found.kept_until:
-        return found
-    removals = [removal for removal in found.removals if removal.end < position]
-    crossing = [removal for removal in found.removals if removal.start <= position <= removal.end]
-    end = crossing[0].start if crossing else position
-    while removals and removals[-1].end >= end:
-        end = removals.pop().start
-    gone = sum(removal.end - removal.start for removal in removals)
-    added = sum(placeholder_length for removal in removals if removal.replaced)
-    return replace(found, removals=tuple(removals), kept_until=end, new_from=end - gone + added)
+def _told(found: Match) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """The changes of a match as they are told."""
+    return tuple((c.start, c.end) for c in found.changes), tuple(c.added for c in found.changes)

@@ -170,7 +170,7 @@ class StateDir:
                 folder = self.path(row.id)
                 if NAME.fullmatch(row.id) and saved_file(folder) is not None:
                     ids = np.frombuffer(row.ids, dtype=np.int64)
-                    card = StoredContext(row.id, row.owner, row.is_session, ids, row.placeholders, row.prompt_end)
+                    card = StoredContext(row.id, row.owner, row.is_session, ids, row.prompt_end)
                     write_atomically(folder / CARD, card_of(card))
             if legacy:
                 remove_index(self.folder)

@@ -5,7 +5,6 @@ Knows: that file. Does not know what is done with what it says; only read, and r
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ class RowV1:
     owner: str
     is_session: bool
     ids: bytes
-    placeholders: tuple[int, ...]
     prompt_end: int
 
 
@@ -41,9 +39,8 @@ def read_index(folder: Path) -> list[RowV1]:
         found = db.execute("PRAGMA user_version").fetchone()[0]
         if found != FORMAT:
             raise ValueError(f"its format is {found} and not {FORMAT}")
-        rows = db.execute("SELECT id, owner, explicit, ids, placeholders, prompt_end FROM contexts").fetchall()
-        return [RowV1(name, owner, bool(kind), ids, tuple(json.loads(places)), end)
-                for name, owner, kind, ids, places, end in rows]  # fmt: skip
+        rows = db.execute("SELECT id, owner, explicit, ids, prompt_end FROM contexts").fetchall()
+        return [RowV1(name, owner, bool(kind), ids, end) for name, owner, kind, ids, end in rows]
     except sqlite3.OperationalError as error:
         if "locked" in str(error):
             raise BlockingIOError(str(error)) from error

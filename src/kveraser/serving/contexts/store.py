@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser
-from kveraser.errors import SessionFileError
+from kveraser.errors import NotYetError, SessionFileError
+from kveraser.serving.contexts.blocks import Ids
 from kveraser.serving.contexts.cards import StoredContext
 from kveraser.serving.contexts.held import HeldContext
-from kveraser.serving.contexts.matching import Ids
 from kveraser.serving.contexts.state_dir import StateDir, temporary_state_dir
 
 log = logging.getLogger("kveraser.serving")
@@ -36,11 +36,12 @@ DISK_TIMES = 4
 @dataclass(frozen=True)
 class Candidate:
     """A cached conversation that a request may use, in memory or on disk; `exact_until`: how many of its ids, from the
-    beginning, equal a fresh prefill (of one on disk: at most)."""
+    beginning, equal a fresh prefill (of one on disk: at most); `busy`: whether a reply is being made in it."""
 
     id: str
     ids: Ids
     exact_until: int
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class ContextStore:
 
     Args:
         budget: bytes of keys and values in memory.
-        placeholder: ids that clients put in place of what they cleared.
         folder: where contexts are kept on disk; None takes a temporary folder that is removed at the end.
     """
 
@@ -69,11 +69,10 @@ class ContextStore:
         eraser: KVEraser | None,
         *,
         budget: int,
-        placeholder: tuple[int, ...] = (),
         folder: Path | None = None,
     ) -> None:
         self.model, self.tokenizer, self.eraser = model, tokenizer, eraser
-        self.budget, self.placeholder = budget, placeholder
+        self.budget = budget
         self._is_temporary = folder is None
         self._disk = temporary_state_dir() if folder is None else StateDir(folder)
         self._held: OrderedDict[str, HeldContext] = OrderedDict()
@@ -84,7 +83,7 @@ class ContextStore:
     def new(self, owner: str, *, is_session: bool) -> HeldContext:
         """A new empty context; a cached conversation is held from now on, a session once it is saved."""
         context = ErasableContext(self.model, self.tokenizer, self.eraser)
-        held = HeldContext(uuid.uuid4().hex, owner, is_session, context, self.placeholder)
+        held = HeldContext(uuid.uuid4().hex, owner, is_session, context)
         self._held[held.id] = held
         return held
 
@@ -92,7 +91,7 @@ class ContextStore:
         """The owner's cached conversations, the most recently used first."""
         for held in reversed(list(self._held.values())):
             if held.owner == owner and not held.is_session:
-                yield Candidate(held.id, held.view.ids, held.exact_until)
+                yield Candidate(held.id, held.view.ids, held.exact_until, held.busy)
         for row in reversed(list(self._stored.values())):
             if row.owner == owner and not row.is_session and row.id not in self._held:
                 yield Candidate(row.id, row.ids, len(row.ids))
@@ -115,6 +114,22 @@ class ContextStore:
         held = {held.id for held in self._held.values() if held.is_session and held.owner == owner}
         return sorted(held | {row.id for row in self._stored.values() if row.is_session and row.owner == owner})
 
+    def conversations(self, owner: str) -> list[HeldContext]:
+        """The owner's cached conversations that are in memory."""
+        return [held for held in self._held.values() if held.owner == owner and not held.is_session]
+
+    def destroy_stored(self, owner: str, which: Callable[[StoredContext], bool]) -> int:
+        """Destroy those of the owner's cached conversations on disk that are meant; how many.
+
+        Raises:
+            OSError: the disk refuses; what is left is known still.
+        """
+        rows = [row for row in self._stored.values() if row.owner == owner and not row.is_session and which(row)]
+        for row in rows:
+            self._disk.remove(row.id)
+            del self._stored[row.id]
+        return len(rows)
+
     def to_repair(self) -> HeldContext | None:
         """The most recently used context that waits to be made exact."""
         return next((held for held in reversed(self._held.values()) if held.repair and not held.exact), None)
@@ -129,6 +144,11 @@ class ContextStore:
         return sum(held.bytes for held in self._held.values())
 
     @property
+    def _spoken_for(self) -> int:
+        """Memory that keys and values take, or may take before the replies that are being made are done."""
+        return sum(max(held.bytes, held.reserved) for held in self._held.values())
+
+    @property
     def count(self) -> tuple[int, int]:
         """How many contexts are in memory, and how many on disk only."""
         return len(self._held), sum(name not in self._held for name in self._stored)
@@ -138,7 +158,9 @@ class ContextStore:
     def save(self, held: HeldContext) -> None:
         """Write a context to disk; when this returns, it survives the end of the process."""
         ids = np.empty(0, dtype=np.int64) if held.is_session else held.view.ids
-        row = StoredContext(held.id, held.owner, held.is_session, ids, held.placeholders, held.prompt_end)
+        row = StoredContext(
+            held.id, held.owner, held.is_session, ids, held.prompt_end, held.residual, bool(held.context.erased)
+        )
         self._stored[held.id] = self._disk.write(row, held.context.save)
         self._stored.move_to_end(held.id)
 
@@ -164,15 +186,21 @@ class ContextStore:
 
     def make_room(self, extra: int = 0, keep: HeldContext | None = None) -> None:
         """Let go of things until `extra` more bytes fit into the budget: of what undoes erases, the oldest first, then of the
-        least recently used contexts, but not of `keep`, which go to disk."""
+        least recently used contexts, but not of `keep` or busy ones, which go to disk.
+
+        Raises:
+            NotYetError: more are wanted, and there will be room for them once busy contexts are so no more.
+        """
         for held in list(self._held.values()):
-            while self.bytes + extra > self.budget and held.drop_oldest_undo():
+            while self._spoken_for + extra > self.budget and held.drop_oldest_undo():
                 pass
         for held in list(self._held.values()):
-            if self.bytes + extra <= self.budget:
+            if self._spoken_for + extra <= self.budget:
                 return
-            if held is not keep:
+            if held is not keep and not held.busy:
                 self._spill(held)
+        if extra and any(held.busy for held in self._held.values()) and self._spoken_for + extra > self.budget:
+            raise NotYetError("replies that are being made take up the memory; this waits until one of them is done")
 
     def close(self) -> None:
         """Write what is in memory to disk, and let go of the folder."""
@@ -214,9 +242,10 @@ class ContextStore:
                 raise
             self._drop_stored(row)
             return None
-        held = HeldContext(
-            row.id, row.owner, row.is_session, context, self.placeholder, row.placeholders, row.prompt_end
-        )
+        held = HeldContext(row.id, row.owner, row.is_session, context, row.prompt_end, residual=row.residual)
+        if not row.is_session and not np.array_equal(held.view.ids, row.ids):  # of a version that showed other ids
+            self._drop_stored(row)
+            return None
         if not row.is_session:  # only one of the two is kept, so that they cannot differ
             self._drop_stored(row)
         self._held[row.id] = held

@@ -1,9 +1,6 @@
 """The view of a conversation: its ids as a client would send them.
 
-Knows: live ids, placeholders, where each id is in the ledger. Does not know about models, requests or other contexts.
-
-A client may put a placeholder for something it cleared. Where such a span was steered, the view shows the placeholder, and
-the conversation is approximate until it is rebuilt.
+Knows: live ids, where each of them is in the ledger. Does not know about models, requests or other contexts.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from kveraser.context import ErasableContext
-from kveraser.serving.contexts.matching import Ids
+from kveraser.serving.contexts.blocks import Ids
 from kveraser.spans import Span
 
 
@@ -25,27 +22,17 @@ class View:
 
     Attributes:
         ids: the ids.
-        where: where each of them is: its ledger position, or in a placeholder at ledger position `p`: `-1 - p`.
+        where: the ledger position of each of them.
     """
 
     ids: Ids
     where: Ids
 
     @classmethod
-    def of(cls, context: ErasableContext, placeholders: Sequence[int], placeholder: Sequence[int]) -> View:
-        """The view of a context.
-
-        Args:
-            placeholders: ledger positions where a placeholder stands for an erased span, sorted.
-            placeholder: ids of one.
-        """
+    def of(cls, context: ErasableContext) -> View:
+        """The view of a context."""
         ids = np.asarray(context.live_ids, dtype=np.int64)
-        runs = context.live_spans
-        where = np.concatenate([np.arange(run.start, run.end) for run in runs] or [ids])
-        indices = np.searchsorted(where, placeholders)
-        for at, index in zip(reversed(placeholders), reversed(indices.tolist()), strict=True):
-            ids = np.insert(ids, index, placeholder)
-            where = np.insert(where, index, [-1 - at] * len(placeholder))
+        where = np.concatenate([np.arange(run.start, run.end) for run in context.live_spans] or [ids])
         ids.setflags(write=False)
         where.setflags(write=False)
         return cls(ids, where)
@@ -53,25 +40,13 @@ class View:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def placeholder_starts(self) -> tuple[int, ...]:
-        """Where in the view each placeholder begins."""
-        inside = np.flatnonzero(self.where < 0)
-        begins = [at for at in inside.tolist() if at == 0 or self.where[at - 1] != self.where[at]]
-        return tuple(begins)
-
     def ledger_spans(self, start: int, end: int) -> list[Span]:
         """The runs of consecutive ledger positions in a part of the view."""
         positions = self.where[start:end]
-        positions = positions[positions >= 0]
         if not len(positions):
             return []
         edges = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
         return [Span(int(positions[a]), int(positions[b - 1]) + 1) for a, b in pairwise(edges)]
-
-    def placeholders_in(self, start: int, end: int) -> set[int]:
-        """Ledger positions of the placeholders in a part of the view."""
-        return {-1 - int(at) for at in self.where[start:end] if at < 0}
 
     def places(self, spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
         """Where in the view some ledger spans are."""

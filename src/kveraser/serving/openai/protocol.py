@@ -15,7 +15,6 @@ from pydantic import Field, model_validator
 from kveraser.serving.chat.messages import Call
 from kveraser.serving.chat.messages import ChatMessage as Message
 from kveraser.serving.chat.tools import Tool, ToolChoice
-from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.fields import Body, Count, Role, Text, template_role
 from kveraser.serving.options import Options, StopText
@@ -50,11 +49,6 @@ class SamplingRequest(Body):
     frequency_penalty: Literal[0] | None = Field(None, description=_NOT_SERVED)
     logit_bias: dict[str, Any] | None = Field(None, max_length=0, description=_NOT_SERVED)
     user: Note | None = Field(None, description=_HARMLESS)
-
-    @property
-    def policy(self) -> Policy | None:
-        """The policy that is asked for, if any."""
-        return self.kveraser.policy if self.kveraser else None
 
     @property
     def with_usage(self) -> bool:

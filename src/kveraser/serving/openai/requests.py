@@ -13,6 +13,7 @@ from kveraser.serving.chat.answering import Asked
 from kveraser.serving.chat.offering import offered
 from kveraser.serving.chat.rendering import Chat, ChatRenderer
 from kveraser.serving.chat.tools import Toolset
+from kveraser.serving.chat.wishes import prompt_of
 from kveraser.serving.completion import Prompt
 from kveraser.serving.openai.protocol import ChatRequest, CompletionRequest
 from kveraser.serving.service import Service
@@ -30,7 +31,7 @@ def chat_asked(service: Service, renderer: ChatRenderer, body: ChatRequest, owne
     rest = service.limits.context_length - len(made.ids)
     limit = body.max_completion_tokens or body.max_tokens or max(min(rest, service.options.max_reply), 1)
     sampling = body.sampling(limit, (body.top_logprobs or 0) if body.logprobs else None)
-    prompt = Prompt(owner, made.ids, body.policy or service.options.policy, sampling)
+    prompt = prompt_of(service, owner, made.ids, sampling, body.kveraser)
     return Asked(_checked(service, prompt, "messages"), made.told, made.reader)
 
 
@@ -54,7 +55,7 @@ def completion_asked(service: Service, body: CompletionRequest, owner: str) -> A
     if any(token >= service.vocabulary for token in ids):
         raise ApiError(400, f"a token id is outside the vocabulary of {service.vocabulary}", param="prompt")
     sampling = body.sampling(body.max_tokens or 16, body.logprobs)
-    prompt = Prompt(owner, tuple(ids), body.policy or service.options.policy, sampling)
+    prompt = prompt_of(service, owner, ids, sampling, body.kveraser)
     return Asked(_checked(service, prompt, "prompt"))
 
 

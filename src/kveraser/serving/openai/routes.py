@@ -23,7 +23,7 @@ from kveraser.serving.openai.replies import ChatShape, CompletionShape, reply_li
 from kveraser.serving.openai.requests import chat_asked, completion_asked
 from kveraser.serving.service import Service
 from kveraser.serving.waiting import first_of, run, stream
-from kveraser.serving.worker import Job
+from kveraser.serving.worker import Job, Turns
 
 Response = dict[str, Any] | StreamingResponse
 
@@ -66,17 +66,14 @@ def openai_router(service: Service, renderer: ChatRenderer, name: str, metrics: 
     ) -> Response:
         logprobs = asked.prompt.sampling.logprobs is not None
 
-        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Answer:
-            found = answer(service, asked, job, emit)
+        def complete(job: Job, emit: Callable[[Progress], None] | None = None) -> Turns[Answer]:
+            found = yield from answer(service, asked, job, emit)
             metrics.count(found.reply)
             return found
 
-        def work(job: Job, emit: Callable[[Progress], None]) -> None:
-            complete(job, emit)
-
         if not body.stream:
             return shape.whole(await run(service, request, complete), logprobs)
-        events = stream(service, work)
+        events = stream(service, complete)
         first = await first_of(request, events)  # an error before the first token has a status of its own
         return line_response(reply_lines(first, events, shape, logprobs, body.with_usage), events)
 

@@ -58,6 +58,7 @@ def ask(
     report = ReuseReport(
         method="prefix",
         exact=exact,
+        reason="continued",
         spans=(),
         tokens_reused=before + given - run,
         tokens_recomputed=run,

@@ -150,7 +150,7 @@ def test_a_time_a_cleared_result_and_a_thought_are_seen_in_one_request(make, say
 def test_where_too_little_would_be_saved_it_is_read_anew_and_said_so(make, api):
     server = make()
     send(server, api, conversation(results=["x", "so"]))
-    other = conversation(results=["by 1, all that was new came from 99 other places! " * 25, "so"])
+    other = conversation(results=["by 1, all that was new came from 99 other places! " * 40, "so"])
     reply = send(server, api, other)
     told = reply["kveraser"]
     assert (told["method"], told["reason"], told["exact"]) == ("full-recompute", "too little saved", True)

@@ -99,8 +99,8 @@ def test_a_time_in_the_first_line_a_cleared_result_a_thought_and_a_dropped_messa
 
 def test_more_than_sixteen_runs_are_taken_out():
     rounds = [list(range(1000 * n, 1000 * n + 30)) for n in range(1, 61)]
-    cached = sum(rounds, [])
-    wanted = sum((each[:10] + each[20:] for each in rounds), [])
+    cached = [token for each in rounds for token in each]
+    wanted = [token for each in rounds for token in (*each[:10], *each[20:])]
     found = match(cached, wanted, prices=FREE)
     assert len(found.changes) == 60
     check(cached, wanted, found)
@@ -126,8 +126,8 @@ def test_what_saves_next_to_nothing_is_left_and_said_to_be():
 
 def test_the_markup_between_results_is_kept_though_it_is_always_the_same():
     markup, results = list(range(20)), [list(range(1000 * n, 1000 * n + 60)) for n in range(1, 6)]
-    cached = [50, *sum((markup + result for result in results), [])]
-    wanted = [50, *sum((markup + [7, 8] for _ in results[:4]), []), *markup, *results[4]]
+    cached = [50, *(token for result in results for token in (*markup, *result))]
+    wanted = [50, *[*markup, 7, 8] * 4, *markup, *results[4]]
     found = match(cached, wanted, prices=FREE)
     check(cached, wanted, found)
     assert [(change.removed, change.added) for change in found.changes] == [(60, 2)] * 4

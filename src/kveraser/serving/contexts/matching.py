@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,7 +180,7 @@ def _step(
 def _changes(have: Ids, kept: list[Block], starts: Set[int]) -> tuple[Change, ...]:
     """What stands between the blocks that are kept."""
     changes: list[Change] = []
-    for left, right in zip(kept[:-1], kept[1:], strict=True):
+    for left, right in pairwise(kept):
         change = Change(left.at + left.length, right.at, left.new + left.length, right.new)
         if change.removed == 0:  # something was put in: the id before it, or behind it, is given up with it
             step = (-1, 0) if left.length else (0, 1)

@@ -10,7 +10,7 @@ import torch
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, same, states, text_model
 from kveraser.evaluation import Errata, Erratum, compare_methods, read_parts
-from kveraser.evaluation.erratum import Line, as_compared
+from kveraser.evaluation.erratum import DeleteAndErratum, Line, as_compared
 from kveraser.methods import as_method
 from kveraser.tasks import EraseExample
 

@@ -154,7 +154,9 @@ class TrainConfig:
 
     eraser: EraserOptions = field(default_factory=EraserOptions)
     pretrain: Stage = field(default_factory=lambda: Stage(tasks=_PRETRAINING, steps=50))
-    finetune: Stage = field(default_factory=lambda: Stage(tasks=tuple(tasks())))
+    finetune: Stage = field(
+        default_factory=lambda: Stage(tasks=tuple(name for name, task in tasks().items() if task.trained))
+    )
     text: str | None = None
     seed: int = 42
 

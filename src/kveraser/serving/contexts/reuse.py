@@ -83,8 +83,13 @@ def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
         if held.exact:
             held.residual = 0.0
         return Reuse("prefix", "continued", kept=found.new_from)
-    receipts = []
-    for change in found.changes:
+    gone = [
+        span for change in found.changes if not change.added for span in view.ledger_spans(change.start, change.end)
+    ]
+    receipts = [context.erase_spans(gone, Steering(), undo=False)] if gone else []
+    for change in (
+        change for change in found.changes if change.added
+    ):  # from left to right: new ids see what is before them
         spans, new = view.ledger_spans(change.start, change.end), wanted[change.new_start : change.new_end]
         receipts.append(context.replace_spans(spans, new.tolist(), Steering(), undo=False))
     known = [held.residual, *(receipt.residual for receipt in receipts)]

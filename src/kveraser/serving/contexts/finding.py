@@ -25,7 +25,7 @@ class ContextFinder:
 
     def __init__(self, store: ContextStore, limits: Limits, tokenizer: PreTrainedTokenizerBase) -> None:
         self.store, self.limits = store, limits
-        self._starts = _message_starts(tokenizer)
+        self._starts = message_starts(tokenizer)
 
     def prepare(self, owner: str, ids: Sequence[int], max_tokens: int, policy: Policy) -> tuple[HeldContext, Reuse]:
         """A context that holds the beginning of a prompt, at least its last token left to be run.
@@ -67,7 +67,7 @@ class ContextFinder:
         return None if held is None or best is None else (held, whole_placeholders(held, best[2]))
 
 
-def _message_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def message_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The id that begins every message of a chat, when there is one."""
     try:
         first = Message("user", "a")

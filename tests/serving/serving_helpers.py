@@ -174,10 +174,10 @@ def free_port():
 
 
 @contextmanager
-def running(service, *keys, name=NAME):
-    """A real server in a thread, which closes the service at the end; gives its URL."""
+def running_app(app):
+    """A real server in a thread; gives its URL."""
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(service, AppOptions(name, keys)), port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -187,6 +187,11 @@ def running(service, *keys, name=NAME):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def running(service, *keys, name=NAME):
+    """The server in a thread, which closes the service at the end; gives its URL."""
+    return running_app(create_app(service, AppOptions(name, keys)))
 
 
 def tiny_service(tokenizer=None, **options):

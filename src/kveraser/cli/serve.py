@@ -50,6 +50,19 @@ def api_keys(given: Sequence[str], environment: str) -> list[str]:
     return keys
 
 
+def local_names(host: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """The names by which browsers may call a server on an address: without keys this machine's, with keys (none named) all."""
+    return () if keys else ("localhost", "127.0.0.1", "[::1]", host)
+
+
+def listen(app: Any, host: str, port: int) -> None:
+    """Serve an application until it is stopped, without a log of requests."""
+    import uvicorn
+
+    settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
+    uvicorn.run(app, host=host.strip("[]"), port=port, **settings)
+
+
 def serve_command(
     model: ModelOption = DEFAULT_MODEL,
     device: DeviceOption = None,
@@ -82,8 +95,6 @@ def serve_command(
     """
     with reported():
         try:
-            import uvicorn
-
             from kveraser.serving.app import AppOptions, create_app
             from kveraser.serving.service import Service, ServiceOptions
         except ImportError as error:
@@ -101,9 +112,7 @@ def serve_command(
         backbone, tokenizer = load(model, device, dtype)
         service = Service(backbone, tokenizer, find_eraser(eraser, backbone), options)
         name = served_name or model
-        hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
-        app = create_app(service, AppOptions(name, keys, limit, hosts=hosts))
+        app = create_app(service, AppOptions(name, keys, limit, hosts=local_names(host, keys)))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
-        settings: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 30}
-        uvicorn.run(app, host=host.strip("[]"), port=port, **settings)
+        listen(app, host, port)

@@ -10,9 +10,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_helpers import TALK, event_list, messages, without
+from transformers.cache_utils import DynamicCache
 from vllm_upstream import MODEL, Upstream, ids_of, proxied, tiny_eraser
 
 import kveraser as kv
@@ -29,6 +31,9 @@ MORE = [*TALK, ("assistant", "the car is blue"), ("user", "and is the car fast?"
 """The talk with a reply and another question."""
 
 
+HTTP = httpx.Client(trust_env=False, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
@@ -39,6 +44,10 @@ def shared(tmp_path_factory):
 @pytest.fixture
 def proxy(shared):
     """Two servers, which have read nothing yet."""
+    for entry in list(shared.front.conversations):
+        shared.front.conversations.remove(entry)
+        shared.front._forget(entry)
+    shared.wait_until(lambda: not any(up.engine.store.ids() for up in shared.ups))
     for up, replica in zip(shared.ups, shared.front.replicas.all, strict=True):
         up.fails, up.renders = None, True
         up.gate.set()
@@ -47,10 +56,6 @@ def proxy(shared):
         up.paths.clear()
         up.engine.prompts.clear()
         replica.down_until = 0.0
-    for entry in list(shared.front.conversations):
-        shared.front.conversations.remove(entry)
-        shared.front._forget(entry)
-    shared.wait_until(lambda: not any(up.engine.store.ids() for up in shared.ups))
     return shared
 
 
@@ -60,7 +65,7 @@ def body_of(talk, **options):
 
 def ask(proxy, talk, key="alpha", **options):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.post(proxy.address + PATH, json=body_of(talk, **options), headers=headers, timeout=60)
+    return HTTP.post(proxy.address + PATH, json=body_of(talk, **options), headers=headers)
 
 
 def text_of(reply):
@@ -106,7 +111,12 @@ class Transformers:
 
 def plainly(talk):
     """What the model says to a talk that was never edited."""
-    return Transformers(talk).says()
+    cache, ids, new = DynamicCache(), torch.tensor([ids_of(messages(talk))]), []
+    with torch.no_grad():
+        while len(new) < 4 and make_tokenizer().eos_token_id not in new:
+            new.append(int(text_model()(ids, past_key_values=cache).logits[0, -1].argmax()))
+            ids = torch.tensor([new[-1:]])
+    return make_tokenizer().decode(new, skip_special_tokens=True)
 
 
 def held(proxy):
@@ -121,11 +131,11 @@ def held(proxy):
 def test_what_is_no_edit_is_passed_on_and_answered_byte_for_byte(proxy, stream):
     raw = json.dumps({"x-unknown": [1.50, "é"], "stream": stream, **body_of(TALK)}, indent=3).encode()
     headers = {"Authorization": "Bearer alpha", "X-Request-Id": "mine", "content-type": "application/json"}
-    reply = httpx.post(proxy.address + PATH, content=raw, headers=headers, timeout=60)
+    reply = HTTP.post(proxy.address + PATH, content=raw, headers=headers)
     assert proxy.ups[0].chats == [raw]
     assert proxy.ups[0].headers[0]["x-request-id"] == "mine"
     assert "authorization" not in proxy.ups[0].headers[0]
-    direct = httpx.post(proxy.ups[0].address + PATH, content=raw, timeout=60)
+    direct = HTTP.post(proxy.ups[0].address + PATH, content=raw)
     assert (reply.content, reply.headers["content-type"]) == (direct.content, direct.headers["content-type"])
     assert text_of(reply) == plainly(TALK)
     assert reply.headers["x-kveraser-replica"] == "0"
@@ -133,7 +143,7 @@ def test_what_is_no_edit_is_passed_on_and_answered_byte_for_byte(proxy, stream):
 
 def test_errors_of_the_server_come_back_as_they_are(proxy):
     raw = b'{"model": "tiny", "messages": 7}'
-    reply = httpx.post(proxy.address + PATH, content=raw, headers={"Authorization": "Bearer alpha"})
+    reply = HTTP.post(proxy.address + PATH, content=raw, headers={"Authorization": "Bearer alpha"})
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, "messages: needed")
     assert [len(up.chats) for up in proxy.ups] == [1, 0]
 
@@ -318,17 +328,17 @@ def test_nothing_is_passed_on_without_a_key(proxy):
     for key in (None, "gamma"):
         for path in (PATH, "/v1/completions", "/metrics", "/anything"):
             headers = {"Authorization": f"Bearer {key}"} if key else {}
-            assert httpx.request("GET" if path == "/metrics" else "POST", proxy.address + path, headers=headers,
+            assert HTTP.request("GET" if path == "/metrics" else "POST", proxy.address + path, headers=headers,
                                  content=b"{}").status_code == 401  # fmt: skip
     assert not any(up.paths for up in proxy.ups)
-    assert httpx.get(f"{proxy.address}/healthz").json()["status"] == "ok"
+    assert HTTP.get(f"{proxy.address}/healthz").json()["status"] == "ok"
 
 
 @pytest.mark.parametrize("path", [PATH, "/v1/completions", "/v1/messages", "/v1/responses"])
 def test_states_are_not_to_be_reached_through_the_proxy(proxy, path):
     headers = {"Authorization": "Bearer alpha"}
     drop = {"kv_transfer_params": {"kveraser": {"drop": ["0" * 32]}}, **body_of(TALK)}
-    reply = httpx.post(proxy.address + path, json=drop, headers=headers)
+    reply = HTTP.post(proxy.address + path, json=drop, headers=headers)
     assert (reply.status_code, reply.json().get("error", {}).get("type")) == (400, "invalid_request_error")
     assert not any(up.paths for up in proxy.ups)
 
@@ -337,7 +347,7 @@ def test_states_are_not_to_be_reached_through_the_proxy(proxy, path):
     "path", ["/inference/v1/generate", "/v1/load_lora_adapter", "/sleep", "/v1/chat/completions/render", "/"]
 )
 def test_what_is_not_for_clients_is_refused_with_a_reason(proxy, path):
-    reply = httpx.post(proxy.address + path, json={}, headers={"Authorization": "Bearer alpha"})
+    reply = HTTP.post(proxy.address + path, json={}, headers={"Authorization": "Bearer alpha"})
     assert reply.status_code == 404
     assert "is not passed on" in reply.json()["error"]["message"]
     assert not any(up.paths for up in proxy.ups)
@@ -346,10 +356,10 @@ def test_what_is_not_for_clients_is_refused_with_a_reason(proxy, path):
 def test_completions_and_models_are_passed_on(proxy):
     headers = {"Authorization": "Bearer alpha"}
     body = {"model": MODEL, "prompt": [5, 6, 7], "max_tokens": 2}
-    reply = httpx.post(f"{proxy.address}/v1/completions", json=body, headers=headers)
-    direct = httpx.post(f"{proxy.ups[0].address}/v1/completions", json=body)
+    reply = HTTP.post(f"{proxy.address}/v1/completions", json=body, headers=headers)
+    direct = HTTP.post(f"{proxy.ups[0].address}/v1/completions", json=body)
     assert reply.content == direct.content
-    assert httpx.get(f"{proxy.address}/v1/models", headers=headers).json()["data"][0]["id"] == "tiny"
+    assert HTTP.get(f"{proxy.address}/v1/models", headers=headers).json()["data"][0]["id"] == "tiny"
 
 
 # -- which server ------------------------------------------------------------------------------------------------------
@@ -357,7 +367,7 @@ def test_completions_and_models_are_passed_on(proxy):
 
 def test_new_conversations_go_to_the_server_that_is_least_busy_and_stay_where_they_were_read(proxy):
     proxy.ups[0].gate.clear()
-    other = [("user", "look up something else"), ("tool", "of which nothing has been read"), ("user", TALK[3][1])]
+    other = [("user", "look up something else"), ("tool", "no 7"), ("user", TALK[3][1])]
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, proxy, TALK, stream=True)
         proxy.wait_until(lambda: proxy.ups[0].chats)
@@ -441,7 +451,7 @@ def test_events_come_as_they_are_made(proxy):
         proxy.ups[0].gate.clear()
         headers = {"Authorization": "Bearer alpha"}
         body = body_of(talk, stream=True)
-        with httpx.stream("POST", proxy.address + PATH, json=body, headers=headers, timeout=60) as reply:
+        with HTTP.stream("POST", proxy.address + PATH, json=body, headers=headers) as reply:
             data = reply.iter_raw()
             said = next(data)
             while said.count(b"\n\n") < 2:
@@ -456,7 +466,7 @@ def test_a_client_that_goes_away_leaves_nothing_busy(proxy):
     proxy.ups[0].gate.clear()
     headers = {"Authorization": "Bearer alpha"}
     body = body_of(without(MORE, 2), stream=True)
-    with httpx.stream("POST", proxy.address + PATH, json=body, headers=headers, timeout=60) as reply:
+    with HTTP.stream("POST", proxy.address + PATH, json=body, headers=headers) as reply:
         next(reply.iter_raw())
     proxy.wait_until(lambda: not any(replica.in_flight for replica in proxy.front.replicas.all))
     assert not any(entry.busy for entry in proxy.front.conversations)
@@ -473,7 +483,7 @@ def test_after_a_server_is_killed_its_conversations_go_on_elsewhere_by_prefill(t
         assert reply.headers["x-kveraser-replica"] == "1"
         assert text_of(reply) == plainly(longer)
         assert held(proxy).session is None
-        health = httpx.get(f"{proxy.address}/healthz").json()
+        health = HTTP.get(f"{proxy.address}/healthz").json()
         assert (health["status"], health["up"]) == ("degraded", 1)
         again = [*without(longer, 3), ("assistant", "no"), ("user", "what is the color?")]
         assert report_of(ask(proxy, again))["method"] == "kveraser", "and are edited there"
@@ -487,9 +497,9 @@ def test_without_the_connector_everything_is_passed_on_and_when_it_stops_nothing
         ask(proxy, TALK)
         ask(proxy, without(MORE, 2))
         assert proxy.ups[0].engine.store.ids()
-        foreign = httpx.post(proxy.address + PATH, json=body_of(TALK), headers={"origin": "https://evil.example"})
+        foreign = HTTP.post(proxy.address + PATH, json=body_of(TALK), headers={"origin": "https://evil.example"})
         assert foreign.status_code == 403
-        metrics = httpx.get(f"{proxy.address}/metrics").text
+        metrics = HTTP.get(f"{proxy.address}/metrics").text
         assert 'kveraser_proxy_replies_total{method="kveraser"} 1.0' in metrics
         assert "kveraser_proxy_edited 1.0" in metrics
     assert not proxy.ups[0].engine.store.ids()
@@ -499,7 +509,7 @@ def test_without_the_connector_everything_is_passed_on_and_when_it_stops_nothing
     with proxied([tmp_path / "b"]) as proxy:
         ask(proxy, TALK)
         assert text_of(ask(proxy, without(MORE, 2))) == plainly(without(MORE, 2))
-        assert httpx.get(f"{proxy.address}/healthz").json()["editing"] == 0
+        assert HTTP.get(f"{proxy.address}/healthz").json()["editing"] == 0
 
 
 def without_connector(init):

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from functools import cache
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,6 +23,7 @@ MODEL = "tiny"
 WINDOW, REPAIR = (2, 16), 4
 
 
+@cache
 def tiny_eraser():
     return random_eraser(text_model(), window=WINDOW, repair=REPAIR, choose="next")
 

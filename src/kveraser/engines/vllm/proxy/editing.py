@@ -55,8 +55,8 @@ class Sessions:
     def __init__(self, key: str | None, timeout: float, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._key, self._timeout, self._tokenizer = key, timeout, tokenizer
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kveraser-sessions")
-        self._idle: dict[tuple[str, str | None], list[VLLMSession]] = {}
-        self._places: dict[int, tuple[str, str | None]] = {}
+        self._idle: dict[tuple[str, str], list[VLLMSession]] = {}
+        self._places: dict[int, tuple[str, str]] = {}
         self._lock = Lock()
         self.starts: frozenset[int] = frozenset()
         """Ids that begin a message, once a server has been seen."""
@@ -67,7 +67,7 @@ class Sessions:
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it
         return await asyncio.shield(future)
 
-    def open(self, url: str, model: str | None = None) -> VLLMSession:
+    def open(self, url: str, model: str) -> VLLMSession:
         """An empty session on a server. In a thread of `run`, as all that follows.
 
         Raises:

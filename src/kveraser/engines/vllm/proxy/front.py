@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from fastapi import Request
@@ -122,8 +123,8 @@ class Front:
             try:
                 cards = (await self.replicas.json(replica, "/v1/models"))["data"]
                 lengths = [card["max_model_len"] for card in cards if card.get("max_model_len")]
-                session = await self.sessions.run(lambda: self.sessions.open(replica.url))
-                self.sessions.dispose(session)
+                for name in [str(card["id"]) for card in cards if not card.get("parent")]:
+                    await self.sessions.run(partial(self._try, replica.url, name))
                 replica.max_tokens = min(lengths, default=0)
                 replica.down_until = 0.0
                 return
@@ -133,6 +134,9 @@ class Front:
                     log.warning("server %d: nothing is edited there yet: %s", replica.number, told)
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, _LEARN_EVERY)
+
+    def _try(self, url: str, model: str) -> None:
+        self.sessions.close(self.sessions.open(url, model))
 
     async def stop(self) -> None:
         """Drop the edited contexts on the servers, as far as they answer, and close all connections."""

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -89,13 +89,15 @@ def ask(address: str, talk: Talk, servers: list[str]) -> dict[str, Any]:
             "seconds_in_all": round(seconds, 3), "answer": " ".join(text.split()), "kveraser": told}  # fmt: skip
 
 
-def turns(address: str, tag: str, tokens: int, servers: list[str], pause: float = 0.0) -> Iterator[tuple[str, Any]]:
+def turns(
+    address: str, tag: str, tokens: int, servers: list[str], pause: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, Any]]:
     """The turns of one conversation."""
     talk = conversation(tag, tokens)
     yield "the whole conversation", ask(address, talk, servers)
     del talk[2]
     yield "a message dropped", (dropped := ask(address, talk, servers))
-    time.sleep(pause)
+    pause()
     talk += [
         {"role": "assistant", "content": dropped["answer"]},
         {"role": "user", "content": "And in which room is it?"},
@@ -121,16 +123,70 @@ def proxy_before(servers: list[str], policy: str) -> Iterator[tuple[str, Front]]
         thread.join()
 
 
+def measure(servers: list[str], stops: list[Callable[[], None]], tokens: int, repeat: int) -> dict[str, Any]:
+    """All rows.
+
+    Args:
+        stops: what stops each server; none leaves out what comes after.
+    """
+    found: dict[str, Any] = {}
+    run = int(time.time()) % 100_000  # servers that run already may have read the conversations of another run
+    ask(servers[0], conversation("warm-up", 64), servers)
+    for number in range(repeat):
+        note(found, "vLLM's prefix cache", turns(servers[0], f"Ada {run}-{number}", tokens, servers))
+    with proxy_before(servers, "kveraser") as (address, _):
+        for number in range(repeat):
+            note(found, "proxy, kveraser", turns(address, f"Bob {run}-{number}", tokens, servers))
+    with proxy_before(servers, "auto") as (address, front):
+        for number in range(repeat):
+            talk = note(found, "proxy, auto", turns(address, f"Cleo {run}-{number}", tokens, servers, refreshed(front)))
+        if stops:
+            holder = max(front.conversations, key=lambda each: len(each.view)).replica
+            stops[holder]()
+            rest = [servers[1 - holder]]
+            last = found["proxy, auto"][-1]["the next turn"]["answer"]
+            talk += [{"role": "assistant", "content": last}, {"role": "user", "content": "Who is it with?"}]
+            note(found, "proxy, its server stopped", iter([("the turn after it", ask(address, talk, rest))]))
+            talk[0] = conversation("nobody", 0)[0]  # so that nothing of it is cached
+            note(found, "a server that has read nothing", iter([("the turn after it", ask(rest[0], talk, rest))]))
+    return found
+
+
+def note(found: dict[str, Any], name: str, rows: Iterator[tuple[str, Any]]) -> Talk:
+    """Enter the turns of a conversation as they come; the conversation in the end."""
+    run: dict[str, Any] = {}
+    found.setdefault(name, []).append(run)
+    for turn, row in rows:
+        if turn == "talk":
+            return row  # type: ignore[no-any-return]
+        run[turn] = row
+        print(f"{name}, {turn}: {row}", flush=True)
+    return []
+
+
+def refreshed(front: Front) -> Callable[[], None]:
+    """Waits until nothing is edited any more."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 300
+        while any(entry.session for entry in front.conversations) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+    return wait
+
+
 def main(
     tokens: Annotated[int, typer.Option(help="Length of the conversation, about.")] = 1500,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     repeat: Annotated[int, typer.Option(min=1, help="Conversations for each row.")] = 1,
+    upstream: Annotated[
+        list[str] | None, typer.Option(help="Two servers that run already, in place of new ones; none is stopped then.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for vllm_proxy.json.")] = None,
 ) -> None:
     """Run it and print the tables."""
     extra = ["--dtype", dtype, "--max-model-len", str(2 * tokens + 512), "--max-num-seqs", "4", "--block-size", "32",
              "--enforce-eager"]  # fmt: skip
-    console, found = Console(width=150), {}
     with (
         tempfile.TemporaryDirectory() as folder,
         ExitStack() as first,
@@ -145,42 +201,33 @@ def main(
             log = Path(tempfile.gettempdir()) / f"kveraser-bench-vllm-{number}.log"
             return stack.enter_context(running_server(arguments, log=log, **ENVIRONMENT))
 
-        console.print("starting two vLLM servers ...")
-        servers = list(pool.map(start, range(2), (first, second)))
-        ask(servers[0], conversation("warm-up", 64), servers)
-        for number in range(repeat):
-            found.setdefault("vLLM's prefix cache", []).append(
-                dict(turns(servers[0], f"Ada {number}", tokens, servers))
-            )
-        for policy in ("kveraser", "auto"):
-            with proxy_before(servers, policy) as (address, front):
-                for number in range(repeat):
-                    rows = dict(turns(address, f"{policy} {number}", tokens, servers, 15.0 * (policy == "auto")))
-                    found.setdefault(f"proxy, {policy}", []).append(rows)
-                if policy == "kveraser":
-                    continue
-                holder = max(front.conversations, key=lambda each: len(each.view)).replica
-                (first, second)[holder].close()
-                rest = [servers[1 - holder]]
-                talk = [*rows["talk"], {"role": "assistant", "content": rows["the next turn"]["answer"]},
-                        {"role": "user", "content": "Who is it with?"}]  # fmt: skip
-                found["proxy, its server stopped"] = [{"the turn after it": ask(address, talk, rest)}]
-                unread = [{"role": "system", "content": conversation("nobody", 0)[0]["content"]}, *talk[1:]]
-                found["a server that has read nothing"] = [{"the turn after it": ask(rest[0], unread, rest)}]
+        if upstream:
+            found = measure(upstream, [], tokens, repeat)
+        else:
+            print("starting two vLLM servers ...", flush=True)
+            servers = list(pool.map(start, range(2), (first, second)))
+            found = measure(servers, [first.close, second.close], tokens, repeat)
+    show(found)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "vllm_proxy.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def show(found: dict[str, Any]) -> None:
+    """A table for each turn."""
+    console = Console(width=150)
     for turn in ("the whole conversation", "a message dropped", "the next turn", "the turn after it"):
         table = Table(turn, "tokens processed", "first token, s", "in all, s", "method", "answer", box=None)
         for name, runs in found.items():
             some = [run[turn] for run in runs if turn in run]
             if some:
-                table.add_row(
-                    name, *(f"{statistics.median(run[key] for run in some):g}" for key in
-                            ("processed", "seconds_to_first_token", "seconds_in_all")),
-                    (some[0]["kveraser"] or {}).get("method", "passed on"), some[0]["answer"],
-                )  # fmt: skip
+                numbers = (
+                    f"{statistics.median(run[key] for run in some):g}"
+                    for key in ("processed", "seconds_to_first_token", "seconds_in_all")
+                )
+                method = (some[0]["kveraser"] or {}).get("method", "passed on")
+                table.add_row(name, *numbers, method, some[0]["answer"])
         console.print(table, "")
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "vllm_proxy.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

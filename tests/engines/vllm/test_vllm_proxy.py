@@ -324,6 +324,25 @@ def test_an_edited_context_answers_its_own_key_alone(proxy):
     assert report_of(ask(proxy, longer, "alpha"))["method"] == "prefix"
 
 
+def test_a_conversation_that_only_begins_like_an_edited_one_gets_nothing_of_the_edit(proxy):
+    ask(proxy, TALK)
+    ask(proxy, without(MORE, 2))
+    for sibling in ([*without(MORE, 2)[:-1], ("user", "and is the door?")], without(MORE, 2, 7)):
+        reply = ask(proxy, sibling)
+        assert report_of(reply) is None
+        assert text_of(reply) == plainly(sibling)
+    longer = [*without(MORE, 2), ("assistant", "yes"), ("user", "is it, really?")]
+    assert report_of(ask(proxy, longer))["method"] == "prefix", "which itself is still there"
+
+
+def test_what_a_template_puts_at_the_end_of_a_prompt_alone_may_be_missing():
+    start, entry = frozenset([1]), Conversation(("a", "m"), fresh_view(np.array([1, 5, 6, 2, 1, 7, 8, 9])), 0)
+    for end, goes_on in ((8, True), (6, True), (5, True), (4, False), (2, False)):
+        found = match(entry.view.ids, [*entry.view.ids[:end], 77, 78])
+        assert entry.goes_on(found, start) is goes_on
+        assert entry.goes_on(found, frozenset()) is (end == 8)
+
+
 def test_nothing_is_passed_on_without_a_key(proxy):
     for key in (None, "gamma"):
         for path in (PATH, "/v1/completions", "/metrics", "/anything"):
@@ -523,7 +542,7 @@ def without_connector(init):
 # -- what is remembered ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.booleans()), max_size=30),
     limit=st.integers(1, 6),
@@ -558,7 +577,7 @@ def kept_ids(length):
     return np.arange(length, dtype=np.int64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(9, 30), min_size=2, max_size=6),
     gone=st.sets(st.integers(1, 4), max_size=2),

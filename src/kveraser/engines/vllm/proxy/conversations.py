@@ -18,10 +18,6 @@ from kveraser.serving.contexts.view import View
 
 LOOK = 256
 """Conversations of one owner, the latest ones, that a request is compared with."""
-TAIL = 64
-"""Ids at the end of what was read that a request may leave out and still go on with the same conversation: what templates write
-only at the end of a prompt. With more left out, it is a branch of its own."""
-
 Owner = tuple[str, str]
 """Whose a conversation is: the digest of the API key, and the model."""
 
@@ -51,6 +47,18 @@ class Conversation:
     busy: int = 0
     changing: bool = False
     prefilled: Ids | None = None
+
+    def goes_on(self, found: Match, starts: Set[int]) -> bool:
+        """Whether a request goes on with this very conversation: of its end it leaves out no more than what the template had put there
+        for the reply to begin with. Another one that only begins in the same way must get nothing of its edits.
+
+        Args:
+            starts: ids that begin a message.
+        """
+        if found.kept_until == len(self.view):
+            return True
+        begun = np.flatnonzero(np.isin(self.view.ids, list(starts)))
+        return bool(len(begun) and found.kept_until > begun[-1])
 
     @property
     def is_prefilled(self) -> bool:

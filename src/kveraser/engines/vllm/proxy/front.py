@@ -21,7 +21,7 @@ from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
 from kveraser.engines.vllm.proxy.asked import Asked, read_body, read_chat
-from kveraser.engines.vllm.proxy.conversations import TAIL, Conversation, Conversations, Owner, fresh_view
+from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, Owner, fresh_view
 from kveraser.engines.vllm.proxy.editing import Edited, Sessions
 from kveraser.engines.vllm.proxy.metrics import ProxyMetrics
 from kveraser.engines.vllm.proxy.passing import Attempt, Opened, Passed, open_first
@@ -238,10 +238,10 @@ class Front:
         replica = self.replicas.all[known.replica]
         if 2 * match.kept >= len(plan.wanted):
             plan.first = replica
-        if len(known.view) - match.kept_until <= TAIL:
+        if known.goes_on(match, self.sessions.starts):
             plan.known, plan.seen = known, known.view
-        if plan.policy != "exact" and self._is_worth(plan, known, match, replica):
-            await self._edit(plan, known, match, replica)
+            if plan.policy != "exact" and self._is_worth(plan, known, match, replica):
+                await self._edit(plan, known, match, replica)
 
     async def _render(self, asked: Asked) -> list[int] | None:
         """The ids of a chat completion, by a server; None where it cannot be followed (the server will say what is wrong)."""

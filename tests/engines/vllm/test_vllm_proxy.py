@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, fresh_view
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
+from kveraser.engines.vllm.proxy.replicas import Replicas
 from kveraser.engines.vllm.proxy.replies import Events, begins
 from kveraser.errors import OptionError
 from kveraser.serving.contexts.matching import Removal, match
@@ -411,6 +413,22 @@ def test_a_server_that_fails_before_the_first_token_is_replaced_by_another_one(p
     proxy.ups[0].fails = None
     longer = [*MORE, ("assistant", "yes"), ("user", "is it, really?")]
     assert ask(proxy, longer).headers["x-kveraser-replica"] == "1", "it has read it now"
+
+
+def test_a_connection_that_a_server_has_closed_meanwhile_is_no_failure(monkeypatch):
+    sent = []
+
+    async def send(self, request, **options):
+        sent.append(request)
+        if len(sent) == 1:
+            raise httpx.ReadError("closed")
+        return httpx.Response(200, content=b"[7]")
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", send)
+    replicas = Replicas(["http://one"], key="theirs", timeout=1)
+    assert asyncio.run(replicas.json(replicas.all[0], "/v1/models")) == [7]
+    assert [request.headers["authorization"] for request in sent] == ["Bearer theirs"] * 2
+    assert replicas.all[0].is_up
 
 
 def test_where_all_servers_fail_the_last_of_them_is_heard(proxy):

@@ -37,6 +37,7 @@ from kveraser.serving.waiting import first_of
 log = logging.getLogger("kveraser")
 
 _CHAT = "/v1/chat/completions"
+_ERASE_SECONDS = 120.0  # for one request of an erase; then the request is passed on
 _LEARN_AFTER, _LEARN_EVERY = (
     0.5,
     30.0,
@@ -105,7 +106,7 @@ class Front:
     ) -> None:
         self.options = options
         self.replicas = Replicas(urls, key=options.upstream_key, timeout=options.timeout)
-        self.sessions = Sessions(options.upstream_key, options.timeout, tokenizer)
+        self.sessions = Sessions(options.upstream_key, min(options.timeout, _ERASE_SECONDS), tokenizer)
         self.conversations = Conversations(options.conversations, options.tokens, self._forget)
         self.metrics = ProxyMetrics(self.conversations, self.replicas)
         self.refresher = Refresher(self.conversations, self.sessions, self.replicas, self.metrics.refreshed.inc)

@@ -8,36 +8,38 @@ from typing import Annotated
 import typer
 
 from kveraser.cli.common import reported, stderr
-from kveraser.cli.serve import api_keys, listen, local_names, parse_bytes
+from kveraser.cli.listening import (
+    ApiKeyOption,
+    BodyLimitOption,
+    HostOption,
+    PolicyOption,
+    PortOption,
+    checked_keys,
+    listen,
+    local_names,
+    parse_bytes,
+)
 from kveraser.errors import EngineError, OptionError
-from kveraser.serving.exposure import check_exposure
 
 
 def proxy_command(
     upstream: Annotated[
         list[str], typer.Option(help="Address of a vLLM server with kveraser's connector; repeatable.")
     ],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; others than loopback need an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    policy: Annotated[str, typer.Option(help="exact, kveraser or auto, for requests that name none.")] = "kveraser",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    policy: PolicyOption = "kveraser",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: where the servers say that the model is.")
     ] = None,
     min_saved: Annotated[int, typer.Option(min=0, help="Tokens that an edit has to save to be made.")] = 256,
     conversations: Annotated[int, typer.Option(min=1, help="Conversations that are remembered.")] = 1024,
     tokens: Annotated[str, typer.Option(help="Token ids of them that are remembered, such as 8M.")] = "8M",
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Let this key in; repeatable. Better: KVERASER_API_KEYS=key1,key2, which `ps` does not show."
-        ),
-    ] = None,
+    api_key: ApiKeyOption = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a byte after which a server failed.")
     ] = 600.0,
-    body_limit: Annotated[str, typer.Option(help="Longest request.")] = "32M",
+    body_limit: BodyLimitOption = "32M",
 ) -> None:
     """Pass requests on to vLLM servers, and erase there what clients drop from their conversations.
 
@@ -51,10 +53,7 @@ def proxy_command(
             from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
         except ImportError as error:
             raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
-        if policy not in ("exact", "kveraser", "auto"):
-            raise OptionError(f"policy={policy!r} must be exact, kveraser or auto")
-        keys = api_keys(api_key or (), os.environ.get("KVERASER_API_KEYS", ""))
-        check_exposure(host, bool(keys), "set KVERASER_API_KEYS")
+        keys = checked_keys(host, policy, api_key)
         options = ProxyOptions(
             policy=policy,  # type: ignore[arg-type]
             upstream_key=os.environ.get("KVERASER_UPSTREAM_KEY", "").strip() or None,

@@ -20,12 +20,12 @@ from vllm_upstream import MODEL, Upstream, ids_of, proxied, tiny_eraser
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
+from kveraser.engines.vllm.proxy.comparing import Use, compare
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, fresh_view
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
 from kveraser.engines.vllm.proxy.replicas import Replicas
 from kveraser.engines.vllm.proxy.replies import Events, begins
 from kveraser.errors import OptionError
-from kveraser.serving.contexts.matching import Removal, match
 from kveraser.spans import Span
 
 PATH = "/v1/chat/completions"
@@ -95,12 +95,12 @@ class Transformers:
     def drop(self, talk):
         """Go on with a talk that leaves something out, or does not."""
         wanted = ids_of(messages(talk))
-        found = match(self.ids, wanted, starts=frozenset([1]))
-        spans = [Span(self.where[each.start], self.where[each.end - 1] + 1) for each in found.removals]
+        found = compare(self.ids, wanted, frozenset([1]))
+        spans = [Span(self.where[start], self.where[end - 1] + 1) for start, end in found.removals]
         if spans:
             self.context.erase(spans)
-        for each in reversed(found.removals):
-            del self.where[each.start : each.end]
+        for start, end in reversed(found.removals):
+            del self.where[start:end]
         new = wanted[found.new_from :]
         added = self.context.append(new)
         self.where += list(added)
@@ -340,7 +340,7 @@ def test_a_conversation_that_only_begins_like_an_edited_one_gets_nothing_of_the_
 def test_what_a_template_puts_at_the_end_of_a_prompt_alone_may_be_missing():
     start, entry = frozenset([1]), Conversation(("a", "m"), fresh_view(np.array([1, 5, 6, 2, 1, 7, 8, 9])), 0)
     for end, goes_on in ((8, True), (6, True), (5, True), (4, False), (2, False)):
-        found = match(entry.view.ids, [*entry.view.ids[:end], 77, 78])
+        found = compare(entry.view.ids, [*entry.view.ids[:end], 77, 78])
         assert entry.goes_on(found, start) is goes_on
         assert entry.goes_on(found, frozenset()) is (end == 8)
 
@@ -611,8 +611,9 @@ def test_a_request_finds_the_conversation_of_its_owner_that_saves_the_most(lengt
     wanted = np.concatenate([*(part for n, part in enumerate(parts) if n not in gone), [7777, 7778]])
     assert store.find(("b", "m"), wanted, edit=edit) is None
     entry, found = store.find(("a", "m"), wanted, edit=edit)
-    gains = [match(each.view.ids, wanted, max_removals=16 if edit else 0).gain for each in entries]
-    whole = found.kept == len(entry.view) and 2 * found.gain >= len(wanted)
+    uses = [compare(each.view.ids, wanted) for each in entries]
+    gains = [(use if edit else use.unedited()).gain for use in uses]
+    whole = found.new_from == len(entry.view) and 2 * found.gain >= len(wanted)
     assert found.gain == max(gains) or whole
     kept = [entry.view.ids[a:b] for a, b in kept_runs(found)]
     assert (np.concatenate(kept) == wanted[: found.new_from]).all()
@@ -620,7 +621,7 @@ def test_a_request_finds_the_conversation_of_its_owner_that_saves_the_most(lengt
 
 
 def kept_runs(found):
-    edges = [0, *(edge for each in found.removals for edge in (each.start, each.end)), found.kept_until]
+    edges = [0, *(edge for removal in found.removals for edge in removal), found.kept_until]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -679,5 +680,10 @@ def test_the_first_token_of_a_stream_is_told_from_what_comes_before_it(event, ki
     assert begins(event) == kind
 
 
-def test_a_removal_is_what_the_matching_of_the_server_says():
-    assert match([1, 2, 3, *range(10, 30)], [1, 2, *range(10, 30), 5]).removals == (Removal(2, 3),)
+def test_a_request_uses_what_is_left_of_a_conversation_when_runs_are_taken_out():
+    have, rest = list(range(10, 60)), list(range(100, 120))
+    use = compare(have, [*have[:9], *have[12:], *rest])
+    assert use == Use(((9, 12),), 50, 47)
+    assert (use.prefix, use.gain, use.unedited()) == (9, 44, Use((), 9, 9))
+    assert compare(have, [*have[:9], 7, 7, 7, *rest]) == Use((), 9, 9)
+    assert compare(have, rest) == Use((), 0, 0)

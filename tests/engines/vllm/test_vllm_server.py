@@ -25,6 +25,7 @@ from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.client.session import VLLMSession
 from kveraser.engines.vllm.protocol import Demand, Piece
 from kveraser.engines.vllm.proxy.app import ProxyAppOptions, create_proxy
+from kveraser.engines.vllm.proxy.comparing import compare
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
 from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
 from kveraser.eraser import shipped_eraser
@@ -32,7 +33,6 @@ from kveraser.errors import EngineError
 from kveraser.files import cache_folder
 from kveraser.model.backbone import DEFAULT_BACKBONE, converted_folder
 from kveraser.serving.contexts.finding import message_starts
-from kveraser.serving.contexts.matching import match
 
 pytestmark = [
     pytest.mark.model,
@@ -427,10 +427,10 @@ def test_a_client_that_drops_a_message_through_the_proxy_gets_transformers_edite
         {"role": "user", "content": "Well?"},
     ]
     before, after = ids_of(talk), ids_of(shorter)
-    found = match(before, after, starts=message_starts(tokenizer))
+    found = compare(before, after, message_starts(tokenizer))
     edited, plain = kv.ErasableContext(*backbone()), kv.ErasableContext(*backbone())
     edited.append(before)
-    edited.erase([kv.Span(each.start, each.end) for each in found.removals], as_the_engine(edited.model))
+    edited.erase([kv.Span(start, end) for start, end in found.removals], as_the_engine(edited.model))
     expected = [
         tokenizer.decode(context.generate_ids(ids, max_new_tokens=TOKENS), skip_special_tokens=True)
         for context, ids in ((edited, after[found.new_from :]), (plain, after))

@@ -7,7 +7,8 @@ proxy has that server erase them from what it has cached, and asks it to go on f
     front          a chat completion from its request to its reply; every other request that is passed on
     asked          what a request says, as far as it matters here: bodies, and what is refused or left alone
     conversations  what has been read of each conversation, by token ids; which one a request goes on with
-    editing        sessions on the servers: from a match to an edited context and the prompt for it
+    comparing      what of a conversation a request can use
+    editing        sessions on the servers: from what is left out to an edited context and the prompt for it
     refreshing     edited contexts that are replaced by exactly prefilled ones in the background
     replicas       the servers: which ones answer, how busy they are, HTTP to them
     passing        from one server to the next until one answers; replies as they come

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kveraser.engines.vllm.client import VLLMSession
-from kveraser.serving.contexts.matching import Ids, Match, match
+from kveraser.engines.vllm.proxy.comparing import Ids, Use, compare
 from kveraser.serving.contexts.view import View
 
 LOOK = 256
@@ -48,7 +48,7 @@ class Conversation:
     changing: bool = False
     prefilled: Ids | None = None
 
-    def goes_on(self, found: Match, starts: Set[int]) -> bool:
+    def goes_on(self, found: Use, starts: Set[int]) -> bool:
         """Whether a request goes on with this very conversation: of its end it leaves out no more than what the template had put there
         for the reply to begin with. Another one that only begins in the same way must get nothing of its edits.
 
@@ -97,24 +97,26 @@ class Conversations:
 
     def find(
         self, owner: Owner, wanted: Ids, *, edit: bool, starts: Set[int] = frozenset()
-    ) -> tuple[Conversation, Match] | None:
+    ) -> tuple[Conversation, Use] | None:
         """The owner's conversation that saves a request the most, and what of it can be used.
 
         Args:
             edit: whether something may be taken out; otherwise only what the two share from the beginning counts.
             starts: ids that begin a message.
         """
-        best: tuple[Conversation, Match] | None = None
+        best: tuple[Conversation, Use] | None = None
         most = 0
         for number, entry in enumerate(reversed(self._of.get(owner, OrderedDict()).values())):
             if number == LOOK:
                 break
             if len(entry.view) <= most or (entry.session and not edit):
                 continue
-            found = match(entry.view.ids, wanted, starts=starts, max_removals=16 if edit else 0)
+            found = compare(entry.view.ids, wanted, starts)
+            if not edit:
+                found = found.unedited()
             if found.gain > most:
                 best, most = (entry, found), found.gain
-            if found.kept == len(entry.view) and 2 * most >= len(wanted):  # goes on with all of it: the rule
+            if found.new_from == len(entry.view) and 2 * most >= len(wanted):  # goes on with all of it: the rule
                 break
         return best
 

@@ -1,7 +1,7 @@
 """Sessions on the servers: from what a request leaves out of a conversation to an edited context, and the prompt for it.
 
-Knows: `VLLMSession`, matches, views; runs sessions in threads, since they wait for servers. Does not know about HTTP requests to the
-proxy, or which conversation a match is of.
+Knows: `VLLMSession`, uses, views; runs sessions in threads, since they wait for servers. Does not know about HTTP requests to the
+proxy, or which conversation is used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kveraser.engines.vllm.client import VLLMReceipt, VLLMSession
+from kveraser.engines.vllm.proxy.comparing import Ids, Use
 from kveraser.engines.vllm.proxy.conversations import fresh_view
 from kveraser.errors import KVEraserError
 from kveraser.serving.contexts.finding import message_starts
-from kveraser.serving.contexts.matching import Ids, Match
 from kveraser.serving.contexts.view import View
 
 T = TypeVar("T")
@@ -117,7 +117,7 @@ class Sessions:
 
     # -- edits -------------------------------------------------------------------------------------------------------
 
-    def edit(self, url: str, model: str, view: View, found: Match) -> Edited:
+    def edit(self, url: str, model: str, view: View, found: Use) -> Edited:
         """An edited context made of what a server has read exactly.
 
         Args:
@@ -136,13 +136,13 @@ class Sessions:
             self.close(session)
             raise
 
-    def edit_more(self, session: VLLMSession, view: View, found: Match) -> Edited:
+    def edit_more(self, session: VLLMSession, view: View, found: Use) -> Edited:
         """Take more out of what a session holds; nothing is asked of the server where only its end is cut off behind an edit.
 
         Raises:
             EngineError, SpanError: it cannot be done; the session is as it was.
         """
-        runs = [(removal.start, removal.end) for removal in found.removals]
+        runs = list(found.removals)
         if found.kept_until < len(view):
             runs.append((found.kept_until, len(view)))
         spans = [span for start, end in runs for span in view.ledger_spans(start, end)]

@@ -21,6 +21,7 @@ from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
 from kveraser.engines.vllm.proxy.asked import Asked, read_body, read_chat
+from kveraser.engines.vllm.proxy.comparing import Ids, Use
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, Owner, fresh_view
 from kveraser.engines.vllm.proxy.editing import Edited, Sessions
 from kveraser.engines.vllm.proxy.metrics import ProxyMetrics
@@ -29,7 +30,6 @@ from kveraser.engines.vllm.proxy.refreshing import Refresher
 from kveraser.engines.vllm.proxy.replicas import Replica, Replicas
 from kveraser.engines.vllm.proxy.replies import EditReport, Told
 from kveraser.errors import EngineError, KVEraserError, OptionError
-from kveraser.serving.contexts.matching import Ids, Match
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.contexts.view import View
 from kveraser.serving.waiting import first_of
@@ -234,15 +234,15 @@ class Front:
         )
         if found is None:
             return
-        known, match = found
+        known, use = found
         self.refresher.settle(known)
         replica = self.replicas.all[known.replica]
-        if 2 * match.kept >= len(plan.wanted):
+        if 2 * use.new_from >= len(plan.wanted):
             plan.first = replica
-        if known.goes_on(match, self.sessions.starts):
+        if known.goes_on(use, self.sessions.starts):
             plan.known, plan.seen = known, known.view
-            if plan.policy != "exact" and self._is_worth(plan, known, match, replica):
-                await self._edit(plan, known, match, replica)
+            if plan.policy != "exact" and self._is_worth(plan, known, use, replica):
+                await self._edit(plan, known, use, replica)
 
     async def _render(self, asked: Asked) -> list[int] | None:
         """The ids of a chat completion, by a server; None where it cannot be followed (the server will say what is wrong)."""
@@ -258,20 +258,20 @@ class Front:
             return None if made.get("features") else list(made["token_ids"])
         return None
 
-    def _is_worth(self, plan: _Plan, known: Conversation, match: Match, replica: Replica) -> bool:
+    def _is_worth(self, plan: _Plan, known: Conversation, use: Use, replica: Replica) -> bool:
         """Whether an edited context can answer, and saves enough."""
         assert plan.wanted is not None
-        cut = len(known.view) - match.kept_until
-        if not replica.is_up or not replica.max_tokens or not (match.removals or known.session):
+        cut = len(known.view) - use.kept_until
+        if not replica.is_up or not replica.max_tokens or not (use.removals or known.session):
             return False
-        if known.changing or (known.session is not None and known.busy and (match.removals or cut)):
+        if known.changing or (known.session is not None and known.busy and (use.removals or cut)):
             return False  # what others are being answered from stays as it is
         held = len(known.view if known.session is None else known.session) - cut
-        if held + len(plan.wanted) - match.new_from + plan.asked.max_tokens > replica.max_tokens:
+        if held + len(plan.wanted) - use.new_from + plan.asked.max_tokens > replica.max_tokens:
             return False  # erased tokens keep their places
-        return match.gain - (0 if known.session else match.prefix) >= self.options.min_saved
+        return use.gain - (0 if known.session else use.prefix) >= self.options.min_saved
 
-    async def _edit(self, plan: _Plan, known: Conversation, match: Match, replica: Replica) -> None:
+    async def _edit(self, plan: _Plan, known: Conversation, use: Use, replica: Replica) -> None:
         """Have a server erase what a request leaves out, and make the body for the edited context."""
         assert plan.wanted is not None
         started = time.perf_counter()
@@ -280,9 +280,9 @@ class Front:
         known.changing = session is not None
         try:
             if session is None:
-                edited = await self.sessions.run(lambda: self.sessions.edit(replica.url, plan.asked.model, view, match))
-            elif match.removals or match.kept_until < len(view):
-                edited = await self.sessions.run(lambda: self.sessions.edit_more(session, view, match))
+                edited = await self.sessions.run(lambda: self.sessions.edit(replica.url, plan.asked.model, view, use))
+            elif use.removals or use.kept_until < len(view):
+                edited = await self.sessions.run(lambda: self.sessions.edit_more(session, view, use))
             else:
                 edited = Edited(session, view, None)
         except KVEraserError as error:
@@ -302,7 +302,7 @@ class Front:
         said = self.sessions.prompt(edited.session, plan.wanted[len(edited.view) :])
         if said is None:
             return
-        report = self._report(plan.wanted, edited, match, seconds)
+        report = self._report(plan.wanted, edited, use, seconds)
         assert plan.known is not None
         plan.known.busy += 1
         plan.first = replica
@@ -321,13 +321,13 @@ class Front:
         plan.seen = plan.known.view
 
     @staticmethod
-    def _report(wanted: Ids, edited: Edited, match: Match, seconds: float) -> EditReport:
+    def _report(wanted: Ids, edited: Edited, use: Use, seconds: float) -> EditReport:
         receipt = edited.receipt
         new = len(wanted) - len(edited.view)
         return EditReport(
             method="kveraser" if receipt else "prefix",
             exact=False,
-            spans=tuple((removal.start, removal.end) for removal in match.removals),
+            spans=use.removals,
             tokens_reused=len(edited.view),
             tokens_recomputed=new + (receipt.tokens_recomputed if receipt else 0),
             erase_seconds=round(seconds, 4) if receipt else 0.0,

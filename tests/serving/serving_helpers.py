@@ -169,10 +169,10 @@ def free_port():
 
 
 @contextmanager
-def running(service, *keys, name=NAME):
-    """A real server in a thread, which closes the service at the end; gives its URL."""
+def running_app(app, stop_soon=lambda: None):
+    """A real server in a thread; gives its URL."""
     port = free_port()
-    server = ThreadedServer(create_app(service, AppOptions(name, keys)), service, port=port, log_level="error")
+    server = ThreadedServer(app, stop_soon, port=port, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -182,6 +182,11 @@ def running(service, *keys, name=NAME):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def running(service, *keys, name=NAME):
+    """The server in a thread, which closes the service at the end; gives its URL."""
+    return running_app(create_app(service, AppOptions(name, keys)), service.stop_soon)
 
 
 def tiny_service(tokenizer=None, **options):

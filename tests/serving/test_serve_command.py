@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.cli import app
-from kveraser.cli.serve import parse_bytes
+from kveraser.cli.listening import parse_bytes
 from kveraser.serving.exposure import is_loopback
 
 run = CliRunner()

@@ -17,7 +17,7 @@ from kveraser.serving.server import Server
 def server():
     """One on a tiny model that gives half a second to what runs when it is told to stop."""
     service = tiny_service(grace=0.5)
-    found = Server(create_app(service, AppOptions("tiny")), service, port=free_port(), log_level="error")
+    found = Server(create_app(service, AppOptions("tiny")), service.stop_soon, 0.5, port=free_port(), log_level="error")
     thread = threading.Thread(target=found.run)
     thread.start()
     while not found.started:

@@ -43,6 +43,7 @@ def _register() -> None:
     from kveraser.cli.eval import eval_command
     from kveraser.cli.export import app as export_app
     from kveraser.cli.methods import methods_command
+    from kveraser.cli.proxy import proxy_command
     from kveraser.cli.serve import serve_command
     from kveraser.cli.train import app as train_app
 
@@ -52,6 +53,7 @@ def _register() -> None:
         ("eval", eval_command),
         ("methods", methods_command),
         ("serve", serve_command),
+        ("proxy", proxy_command),
         ("doctor", doctor_command),
     ):
         app.command(name)(command)

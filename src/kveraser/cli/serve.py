@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -22,34 +18,18 @@ from kveraser.cli.common import (
     reported,
     stderr,
 )
+from kveraser.cli.listening import (
+    ApiKeyOption,
+    BodyLimitOption,
+    HostOption,
+    PolicyOption,
+    PortOption,
+    checked_keys,
+    listen,
+    local_names,
+    parse_bytes,
+)
 from kveraser.errors import OptionError
-from kveraser.serving.exposure import check_exposure, check_keys
-
-_NOT_STARTED = 3
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-
-
-def parse_bytes(text: str) -> int:
-    """A size such as `512M` or `4G`, in bytes.
-
-    Raises:
-        OptionError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)(?:i?b)?", text.strip().lower())
-    if not found or not float(found[1]):
-        raise OptionError(f"{text!r} is no size; write 512M or 4G")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
-def api_keys(given: Sequence[str], environment: str) -> list[str]:
-    """The keys that are let in: of `--api-key`, and of `KVERASER_API_KEYS`, which may not be set.
-
-    Raises:
-        OptionError: an empty key, or one that no client could send.
-    """
-    keys = [*given, *(map(str.strip, environment.split(",")) if environment.strip() else ())]
-    check_keys(keys)
-    return keys
 
 
 def serve_command(
@@ -57,11 +37,9 @@ def serve_command(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     eraser: EraserOption = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; others than loopback need an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    policy: Annotated[str, typer.Option(help="exact, kveraser or auto, for requests that name none.")] = "exact",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    policy: PolicyOption = "exact",
     max_residual: Annotated[
         float | None, typer.Option(help="Under auto: recompute at once where edits leave more behind, such as 0.1.")
     ] = None,
@@ -69,12 +47,7 @@ def serve_command(
     state_dir: Annotated[
         Path | None, typer.Option(help="Keep sessions here; default: they end with the server.")
     ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Let this key in; repeatable. Better: KVERASER_API_KEYS=key1,key2, which `ps` does not show."
-        ),
-    ] = None,
+    api_key: ApiKeyOption = None,
     served_name: Annotated[str | None, typer.Option(help="The model's name in requests; default: --model.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered with 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 300.0,
@@ -84,7 +57,7 @@ def serve_command(
             min=1, help="Replies made at the same time; 1 makes them one after the other, with the very bits."
         ),
     ] = 16,
-    body_limit: Annotated[str, typer.Option(help="Longest request.")] = "8M",
+    body_limit: BodyLimitOption = "8M",
 ) -> None:
     """Serve a model with OpenAI's and Anthropic's API, reusing what is cached also after clients drop or clear messages.
 
@@ -93,14 +66,10 @@ def serve_command(
     with reported():
         try:
             from kveraser.serving.app import AppOptions, create_app
-            from kveraser.serving.server import Server
             from kveraser.serving.service import Service, ServiceOptions
         except ImportError as error:
             raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
-        if policy not in ("exact", "kveraser", "auto"):
-            raise OptionError(f"policy={policy!r} must be exact, kveraser or auto")
-        keys = api_keys(api_key or (), os.environ.get("KVERASER_API_KEYS", ""))
-        check_exposure(host, bool(keys), "set KVERASER_API_KEYS")
+        keys = checked_keys(host, policy, api_key)
         options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]
             max_residual=max_residual,
@@ -111,12 +80,7 @@ def serve_command(
         backbone, tokenizer = load(model, device, dtype)
         service = Service(backbone, tokenizer, find_eraser(eraser, backbone), options)
         name = served_name or model
-        hosts = () if keys else ("localhost", "127.0.0.1", "[::1]", host)
-        app = create_app(service, AppOptions(name, keys, limit, hosts=hosts))
+        app = create_app(service, AppOptions(name, keys, limit, hosts=local_names(host, keys)))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
-        server = Server(app, service, host=host.strip("[]"), port=port, log_level="warning", access_log=False)
-        with suppress(KeyboardInterrupt):  # it has stopped as it should, and passes the signal on
-            server.run()
-        if not server.started:
-            raise typer.Exit(_NOT_STARTED)
+        listen(app, host, port, service.stop_soon, options.grace)

@@ -11,16 +11,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Depends, FastAPI, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from fastapi import FastAPI
 
 from kveraser import __version__
-from kveraser.serving.access import BodyLimit, Keys, SameOrigin, owner_of
 from kveraser.serving.anthropic.routes import anthropic_router
 from kveraser.serving.chat.rendering import ChatRenderer
-from kveraser.serving.errors import install_handlers
-from kveraser.serving.metrics import CountRequests, Metrics
+from kveraser.serving.guarding import guard
+from kveraser.serving.metrics import Metrics
 from kveraser.serving.openai.routes import openai_router
 from kveraser.serving.page import page_router
 from kveraser.serving.service import Service
@@ -49,7 +46,7 @@ class AppOptions:
 
 def create_app(service: Service, options: AppOptions) -> FastAPI:
     """The application; it closes the service when it stops."""
-    keys, metrics, renderer = Keys(options.api_keys), Metrics(service), ChatRenderer(service)
+    metrics, renderer = Metrics(service), ChatRenderer(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -57,8 +54,10 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
         service.close()
 
     app = FastAPI(title="kveraser", version=__version__, lifespan=lifespan)
-    app.state.keys = keys
-    install_handlers(app)
+    guard(
+        app, metrics.registry, api_keys=options.api_keys, body_limit=options.body_limit, body_seconds=options.body_seconds,
+        hosts=options.hosts,
+    )  # fmt: skip
     app.include_router(openai_router(service, renderer, options.model_name, metrics, int(time.time())))
     app.include_router(anthropic_router(service, renderer, options.model_name, metrics))
     app.include_router(session_router(service))
@@ -69,15 +68,4 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
         """Whether the server answers."""
         return {"status": "ok", "model": options.model_name, "version": __version__}
 
-    @app.get("/metrics", tags=["operation"], dependencies=[Depends(owner_of)], response_class=Response)
-    async def show_metrics() -> Response:
-        """Metrics in Prometheus' text format."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    app.add_middleware(CountRequests, metrics=metrics)
-    app.add_middleware(BodyLimit, limit=options.body_limit, seconds=options.body_seconds)
-    if not options.api_keys:
-        app.add_middleware(SameOrigin)
-    if options.hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(options.hosts), www_redirect=False)
     return app

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kveraser.serving.completion import Reply
-from kveraser.serving.errors import error_response
 from kveraser.serving.service import Service
 
 
@@ -23,9 +21,6 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
         registry = self.registry
-        self.requests = Counter(
-            "kveraser_requests", "Requests by path and status.", ("path", "status"), registry=registry
-        )
         self.tokens = Counter(
             "kveraser_prompt_tokens", "Prompt tokens by how they got their states.", ("how",), registry=registry
         )
@@ -64,33 +59,3 @@ class _Gauges(Collector):
             ("kveraser_contexts_on_disk", "Contexts on disk only.", numbers.on_disk),
         ):
             yield GaugeMetricFamily(name, text, value)
-
-
-class CountRequests:
-    """Counts requests by route and status. What no handler expected is answered here, so that no traceback with a prompt
-    in it reaches a log."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        status = 0
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, watched)
-        except Exception as error:
-            response = error_response(error, scope["path"])
-            if not status:
-                await response(scope, receive, watched)
-        finally:
-            path = getattr(scope.get("route"), "path", "other")  # the pattern: a path itself may name a session
-            self.metrics.requests.labels(path, str(status)).inc()

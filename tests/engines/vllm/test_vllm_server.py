@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,17 +17,22 @@ from functools import cache, lru_cache
 
 import pytest
 import torch
+from serving_helpers import running_app
 
 import kveraser as kv
 from kveraser.demo.stories import Story, pages, stories
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.client.session import VLLMSession
 from kveraser.engines.vllm.protocol import Demand, Piece
+from kveraser.engines.vllm.proxy.app import ProxyAppOptions, create_proxy
+from kveraser.engines.vllm.proxy.comparing import compare
+from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
 from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
 from kveraser.eraser import shipped_eraser
 from kveraser.errors import EngineError
 from kveraser.files import cache_folder
 from kveraser.model.backbone import DEFAULT_BACKBONE, converted_folder
+from kveraser.serving.contexts.finding import message_starts
 
 pytestmark = [
     pytest.mark.model,
@@ -399,3 +405,49 @@ def test_an_edit_made_by_one_process_is_served_by_three(server, workers):
     (session,) = _kept
     session._client = VLLMClient(server)
     says(session, 4, edited=True)
+
+
+def test_a_client_that_drops_a_message_through_the_proxy_gets_transformers_edited_answer_and_others_the_plain_one(
+    server,
+):
+    openai = pytest.importorskip("openai")
+    tokenizer = backbone()[1]
+
+    def ids_of(talk):
+        return tokenizer.encode(
+            tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True), add_special_tokens=False
+        )
+
+    story, page = stories()[0], "\n\n".join(page for page in pages()[:3] if len(page) > 100)
+    talk = [{"role": "user", "content": text} for text in (story.prefix, story.span, page, story.question)]
+    shorter = [
+        talk[0],
+        *talk[2:],
+        {"role": "assistant", "content": "Let me see."},
+        {"role": "user", "content": "Well?"},
+    ]
+    before, after = ids_of(talk), ids_of(shorter)
+    found = compare(before, after, message_starts(tokenizer))
+    edited, plain = kv.ErasableContext(*backbone()), kv.ErasableContext(*backbone())
+    edited.append(before)
+    edited.erase([kv.Span(start, end) for start, end in found.removals], as_the_engine(edited.model))
+    expected = [
+        tokenizer.decode(context.generate_ids(ids, max_new_tokens=TOKENS), skip_special_tokens=True)
+        for context, ids in ((edited, after[found.new_from :]), (plain, after))
+    ]
+    front = Front([server], ProxyOptions(min_saved=0))
+    with running_app(create_proxy(front, ProxyAppOptions(api_keys=("alpha", "beta")))) as address:
+        while not front.replicas.all[0].max_tokens:
+            time.sleep(0.1)
+
+        def ask(key, talk):
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0)
+            reply = client.chat.completions.create(
+                model=DEFAULT_BACKBONE, messages=talk, max_tokens=TOKENS, temperature=0
+            )
+            return reply.choices[0].message.content, (reply.model_extra.get("kveraser") or {}).get("method")
+
+        ask("alpha", talk)
+        assert ask("alpha", shorter) == (expected[0], "kveraser")
+        assert ask("beta", shorter) == (expected[1], None)
+        assert ask("alpha", shorter) == (expected[0], "prefix")

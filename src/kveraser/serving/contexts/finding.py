@@ -38,7 +38,7 @@ class ContextFinder:
         self, store: ContextStore, limits: Limits, tokenizer: PreTrainedTokenizerBase, eraser: KVEraser
     ) -> None:
         self.store, self.limits = store, limits
-        self._starts = _message_starts(tokenizer)
+        self._starts = message_starts(tokenizer)
         self._prices = Prices(max(eraser.repair, _LEAST), int(eraser.steers_spans))
 
     def prepare(
@@ -108,7 +108,7 @@ def _goes_on(held: HeldContext, found: Match, length: int) -> bool:
     return not is_filled_in or found.kept_until > held.prompt_end or found.new_from < length
 
 
-def _message_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def message_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The id that begins every message of a chat, when there is one."""
     try:
         first = Message("user", "a")

@@ -74,6 +74,7 @@ def server_arguments(
         "--model", place, "--served-model-name", name,
         "--enable-lora", "--max-loras", "2", "--max-lora-rank", str(_allowed_rank(rank)), "--lora-modules", f"eraser={eraser}",
         "--enable-prompt-tokens-details",
+        "--enable-scale-out",  # the proxy has chats rendered by the server itself
         "--kv-transfer-config", json.dumps(transfer),
         *extra,
     ]  # fmt: skip

@@ -1,0 +1,110 @@
+"""What a request says, as far as the proxy has to know: its body is otherwise passed on as it came.
+
+Knows: names of fields of OpenAI's and vLLM's JSON. Does not know about conversations, servers or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from kveraser.errors import ApiError
+from kveraser.serving.contexts.reuse import Policy
+from kveraser.serving.options import Options
+
+_REFUSED = {
+    "kv_transfer_params": "edits and transfers of states are the proxy's business; a session talks to the vLLM server itself",
+    "previous_response_id": "replies that are kept on one server cannot be found behind a proxy; send the conversation",
+    "background": "replies that are kept on one server cannot be found behind a proxy",
+}
+_LEFT_ALONE = ("cache_salt", "echo", "prompt_logprobs", "return_token_ids", "return_prompt_text", "return_token_offsets",
+               "truncate_prompt_tokens", "use_beam_search", "routed_experts_prompt_start")  # fmt: skip
+"""Fields that show the prompt, change it, or keep its blocks apart: with them, nothing is edited."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A chat completion.
+
+    Attributes:
+        raw: its body, to be passed on when nothing is edited.
+        body: the same, without what was for the proxy alone.
+        follows: whether its conversation is followed, and may be edited.
+    """
+
+    raw: bytes
+    body: dict[str, Any]
+    policy: Policy | None
+    follows: bool
+
+    @property
+    def model(self) -> str:
+        """The model that is asked for."""
+        return str(self.body.get("model", ""))
+
+    @property
+    def stream(self) -> bool:
+        """Whether the reply is to come in pieces."""
+        return bool(self.body.get("stream"))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the reply may have; 1 where the server is to decide."""
+        named = (self.body.get(name) for name in ("max_completion_tokens", "max_tokens"))
+        return next((count for count in named if isinstance(count, int) and count > 0), 1)
+
+    def with_prompt(self, prompt: list[int], extra: Mapping[str, Any]) -> bytes:
+        """The body that has vLLM answer other ids than it would make of the messages.
+
+        Args:
+            extra: what a session's `request` adds to a body.
+        """
+        transfer = {**extra["kv_transfer_params"], "prompt_token_ids": prompt}
+        return json.dumps({**self.body, **extra, "kv_transfer_params": transfer}).encode()
+
+
+def read_body(raw: bytes) -> Any:
+    """A body as JSON; None where it is none (the server will say what is wrong with it).
+
+    Raises:
+        ApiError: it asks for what cannot be behind a proxy.
+    """
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    for name, reason in _REFUSED.items():
+        if isinstance(body, dict) and _says(body.get(name)):
+            raise ApiError(400, f"{name}: {reason}", code="not_passed_on", param=name)
+    return body
+
+
+def read_chat(raw: bytes) -> Asked:
+    """A chat completion.
+
+    Raises:
+        ApiError: as `read_body`, or a field `kveraser` that is not right.
+    """
+    body = read_body(raw)
+    if not isinstance(body, dict):
+        return Asked(raw, {}, None, False)
+    policy = None
+    if "kveraser" in body:
+        try:
+            policy = Options.model_validate(body.pop("kveraser") or {}).policy
+        except ValidationError as error:
+            raise ApiError(400, f"kveraser: {error.errors()[0]['msg']}", param="kveraser") from None
+        raw = json.dumps(body).encode()
+    shown = any(_says(body.get(name)) for name in _LEFT_ALONE)
+    one = body.get("n") in (None, 1)
+    follows = one and not shown and isinstance(body.get("model"), str) and isinstance(body.get("messages"), list)
+    return Asked(raw, body, policy, follows)
+
+
+def _says(value: Any) -> bool:
+    """Whether a field's value is more than leaving it out."""
+    return value is not None and value is not False and value != ""

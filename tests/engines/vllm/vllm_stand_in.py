@@ -1,7 +1,8 @@
 """A stand-in for a vLLM server: the same HTTP answers, computed by a tiny transformers model and the real store.
 
-It serves what the connector serves (load, save, compose, edit, drop), without a prefix cache, so that everything a session
-does can be tested where vLLM is not installed. The real thing is tested in test_vllm_server.py.
+It serves what the connector serves (load, save, compose, edit, drop, look), without a prefix cache, so that everything a session
+does can be tested where vLLM is not installed. The real thing is tested in test_vllm_server.py. A random model has no key that
+none of its queries likes, so states that are meant to be attended to by nothing (values of zero) are masked.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.protocol import KEY, Piece, read_demand
 from kveraser.engines.vllm.server.entries import Geometry, digest_ids
+from kveraser.engines.vllm.server.looking import Looking, about_readers, write_turning
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError
 from kveraser.model.rope import frequencies, rotate
+from kveraser.readers import Turning
 
 
 class StandIn(VLLMClient):
@@ -30,6 +33,12 @@ class StandIn(VLLMClient):
         self.geometry = Geometry("tiny", "float32", config.num_hidden_layers, heads, width)
         self.store = EditStore(folder, 2**30, self.geometry)
         self.about = {"window": window, "repair": repair, "max_tokens": 4096}
+        self.looking = None
+        if eraser.calibration is not None:
+            eraser.save_pretrained(folder.parent / f"{folder.name}-eraser")
+            self.looking = Looking(self.store, folder.parent / f"{folder.name}-eraser", eraser.config)
+            write_turning(self.store, Turning.of(self.model))
+            self.about |= about_readers(self.looking)
         self.prompts = []
         self.broken = False
 
@@ -44,6 +53,8 @@ class StandIn(VLLMClient):
         self.prompts.append(ids)
         said, pieces = {}, ()
         if demand is not None:
+            if demand.look:
+                said["found"] = self.looking.look(demand.look).said()
             for name in demand.drop:
                 self.store.drop(name)
             if demand.about:
@@ -71,6 +82,7 @@ class StandIn(VLLMClient):
     def _run(self, model, ids, pieces, count):
         cache = DynamicCache()
         loaded = min(sum(map(len, pieces)), len(ids) - 1)
+        seen = torch.ones(1, len(ids) + count, dtype=torch.long)
         if loaded:
             every = range(self.geometry.layers), range(self.geometry.kv_heads)
             parts = [
@@ -82,10 +94,14 @@ class StandIn(VLLMClient):
                 keys = [rotate(k[layer].transpose(0, 1)[None], piece.move, inv_freq) for piece, (k, _) in parts]
                 values = [v[layer].transpose(0, 1)[None] for _, (_, v) in parts]
                 cache.update(torch.cat(keys, 2)[:, :, :loaded], torch.cat(values, 2)[:, :, :loaded], layer)
+            seen[0, :loaded] = cache.layers[0].values[0].ne(0).any(-1).any(0)
         new = []
         following = torch.tensor([ids[loaded:]])
         while len(new) < count:
-            token = int(model(following, past_key_values=cache).logits[0, -1].argmax())
+            places = torch.arange(cache.get_seq_length(), cache.get_seq_length() + following.shape[1])
+            mask = seen[:, : int(places[-1]) + 1]
+            output = model(following, past_key_values=cache, attention_mask=mask, position_ids=places[None])
+            token = int(output.logits[0, -1].argmax())
             new.append(token)
             if token == self.tokenizer.eos_token_id:
                 break

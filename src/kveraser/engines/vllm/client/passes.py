@@ -10,6 +10,13 @@ embedding needs is made up for by moving keys:
     prompt     [ sink ][  local  ][ tokens ]               a token at position p stands at p - shift
     shown keys are moved by -shift, so that every distance is the real one (a sink key may stand before position 0),
     kept keys are moved from where they were computed to the slots they are for.
+
+Readers of a span are run in their own slots instead, behind all that stays: the span's slots hold states that nothing attends
+to, and the keys before it are moved up to it, so that the gap is closed for these tokens. Nothing that is kept is moved: what is
+moved is a copy of what the pass reads.
+
+    context    [ before ][ span ][ between ][ run )
+    prompt     [ before, moved up ][ hidden ][ between ][ run )
 """
 
 from __future__ import annotations
@@ -62,6 +69,26 @@ def erasing_passes(
         gap = len(span)
         for number, run in enumerate(runs):
             yield _pass(False, (*before, *((done, -gap) for done in runs[:number])), run, gap)
+
+
+def reader_passes(runs: tuple[Span, ...], absent: tuple[Span, ...]) -> Iterator[Pass]:
+    """The passes that compute runs of tokens again, each as if no absent slot had ever been there.
+
+    Args:
+        runs: in order.
+        absent: slots that are erased, in order; they are shown, with hidden states in them.
+    """
+    for run in runs:
+        before = tuple(span for span in absent if span.end <= run.start)
+        shown, at, gap = [], 0, sum(map(len, before))
+        for span in before:
+            if span.start > at:
+                shown.append((Span(at, span.start), gap))
+            shown.append((span, 0))
+            at, gap = span.end, gap - len(span)
+        if run.start > at:
+            shown.append((Span(at, run.start), 0))
+        yield Pass(False, tuple(shown), run, 0)
 
 
 def _pass(eraser: bool, shown: tuple[tuple[Span, int], ...], run: Span, gap: int) -> Pass:

@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from kveraser.errors import UnsupportedCacheError
 from kveraser.model.rope import rotate
+from kveraser.readers import Turning
 
 _BITS = 7  # numbers up to 128 are exact in every floating-point type
 
@@ -45,6 +46,7 @@ class WorkerCache:
         if numbers != list(self.layers):
             raise UnsupportedCacheError(f"the layers {numbers} of this worker are not consecutive")
         self.block_size, self._rotary = block_size, [rotary[number] for number in self.layers]
+        self._all_rotary = tuple(rotary)
         workers, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         first, local = rank * kv_heads // workers, max(kv_heads // workers, 1)
         self.heads = range(first, first + local)
@@ -89,6 +91,16 @@ class WorkerCache:
         inv_freq, pairing = _frequencies()
         turned = rotate(keys.transpose(1, 2), move, inv_freq, pairing).transpose(1, 2)
         return torch.stack([new if turn else old for turn, new, old in zip(self._rotary, turned, keys, strict=True)])
+
+    @property
+    def turning(self) -> Turning:
+        """How the whole model rotates keys.
+
+        Raises:
+            UnsupportedCacheError: it has no rotary embedding, or several.
+        """
+        inv_freq, pairing = _frequencies()
+        return Turning(self._all_rotary, pairing, inv_freq)
 
     def _slots(self, blocks: Sequence[int], start: int, end: int) -> Tensor:
         positions = torch.arange(start, end)

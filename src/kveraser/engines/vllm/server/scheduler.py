@@ -6,13 +6,15 @@ Knows: requests, demands, the store. Does not know how states are moved into blo
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from kveraser.engines.vllm.protocol import KEY, Demand, Piece, read_demand
+from kveraser.engines.vllm.protocol import KEY, Demand, Found, Piece, read_demand
 from kveraser.engines.vllm.server.entries import Entry, digest_ids
+from kveraser.engines.vllm.server.looking import Looking
 from kveraser.engines.vllm.server.step import Keep, Load, Step
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError, KVEraserError
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kveraser")
 
+_PATIENCE = 0.002
+"""Seconds that a step waits for a look that is not done, so that an idle engine does not spin."""
+
 
 @dataclass
 class _Admitted:
@@ -34,6 +39,7 @@ class _Admitted:
         saves: entry ids of what it saves, in the order of the demand.
         written: whether the workers were told to save.
         composed: the edited context it makes.
+        looking: the look at stored states that it waits for.
         refused: why it must fail.
         answer: for the response.
     """
@@ -43,6 +49,7 @@ class _Admitted:
     saves: tuple[str, ...] = ()
     written: bool = False
     composed: Entry | None = None
+    looking: Future[Found] | None = None
     refused: str | None = None
     answer: dict[str, Any] = field(default_factory=dict)
 
@@ -58,10 +65,12 @@ class SchedulerSide:
     Args:
         store: of this engine.
         about: what a session is told that asks about the server.
+        looking: tells who has read a span; None: nobody does.
     """
 
-    def __init__(self, store: EditStore, about: dict[str, Any]) -> None:
-        self._store, self._about = store, about
+    def __init__(self, store: EditStore, about: dict[str, Any], looking: Looking | None = None) -> None:
+        self._store, self._about, self._looking = store, about, looking
+        self._beside = ThreadPoolExecutor(1, "kveraser-looking")
         self._admitted: dict[str, _Admitted] = {}
         self._to_load: dict[str, tuple[int, int]] = {}
         store.clean()
@@ -92,8 +101,12 @@ class SchedulerSide:
         if any(save.end > len(ids) for save in demand.save):
             raise EngineError(f"the prompt has {len(ids)} tokens, states of {demand.save[-1].end} are to be saved")
         admitted, salt = _Admitted(demand), None
-        for entry in demand.drop:
-            self._store.drop(entry)
+        if demand.look:
+            if self._looking is None:
+                raise EngineError("this server was started without an eraser, readers cannot be told")
+            admitted.looking = self._beside.submit(self._look, self._looking, demand)
+        else:
+            self._drop(demand)
         if demand.about:
             admitted.answer["about"] = self._about
         if demand.edit:
@@ -114,6 +127,8 @@ class SchedulerSide:
             for piece in admitted.pieces:
                 if piece.end > self._store.entry(piece.entry).tokens:
                     raise EngineError(f"entry {piece.entry} has no states [{piece.start}, {piece.end})")
+            if demand.under:
+                salt = f"under {demand.under}"
         if demand.save or demand.compose:
             size = sum(len(save) for save in demand.save) * self._store.geometry.bytes_per_token
             self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces], client=demand.client)
@@ -124,13 +139,27 @@ class SchedulerSide:
         admitted.saves = tuple(self._store.new_id() for _ in demand.save)
         return admitted, salt
 
+    def _look(self, looking: Looking, demand: Demand) -> Found:
+        """In the thread beside; what is dropped is dropped whatever comes of it."""
+        assert demand.look is not None
+        try:
+            return looking.look(demand.look, demand.client)
+        finally:
+            self._drop(demand)
+
+    def _drop(self, demand: Demand) -> None:
+        for entry in demand.drop:
+            self._store.drop(entry)
+
     # -- every step ---------------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many positions behind the computed ones will be loaded; never later than now."""
+        """How many positions behind the computed ones will be loaded, never later than now; None: ask again in the next step."""
         admitted = self._admitted.get(request.request_id)
         if admitted is None:
             return 0, False
+        if admitted.looking is not None and not wait((admitted.looking,), _PATIENCE).done:
+            return None, False
         last = request.num_tokens - 1  # the last token always runs: its logits are wanted
         wanted = min(admitted.loads, last) if admitted.refused is None else last
         return max(wanted - num_computed_tokens, 0), False
@@ -174,6 +203,7 @@ class SchedulerSide:
         self._to_load.pop(request.request_id, None)
         if admitted is None:
             return False, None
+        self._answer_look(admitted)
         finished = request.get_finished_reason()
         done = admitted.refused is None and finished is not None and str(finished) in ("stop", "length")
         answer = admitted.answer
@@ -194,6 +224,24 @@ class SchedulerSide:
         if sealed and "error" not in answer:
             answer["saved"] = sealed
         return False, {KEY: answer}
+
+    def _answer_look(self, admitted: _Admitted) -> None:
+        looking = admitted.looking
+        if looking is None:
+            return
+        if not looking.done():  # nobody waits for it any more
+            looking.add_done_callback(self._forget_hidden)
+            looking.cancel()
+        elif error := looking.exception():
+            logger.warning("kveraser: readers could not be told: %r", error)
+            admitted.answer["error"] = str(error)
+        else:
+            admitted.answer["found"] = looking.result().said()
+
+    def _forget_hidden(self, looking: Future[Found]) -> None:
+        if not looking.cancelled() and looking.exception() is None:
+            for entry in looking.result().hidden:
+                self._store.drop(entry)
 
 
 def _isolate(request: Request, salt: str) -> None:

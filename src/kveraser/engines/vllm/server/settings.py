@@ -14,6 +14,8 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kveraser.engines.vllm.server.entries import Geometry
+from kveraser.engines.vllm.server.looking import Looking
+from kveraser.engines.vllm.server.store import EditStore
 from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
 
@@ -93,3 +95,10 @@ def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
             )
     about.update(window=settings.window and list(settings.window), repair=settings.repair_next)
     return about
+
+
+def looking_at(store: EditStore, config: VllmConfig, eraser: str | None) -> Looking | None:
+    """Who tells readers of the engine's model; None without an eraser, by whose fingerprint the model is known."""
+    if eraser is None:
+        return None
+    return Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME))

@@ -5,6 +5,7 @@ Knows: the store, the layout of a worker's cache. Does not know what requests as
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from vllm.logger import init_logger
 
 from kveraser.engines.vllm.protocol import Save
 from kveraser.engines.vllm.server.layout import WorkerCache
+from kveraser.engines.vllm.server.looking import write_turning
 from kveraser.engines.vllm.server.step import Load, Step
 from kveraser.engines.vllm.server.store import EditStore
-from kveraser.errors import EngineError, KVEraserError
+from kveraser.errors import EngineError, KVEraserError, UnsupportedCacheError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,6 +49,9 @@ class WorkerSide:
             geometry.kv_heads,
             [bool(entry) for entry in rotary],
         )
+        if self._cache.layers.start == self._cache.heads.start == 0 and self._cache.writes:
+            with suppress(UnsupportedCacheError):  # then readers cannot be told, and whoever asks is told so
+                write_turning(self._store, self._cache.turning)
 
     def load(self, step: Step) -> None:
         """Put states into blocks; where that fails, note the blocks, and the request fails."""

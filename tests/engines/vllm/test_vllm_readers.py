@@ -81,6 +81,9 @@ def test_readers_are_those_of_transformers_and_end_with_its_states(connect, leng
         assert mine.residual == pytest.approx(theirs.residual, abs=1e-3)
         assert (mine.eraser, mine.exact) == ("neutral", False)
         same_states(server, session, context)
+        same_answer(session, context, tokens=4)
+        more, at = TOKENS[at : at + 9], at + 9
+        assert session.append(more) == context.append(more)
     assert set(server.store.ids()) == {edit.id for edit in (session._state.edit, session._last._before.edit) if edit}
 
 
@@ -171,13 +174,14 @@ def test_a_run_is_shown_every_slot_before_it_and_what_is_before_a_gap_as_far_awa
     borders = data.draw(st.lists(st.integers(1, 60), min_size=4, max_size=8, unique=True).map(sorted))
     spans = [Span(a, b) for a, b in pairwise(borders)]
     absent, runs = tuple(spans[0:-1:2]), tuple(span for span in spans[1::2] if span.start >= spans[0].end)
-    for step in reader_passes(runs, absent):
+    close = data.draw(st.booleans())
+    for step in reader_passes(runs, absent, close):
         at = 0
         for shown, move in step.shown:
             assert shown.start == at
             at = shown.end
             behind = sum(len(span) for span in absent if shown.end <= span.start < step.run.start)
-            assert move == (0 if shown in absent else behind)
+            assert move == (behind if close and shown not in absent else 0)
         assert (at, step.kept_move, step.seen) == (step.run.start, 0, step.run.start)
 
 
@@ -221,6 +225,24 @@ def test_a_server_of_before_erases_with_its_adapter_and_the_next_tokens(connect)
         VLLMSession("http://stand-in", tokenizer=make_tokenizer(), choose="readers")
     with pytest.raises(EngineError, match=r"readers\.safetensors"):
         VLLMSession("http://stand-in", tokenizer=make_tokenizer(), eraser="neutral")
+
+
+def test_with_gaps_left_open_no_key_is_moved(connect):
+    server, session, *_ = connect(close_gaps=False)
+    span = some_context(session)
+    asked, call = [], server.call
+
+    def called(path, body=None):
+        asked.append(read_demand((body or {}).get("kv_transfer_params")))
+        return call(path, body)
+
+    server.call = called
+    session.erase(span)
+    pieces = [piece for demand in asked for piece in (*demand.load, *demand.compose)]
+    assert pieces
+    assert not any(piece.move for piece in pieces)
+    assert session.close_gaps is False
+    assert server.store.entry(session._state.edit.id).pieces == (Piece(session._state.edit.id, 0, 240),)
 
 
 LOOK = Look((Piece("0" * 32, 0, 100),), (Span(10, 20),), (Span(30, 40),), 32, 16, 0.9)

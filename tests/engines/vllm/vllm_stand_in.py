@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.client.http import VLLMClient
-from kveraser.engines.vllm.protocol import KEY, Piece, read_demand
+from kveraser.engines.vllm.protocol import KEY, read_demand
 from kveraser.engines.vllm.server.entries import Geometry, digest_ids
 from kveraser.engines.vllm.server.looking import Looking, about_readers, write_turning
 from kveraser.engines.vllm.server.store import EditStore
@@ -32,7 +32,7 @@ class StandIn(VLLMClient):
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         self.geometry = Geometry("tiny", "float32", config.num_hidden_layers, heads, width)
         self.store = EditStore(folder, 2**30, self.geometry)
-        self.about = {"window": window, "repair": repair, "max_tokens": 4096}
+        self.about = {"window": window, "repair": repair, "max_tokens": 4096, "dtype": "float32"}
         self.looking = None
         if eraser.calibration is not None:
             eraser.save_pretrained(folder.parent / f"{folder.name}-eraser")
@@ -68,7 +68,7 @@ class StandIn(VLLMClient):
                 edit = self.store.entry(demand.edit)
                 if digest_ids(ids[: edit.tokens]) != edit.ids or body["cache_salt"] != edit.salt:
                     raise EngineError("other ids")
-                pieces = (Piece(edit.id, 0, edit.tokens),)
+                pieces = edit.pieces
         model = self.eraser if body["model"] == "eraser" else self.model
         cache, new = self._run(model, ids, pieces, body["max_tokens"])
         if demand is not None and demand.save:

@@ -6,7 +6,7 @@ are no paths in it.
 Request (one or several of):
     edit      id                        serve this edited context: it begins the prompt
     load      [[id, from, to, move]..]  put these states into the first positions, keys moved by `move` positions
-    compose   [[id, from, to]..]        the same, and remember it as an edited context
+    compose   [[id, from, to, move]..]  the same, and remember it as an edited context
     save      [[from, to, move]..]      keep the states of these positions of the prompt, keys moved
     drop      [id..]                    forget entries
     about     true                      say how the engine is set up

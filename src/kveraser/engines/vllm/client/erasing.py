@@ -18,7 +18,7 @@ from typing import Any
 
 from kveraser.cache import Window
 from kveraser.engines.vllm.client.http import VLLMClient
-from kveraser.engines.vllm.client.passes import Pass, erasing_passes, reader_passes
+from kveraser.engines.vllm.client.passes import Pass, erasing_passes, reader_passes, stretches
 from kveraser.engines.vllm.protocol import Demand, Found, Look, Piece, Save, put, take
 from kveraser.eraser.config import Choose
 from kveraser.errors import EngineError
@@ -66,6 +66,7 @@ class Served:
     choose: Choose = "next"
     block: int | None = None
     coverage: float | None = None
+    close: bool = False
 
 
 class Erasing:
@@ -99,8 +100,8 @@ class Erasing:
         if rest:
             edit = self._steer(ids, rest, tuple(span for span in steered if span.end <= end))
         elif edit and end < edit.tokens:
-            survives = any(span.end <= end for span in steered)
-            edit = self._compose(ids, (Piece(edit.id, 0, end),)) if survives else None
+            left = tuple(span for span in steered if span.end <= end)
+            edit = self._compose(ids, (Piece(edit.id, 0, end),), left) if left else None
         return State(tuple(ids), ledger, edit)
 
     def forget(self, *more: str) -> None:
@@ -129,7 +130,7 @@ class Erasing:
             ids[span.slice] = self._tombstones(len(span))
         if self.found is not None:
             pieces = self._run_readers(self.found, pieces, ids, tuple(sorted((*spans, *steered))))
-        return self._compose(ids, pieces)
+        return self._compose(ids, pieces, (*spans, *steered))
 
     def _look(self, pieces: tuple[Piece, ...], spans: tuple[Span, ...], steered: tuple[Span, ...]) -> Found:
         """Have the readers of spans told; the states of the spans are then dropped."""
@@ -154,7 +155,7 @@ class Erasing:
         for span in absent:
             shown = put(shown, span.start, Piece(found.hidden[0], 0, len(span)))
         under: dict[tuple[tuple[Span, int], ...], str] = {}
-        for step in reader_passes(found.runs, absent):
+        for step in reader_passes(found.runs, absent, self._served.close):
             gaps = tuple((span, move) for span, move in step.shown if move)
             new = self._run(step, shown, ids, under.setdefault(gaps, secrets.token_hex(16)))
             shown, pieces = (put(each, step.run.start, new) for each in (shown, pieces))
@@ -202,8 +203,16 @@ class Erasing:
         self.recomputed += len(step.run)
         return Piece(entries[0], 0, len(step.run))
 
-    def _compose(self, ids: list[int], pieces: tuple[Piece, ...]) -> Edit:
-        said = self._complete(self._served.model, ids, Demand(compose=pieces), None)
+    def _compose(self, ids: list[int], pieces: tuple[Piece, ...], absent: tuple[Span, ...]) -> Edit:
+        close = (
+            self._served.close and self._served.eraser is None
+        )  # steering states were trained to be read with their gap open
+        served = tuple(
+            replace(piece, move=move)
+            for stretch, move in stretches(tuple(sorted(absent)), len(ids), close)
+            for piece in take(pieces, stretch.start, stretch.end)
+        )
+        said = self._complete(self._served.model, ids, Demand(compose=served), None)
         return Edit(**said["edit"])
 
     def _send(self, model: str, ids: list[int], demand: Demand, salt: str | None = None) -> list[str]:

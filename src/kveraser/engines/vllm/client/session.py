@@ -79,6 +79,8 @@ class VLLMSession(Talking):
             server can tell them, unless its eraser was made for the others.
         block: readers are computed in runs on multiples of so many slots.
         coverage: stop when so much of the attention that went to the spans is covered, such as 0.95.
+        close_gaps: whether readers, and behind hidden spans all later tokens, see no gap where a span was: the keys before it
+            are then moved up, and rounded once more where they are not float32. None does so with float32 alone.
         api_key, timeout: for HTTP.
 
     Raises:
@@ -98,6 +100,7 @@ class VLLMSession(Talking):
         choose: Choose | None = None,
         block: int = RUN,
         coverage: float | None = None,
+        close_gaps: bool | None = None,
         api_key: str | None = None,
         timeout: float = 600.0,
     ) -> None:
@@ -129,6 +132,7 @@ class VLLMSession(Talking):
         default: Choose = about["choose"] if tells and eraser != _NEUTRAL else "readers" if tells else "next"
         self.choose: Choose = default if choose is None else choose
         self.block, self.coverage = block, coverage
+        self.close_gaps = about.get("dtype") == "float32" if close_gaps is None else close_gaps
         if self.choose not in CHOICES or (self.choose == "readers") < (eraser == _NEUTRAL):
             raise OptionError(
                 f"choose={self.choose!r} is none of {', '.join(CHOICES)}, or no choice with the {eraser} eraser"
@@ -334,6 +338,7 @@ class VLLMSession(Talking):
             self.choose,
             min(self.block, self.repair) or None,
             self.coverage,
+            self.close_gaps,
         )
 
     def _encode(self, text: str, first: bool = False) -> list[int]:

@@ -119,7 +119,7 @@ class SchedulerSide:
                 )
             if request.lora_request is not None:
                 raise EngineError(f"edit {edit.id} is served by the model itself, not with an adapter")
-            admitted.pieces, salt = (Piece(edit.id, 0, edit.tokens),), edit.salt
+            admitted.pieces, salt = edit.pieces, edit.salt
         elif demand.load or demand.compose:
             admitted.pieces = demand.load or demand.compose
             if admitted.loads > len(ids):

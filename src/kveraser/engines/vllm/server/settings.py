@@ -84,6 +84,7 @@ def geometry_of(config: VllmConfig) -> Geometry:
 def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
     """What a session has to know: the eraser's window and repair (checked against the model's shape)."""
     about: dict[str, Any] = {"max_tokens": config.model_config.max_model_len, "window": None, "repair": 0}
+    about["dtype"] = str(config.model_config.dtype).removeprefix("torch.")
     if eraser is None:
         return about
     settings = EraserConfig.read(Path(eraser) / FILE_NAME)

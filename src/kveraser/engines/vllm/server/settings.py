@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import AutoModelForCausalLM
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -18,6 +20,7 @@ from kveraser.engines.vllm.server.looking import Looking
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
+from kveraser.readers.observing import query_norms
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -99,7 +102,10 @@ def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
 
 
 def looking_at(store: EditStore, config: VllmConfig, eraser: str | None) -> Looking | None:
-    """Who tells readers of the engine's model; None without an eraser, by whose fingerprint the model is known."""
+    """Who tells readers of the engine's model; None without an eraser, by whose fingerprint the model is known, and for models
+    that normalise queries, whose norm is not at hand here."""
     if eraser is None:
         return None
-    return Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config.model_config.hf_text_config)
+    return None if query_norms(model) else Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME))

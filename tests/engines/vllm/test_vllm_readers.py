@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from vllm_stand_in import StandIn
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
+from kveraser.context.text import any_text
 from kveraser.engines.vllm.client import session as vllm_session
 from kveraser.engines.vllm.client.passes import reader_passes
 from kveraser.engines.vllm.client.session import VLLMSession
 from kveraser.engines.vllm.protocol import KEY, Demand, Look, Piece, read_demand
+from kveraser.engines.vllm.server.looking import Looking
 from kveraser.errors import EngineError
 from kveraser.readers import calibrate
 from kveraser.spans import Span
@@ -243,6 +246,41 @@ def test_with_gaps_left_open_no_key_is_moved(connect):
     assert not any(piece.move for piece in pieces)
     assert session.close_gaps is False
     assert server.store.entry(session._state.edit.id).pieces == (Piece(session._state.edit.id, 0, 240),)
+
+
+def test_a_server_without_probes_calibrates_once_on_its_own_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVERASER_CACHE", str(tmp_path / "cache"))
+    eraser = random_eraser(text_model(), window=(2, 16), repair=4)
+    server = StandIn(tmp_path / "store", eraser, [2, 16], 4, learns=True)
+    server.about["max_tokens"] = 1100
+    monkeypatch.setattr(vllm_session, "VLLMClient", lambda *args, **options: server)
+    session = VLLMSession("http://stand-in", tokenizer=make_tokenizer(), eraser="neutral")
+    made = server.looking.calibration
+    text = torch.tensor(make_tokenizer().encode(any_text(), add_special_tokens=False)[:1099])
+    wanted = calibrate(text_model(), text)
+    assert made.explained == pytest.approx(wanted.explained, abs=0.02)
+    assert [probe.layer for probe in made.probes] == [probe.layer for probe in wanted.probes]
+    assert torch.allclose(made.neutral, wanted.neutral, rtol=0.05, atol=0.05)
+    assert len(list((tmp_path / "cache" / "readers").iterdir())) == 1
+    assert server.store.ids() == []
+    assert session.erase(some_context(session)).residual is not None
+    asked = len(server.prompts)
+    again = Looking(server.store, tmp_path, eraser.config, 4)  # of the next process
+    assert again.knows
+    VLLMSession("http://stand-in", tokenizer=make_tokenizer())
+    assert len(server.prompts) == asked + 1
+
+
+def test_a_server_that_cannot_calibrate_goes_on_with_its_adapter(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVERASER_CACHE", str(tmp_path / "cache"))
+    server = StandIn(tmp_path / "store", random_eraser(text_model(), window=(2, 16), repair=4), [2, 16], 4, learns=True)
+    monkeypatch.setattr(vllm_session, "VLLMClient", lambda *args, **options: server)
+    monkeypatch.setattr(server.looking, "learn", Mock(side_effect=EngineError("no")))
+    for tokens in (600, 100):  # too few to calibrate on
+        server.about["max_tokens"] = tokens
+        session = VLLMSession("http://stand-in", tokenizer=make_tokenizer())
+        assert (session.eraser, session.choose) == ("eraser", "next")
+        assert server.store.ids() == []
 
 
 LOOK = Look((Piece("0" * 32, 0, 100),), (Span(10, 20),), (Span(30, 40),), 32, 16, 0.9)

@@ -19,12 +19,13 @@ from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError
 from kveraser.model.rope import frequencies, rotate
 from kveraser.readers import Turning
+from kveraser.readers.observing import observe
 
 
 class StandIn(VLLMClient):
     """Answers like a server with our connector."""
 
-    def __init__(self, folder, eraser, window, repair):
+    def __init__(self, folder, eraser, window, repair, learns=False):
         super().__init__("http://stand-in")
         self.model, self.eraser = text_model(), eraser.attached(text_model())
         self.tokenizer = make_tokenizer()
@@ -34,9 +35,11 @@ class StandIn(VLLMClient):
         self.store = EditStore(folder, 2**30, self.geometry)
         self.about = {"window": window, "repair": repair, "max_tokens": 4096, "dtype": "float32"}
         self.looking = None
-        if eraser.calibration is not None:
+        if eraser.calibration is not None or learns:
             eraser.save_pretrained(folder.parent / f"{folder.name}-eraser")
-            self.looking = Looking(self.store, folder.parent / f"{folder.name}-eraser", eraser.config)
+            self.looking = Looking(
+                self.store, folder.parent / f"{folder.name}-eraser", eraser.config, config.num_attention_heads
+            )
             write_turning(self.store, Turning.of(self.model))
             self.about |= about_readers(self.looking)
         self.prompts = []
@@ -55,6 +58,8 @@ class StandIn(VLLMClient):
         if demand is not None:
             if demand.look:
                 said["found"] = self.looking.look(demand.look).said()
+            if demand.learn:
+                self.about |= self.looking.learn(demand.learn)
             for name in demand.drop:
                 self.store.drop(name)
             if demand.about:
@@ -73,6 +78,8 @@ class StandIn(VLLMClient):
         cache, new = self._run(model, ids, pieces, body["max_tokens"])
         if demand is not None and demand.save:
             said["saved"] = [self._save(cache, save) for save in demand.save]
+            if demand.observe:
+                said["saved"] += self._queries(ids)
         return {
             "choices": [{"token_ids": new, "text": self.tokenizer.decode(new, skip_special_tokens=True)}],
             "kv_transfer_params": {KEY: said},
@@ -116,3 +123,15 @@ class StandIn(VLLMClient):
         self.store.write(name, 0, 0, keys.transpose(1, 2)[:, cut], values.transpose(1, 2)[:, cut])
         self.store.seal(name, len(save))
         return name
+
+    def _queries(self, ids):
+        seen = observe(self.model, torch.tensor([ids]))
+        queries = torch.stack([seen.layers[layer].queries for layer in range(self.geometry.layers)]).transpose(1, 2)
+        grouped = queries.unflatten(2, (self.geometry.kv_heads, -1))
+        names = []
+        for number in range(self.looking.of_queries):
+            one, other = (grouped[..., min(2 * number + place, grouped.shape[3] - 1), :] for place in (0, 1))
+            names.append(self.store.new_id())
+            self.store.write(names[-1], 0, 0, one, other)
+            self.store.seal(names[-1], len(ids))
+        return names

@@ -14,6 +14,10 @@ Request (one or several of):
     look      {pieces [[id, from, to]..], spans [[from, to]..], absent [[from, to]..], repair, block, coverage}
                                         say who has read the spans of the context that the pieces make up, and make states that
                                         hide a span; what is to be dropped is dropped when that is done
+    observe   true                      with `save`: keep the queries of these positions, too, in further entries
+    learn     {tokens, whole [id..], rest [id]}
+                                        calibrate what tells readers on what two such requests have kept: a text, and the same without
+                                        what a lesson leaves out
     under     id                        with `load`: requests under one id find each other's blocks in the prefix cache
 Response:
     saved [id..], edit {id, tokens, salt}, about {..}, found {runs [[from, to]..], residual, notes [..], hidden [id, id]}, or error "..."
@@ -33,7 +37,7 @@ from kveraser.spans import Span, merge_spans
 
 KEY = "kveraser"
 _ID = re.compile(r"[0-9a-f]{32}")
-_NAMES = {"edit", "load", "compose", "save", "drop", "about", "client", "look", "under"}
+_NAMES = {"edit", "load", "compose", "save", "drop", "about", "client", "look", "under", "observe", "learn"}
 _LOOK = {"pieces", "spans", "absent", "repair", "block", "coverage"}
 
 
@@ -130,6 +134,15 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Learn:
+    """Entries to calibrate on: states and queries of a text of so many tokens, and states of the text without some of them."""
+
+    tokens: int
+    whole: tuple[str, ...]
+    rest: str
+
+
+@dataclass(frozen=True)
 class Demand:
     """What a request asks the connector for."""
 
@@ -142,6 +155,8 @@ class Demand:
     client: str | None = None
     look: Look | None = None
     under: str | None = None
+    observe: bool = False
+    learn: Learn | None = None
 
     def params(self) -> dict[str, Any]:
         """The value for a request's `kv_transfer_params`."""
@@ -163,6 +178,10 @@ class Demand:
             said["look"] = _said_look(self.look)
         if self.under:
             said["under"] = self.under
+        if self.observe:
+            said["observe"] = True
+        if self.learn:
+            said["learn"] = {"tokens": self.learn.tokens, "whole": list(self.learn.whole), "rest": self.learn.rest}
         return {KEY: said}
 
 
@@ -188,13 +207,17 @@ def read_demand(params: Any) -> Demand | None:
             client=None if said.get("client") is None else checked_id(said["client"]),
             look=None if said.get("look") is None else _look(said["look"]),
             under=None if said.get("under") is None else checked_id(said["under"]),
+            observe=bool(said.get("observe", False)),
+            learn=None if said.get("learn") is None else _learn(said["learn"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"kv_transfer_params[{KEY!r}] is malformed: {error}; got {said!r:.200}") from error
     if sum((demand.edit is not None, bool(demand.load), bool(demand.compose))) > 1:
         raise EngineError("a request takes its states from one of edit, load and compose")
-    if demand.look and (demand.edit or demand.load or demand.compose or demand.save):
+    if (demand.look or demand.learn) and (demand.edit or demand.load or demand.compose or demand.save):
         raise EngineError("a request that looks for readers does nothing else with states")
+    if demand.observe and (not demand.save or demand.edit or demand.load or demand.compose):
+        raise EngineError("queries are kept of what is saved of a plain request")
     if demand.under and not demand.load:
         raise EngineError("blocks are shared under an id among requests that load states")
     return demand
@@ -264,6 +287,13 @@ def _look(said: Any) -> Look:
     if spans[-1].end == look.length:
         raise ValueError(f"nothing behind {spans[-1]} can have read it")
     return look
+
+
+def _learn(said: Any) -> Learn:
+    tokens, whole, rest = said["tokens"], said["whole"], said["rest"]
+    if type(tokens) is not int or tokens < 1 or not isinstance(whole, list):
+        raise ValueError(f"tokens={tokens!r} and whole={whole!r:.80} are no number and no list")
+    return Learn(tokens, tuple(checked_id(entry) for entry in whole), checked_id(rest))
 
 
 def _pairs(spans: tuple[Span, ...]) -> list[list[int]]:

@@ -108,11 +108,7 @@ class Erasing:
         """Drop the entries that were needed on the way."""
         gone = (*self._entries, *more)
         self._entries = []
-        if gone:
-            try:
-                self._served.client.complete(self._served.model, [0], max_tokens=1, demand=Demand(drop=gone))
-            except EngineError:  # they are dropped sooner or later, to make room
-                return
+        self._served.client.forget(self._served.model, gone)
 
     def _steer(self, ids: list[int], spans: tuple[Span, ...], steered: tuple[Span, ...]) -> Edit:
         served = self._served

@@ -6,29 +6,34 @@ only token ids, and the id of the edited context they go with.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kveraser.cache import Window
 from kveraser.context.chat import Message
 from kveraser.context.messages import Conversation
 from kveraser.context.talking import Talking
-from kveraser.context.text import decode, find_text, several
+from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
-from kveraser.engines.vllm.protocol import Demand
+from kveraser.engines.vllm.protocol import Demand, Learn, Save
 from kveraser.eraser.config import CHOICES, Choose
 from kveraser.eraser.eraser import NEUTRAL_REPAIR
 from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
 from kveraser.methods.choosing import RUN, Wish
 from kveraser.methods.receipt import OfSpans
+from kveraser.readers import LEAST_TOKENS, MOST_TOKENS, lesson
 from kveraser.spans import Span, SpanLedger, merge_spans
 
 What = Span | str | Iterable[Span | str]
+
+log = logging.getLogger(__name__)
 
 _ADAPTER, _NEUTRAL = "eraser", "neutral"
 
@@ -114,12 +119,15 @@ class VLLMSession(Talking):
         self.tokenizer = tokenizer or _load_tokenizer(served[self.model])
         if self._encode(_PROBE) != self._client.tokenize(self.model, _PROBE):
             raise EngineError(f"the server tokenizes otherwise than this tokenizer ({self.tokenizer.name_or_path})")
-        about = self._client.complete(self.model, [0], max_tokens=1, demand=Demand(about=True)).said.get("about")
+        about = self._about()
         if about is None:
             raise EngineError(
                 "the server runs without kveraser's connector, so nothing can be erased; start it with "
                 "`python -m kveraser.engines.vllm.server`"
             )
+        if about.get("learns") and choose != "next":
+            self._teach(about["max_tokens"])
+            about = self._about() or about
         tells = "choose" in about  # else nobody there can tell readers, or hide a span
         if eraser is None:
             eraser = _ADAPTER if _ADAPTER in served and (about.get("preferred") or not tells) else _NEUTRAL
@@ -340,6 +348,30 @@ class VLLMSession(Talking):
             self.coverage,
             self.close_gaps,
         )
+
+    def _about(self) -> dict[str, Any] | None:
+        """How the server is set up; None without our connector."""
+        found: dict[str, Any] | None = self._client.complete(
+            self.model, [0], max_tokens=1, demand=Demand(about=True)
+        ).said.get("about")
+        return found
+
+    def _teach(self, most: int) -> None:
+        """Have the server find out, once for its model, what tells readers: it reads any text, twice."""
+        ids = self._encode(any_text())[: min(MOST_TOKENS, most - 1)]
+        if len(ids) < LEAST_TOKENS:
+            return
+        text, gone = lesson(torch.tensor([ids]))
+        kept: list[str] = []
+        try:
+            for part, observe in ((text[0], True), (text[0, ~gone], False)):
+                demand = Demand(save=(Save(0, len(part)),), observe=observe)
+                kept += self._client.complete(self.model, part.tolist(), max_tokens=1, demand=demand).said["saved"]
+            learn = Learn(len(ids), tuple(kept[:-1]), kept[-1])
+            self._client.complete(self.model, [0], max_tokens=1, demand=Demand(learn=learn, drop=tuple(kept)))
+        except (EngineError, KeyError) as error:
+            self._client.forget(self.model, kept)
+            log.warning("readers cannot be told by this server, the next tokens are recomputed instead: %s", error)
 
     def _encode(self, text: str, first: bool = False) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=first))

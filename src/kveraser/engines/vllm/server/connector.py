@@ -133,7 +133,8 @@ class EraserConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.register_kv_caches(kv_caches)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self.worker.load(self._step)
+        slots = forward_context.slot_mapping
+        self.worker.load(self._step, slots if isinstance(slots, dict) else {})
 
     def wait_for_save(self) -> None:
         self.worker.keep(self._step)

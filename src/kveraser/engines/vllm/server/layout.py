@@ -92,6 +92,37 @@ class WorkerCache:
         turned = rotate(keys.transpose(1, 2), move, inv_freq, pairing).transpose(1, 2)
         return torch.stack([new if turn else old for turn, new, old in zip(self._rotary, turned, keys, strict=True)])
 
+    def listen(self) -> list[list[Tensor]]:
+        """Keep the queries `(tokens, heads, head_dim)` that the layers are given from now on, as a list per layer, until `stop_listening`."""
+        heard: list[list[Tensor]] = [[] for _ in self._modules]
+        for module, kept in zip(self._modules, heard, strict=True):
+            plain = module.impl.forward
+
+            def forward(
+                layer: Any, query: Tensor, *others: Any, _plain: Any = plain, _kept: list[Tensor] = kept, **options: Any
+            ) -> Any:
+                _kept.append(query.detach().clone())
+                return _plain(layer, query, *others, **options)
+
+            module.impl.forward = forward  # the operation that attends looks it up anew each time, compiled or not
+        return heard
+
+    def stop_listening(self) -> None:
+        """Leave the layers as they were."""
+        for module in self._modules:
+            vars(module.impl).pop("forward", None)
+
+    def positions_of(self, slots: Tensor, blocks: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
+        """Which rows of a step belong to positions `[0, end)` of a request, and to which.
+
+        Args:
+            slots: `(tokens,)`, where the step puts the states of its tokens.
+        """
+        own = self._slots(blocks, 0, min(end, len(blocks) * self.block_size))
+        found = slots.cpu()[:, None] == own[None]
+        rows = found.any(1).nonzero()[:, 0]
+        return rows, found[rows].int().argmax(1)
+
     @property
     def turning(self) -> Turning:
         """How the whole model rotates keys.

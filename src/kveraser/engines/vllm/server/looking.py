@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from kveraser.cache import Backend, Can, Kept, Marks, Steered, Tokens
-from kveraser.engines.vllm.protocol import Found, Look
+from kveraser.engines.vllm.protocol import Found, Learn, Look
 from kveraser.engines.vllm.server.entries import Geometry
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.eraser.config import EraserConfig
@@ -29,8 +30,20 @@ from kveraser.files import write_atomically
 from kveraser.methods.base import Edit
 from kveraser.methods.choosing import Wish, choose_readers
 from kveraser.model.fingerprint import Fingerprint
-from kveraser.readers import FILE_NAME, Calibration, Source, Turning, known_calibration, read_calibration
-from kveraser.readers.observing import Observed
+from kveraser.readers import (
+    FILE_NAME,
+    Calibration,
+    Source,
+    Turning,
+    cached_file,
+    calibrate,
+    known_calibration,
+    read_calibration,
+    remember,
+    write_calibration,
+)
+from kveraser.readers.known import KEPT_FROM
+from kveraser.readers.observing import Layer, Observed
 from kveraser.readers.source import Norm
 from kveraser.spans import Span
 
@@ -64,16 +77,22 @@ class Looking:
         store: of the engine.
         eraser: the folder of its eraser. Probes are in there, or in the cache folder.
         config: of the eraser; the model is known by its fingerprint.
+        heads: query heads of the model; 0 where the workers cannot show them.
     """
 
-    def __init__(self, store: EditStore, eraser: Path, config: EraserConfig) -> None:
-        self.store, self.config = store, config
+    def __init__(self, store: EditStore, eraser: Path, config: EraserConfig, heads: int) -> None:
+        self.store, self.config, self.heads = store, config, heads
         self._folder = eraser
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Of the engine's model."""
         return self.config.fingerprint
+
+    @property
+    def of_queries(self) -> int:
+        """Entries that the queries of a text take: two for every key head in each."""
+        return -(-self.heads // self.store.geometry.kv_heads // 2)
 
     @property
     def knows(self) -> bool:
@@ -86,6 +105,22 @@ class Looking:
         file = self._folder / FILE_NAME
         found = read_calibration(file) if file.is_file() else known_calibration(StoredSource(self, None))
         return found if found is not None and found.fingerprint.difference_to(self.fingerprint) is None else None
+
+    @torch.no_grad()
+    def learn(self, learn: Learn) -> dict[str, Any]:
+        """Calibrate, and keep that in the cache folder; returns what a session has to know of choosing readers now.
+
+        Raises:
+            CalibrationError: too few tokens.
+            StoreError: states are missing or damaged.
+        """
+        source = HeardSource(self, learn)
+        made = calibrate(source, [0] * learn.tokens)  # which ones they were does not matter to whoever has their states
+        if learn.tokens >= KEPT_FROM:
+            write_calibration(cached_file(source), made)
+        remember(source, made)
+        self.calibration = made
+        return about_readers(self)
 
     def look(self, look: Look, client: str | None = None) -> Found:
         """Choose the readers to recompute, and make the states that hide a span.
@@ -171,6 +206,43 @@ class _Layer:
     values: Tensor
 
 
+class HeardSource(StoredSource):
+    """The model of an engine, as two requests have shown it: a text, and the text without some tokens."""
+
+    def __init__(self, looking: Looking, learn: Learn) -> None:
+        super().__init__(looking, None)
+        self._learn = learn
+
+    def observe(self, ids: Tensor, gone: Tensor | None = None) -> Observed:
+        geometry, store, count = self._looking.store.geometry, self._looking.store, ids.shape[1]
+        every = range(geometry.layers), range(geometry.kv_heads)
+
+        def read(entry: str) -> tuple[Tensor, ...]:
+            """Keys and values `(layers, kv_heads, tokens, head_dim)`."""
+            found = store.entry(entry)
+            return tuple(part.transpose(1, 2) for part in store.read(found, 0, found.tokens, *every))
+
+        stays = torch.arange(count) if gone is None else (~gone).nonzero()[:, 0]
+        keys, values = read(self._learn.whole[0] if gone is None else self._learn.rest)
+        if keys.shape[2] != len(stays):
+            raise CalibrationError(f"states of {len(stays)} tokens are needed, {keys.shape[2]} were kept")
+        turns, seen = self.turning.at(stays - torch.arange(len(stays))), Observed(DynamicCache())
+        for layer in every[0]:
+            states = torch.zeros(2, geometry.kv_heads, count, geometry.head_dim)
+            states[0][:, stays] = turns.to_place(keys[layer].float(), layer)
+            states[1][:, stays] = values[layer].float()
+            seen.cache.update(states[:1], states[1:], layer)
+        if gone is None:
+            pairs = [read(entry) for entry in self._learn.whole[1:]]
+            queries = torch.stack(
+                [part for pair in pairs for part in pair], 2
+            )  # (layers, kv_heads, of each, tokens, head_dim)
+            queries = queries[:, :, : self._looking.heads // geometry.kv_heads].flatten(1, 2).float()
+            for layer in every[0]:
+                seen.layers[layer] = Layer(queries[layer], geometry.head_dim**-0.5)
+        return seen
+
+
 class StoredBackend(Backend):
     """A stored context, of which it can only be told who has read something."""
 
@@ -208,10 +280,12 @@ class StoredBackend(Backend):
 
 def about_readers(looking: Looking | None) -> dict[str, Any]:
     """What a session has to know of choosing readers; nothing where they cannot be told."""
-    if looking is None or not looking.knows:
+    if looking is None:
         return {}
+    if not looking.knows:
+        return {"learns": True} if looking.heads else {}
     known = looking.config
-    return {"choose": known.choose, "readers": known.repair, "preferred": known.preferred}
+    return {"choose": known.choose, "readers": known.repair, "preferred": known.preferred, "learns": False}
 
 
 def _turning_file(store: EditStore) -> Path:

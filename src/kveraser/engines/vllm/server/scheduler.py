@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 from kveraser.engines.vllm.protocol import KEY, Demand, Found, Piece, read_demand
 from kveraser.engines.vllm.server.entries import Entry, digest_ids
 from kveraser.engines.vllm.server.looking import Looking
-from kveraser.engines.vllm.server.step import Keep, Load, Step
+from kveraser.engines.vllm.server.step import Keep, Load, Observe, Step
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError, KVEraserError
 
@@ -37,6 +37,7 @@ class _Admitted:
     Attributes:
         pieces: what is loaded into its first positions.
         saves: entry ids of what it saves, in the order of the demand.
+        queries: those of the queries of the same positions.
         written: whether the workers were told to save.
         composed: the edited context it makes.
         looking: the look at stored states that it waits for.
@@ -47,9 +48,10 @@ class _Admitted:
     demand: Demand
     pieces: tuple[Piece, ...] = ()
     saves: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
     written: bool = False
     composed: Entry | None = None
-    looking: Future[Found] | None = None
+    looking: Future[Found | None] | None = None
     refused: str | None = None
     answer: dict[str, Any] = field(default_factory=dict)
 
@@ -101,10 +103,11 @@ class SchedulerSide:
         if any(save.end > len(ids) for save in demand.save):
             raise EngineError(f"the prompt has {len(ids)} tokens, states of {demand.save[-1].end} are to be saved")
         admitted, salt = _Admitted(demand), None
-        if demand.look:
-            if self._looking is None:
-                raise EngineError("this server was started without an eraser, readers cannot be told")
-            admitted.looking = self._beside.submit(self._look, self._looking, demand)
+        looking = self._looking
+        if looking is None and (demand.look or demand.learn or demand.observe):
+            raise EngineError("this server was started without an eraser, or its model's readers cannot be told")
+        if looking is not None and (demand.look or demand.learn):
+            admitted.looking = self._beside.submit(self._look, looking, demand)
         else:
             self._drop(demand)
         if demand.about:
@@ -131,6 +134,15 @@ class SchedulerSide:
                 salt = f"under {demand.under}"
         if demand.save or demand.compose:
             size = sum(len(save) for save in demand.save) * self._store.geometry.bytes_per_token
+            if demand.observe and looking is not None:
+                if len(demand.save) != 1 or demand.save[0].start:
+                    raise EngineError("queries are kept of the beginning of a prompt")
+                admitted.queries = tuple(self._store.new_id() for _ in range(looking.of_queries))
+                size, salt = (
+                    size * (1 + len(admitted.queries)),
+                    secrets.token_hex(16),
+                )  # not a token of it may be found computed
+                _isolate(request, salt)
             self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces], client=demand.client)
         if demand.compose:
             edit = self._store.compose(demand.compose, digest_ids(ids[: admitted.loads]), demand.client)
@@ -139,11 +151,12 @@ class SchedulerSide:
         admitted.saves = tuple(self._store.new_id() for _ in demand.save)
         return admitted, salt
 
-    def _look(self, looking: Looking, demand: Demand) -> Found:
+    def _look(self, looking: Looking, demand: Demand) -> Found | None:
         """In the thread beside; what is dropped is dropped whatever comes of it."""
-        assert demand.look is not None
         try:
-            return looking.look(demand.look, demand.client)
+            if demand.learn is not None:
+                self._about |= looking.learn(demand.learn)
+            return None if demand.look is None else looking.look(demand.look, demand.client)
         finally:
             self._drop(demand)
 
@@ -192,6 +205,8 @@ class SchedulerSide:
             if asked is None or not asked.saves or asked.written:
                 continue
             saves = asked.demand.save
+            if asked.queries:
+                step.observes.append(Observe(request, asked.queries, blocks(request), len(saves[0])))
             if start + scheduler_output.num_scheduled_tokens[request] >= max(save.end for save in saves):
                 step.keeps.append(Keep(tuple(zip(asked.saves, saves, strict=True)), blocks(request)))
                 asked.written = True
@@ -211,7 +226,8 @@ class SchedulerSide:
             self._store.drop(admitted.composed.id)
         sealed: list[str] = []
         try:
-            for entry, save in zip(admitted.saves, admitted.demand.save, strict=True):
+            of_queries = zip(admitted.queries, admitted.demand.save * len(admitted.queries), strict=True)
+            for entry, save in (*zip(admitted.saves, admitted.demand.save, strict=True), *of_queries):
                 if not (done and admitted.written):
                     self._store.discard(entry)
                 else:
@@ -235,12 +251,12 @@ class SchedulerSide:
         elif error := looking.exception():
             logger.warning("kveraser: readers could not be told: %r", error)
             admitted.answer["error"] = str(error)
-        else:
-            admitted.answer["found"] = looking.result().said()
+        elif found := looking.result():
+            admitted.answer["found"] = found.said()
 
-    def _forget_hidden(self, looking: Future[Found]) -> None:
-        if not looking.cancelled() and looking.exception() is None:
-            for entry in looking.result().hidden:
+    def _forget_hidden(self, looking: Future[Found | None]) -> None:
+        if not looking.cancelled() and looking.exception() is None and (found := looking.result()):
+            for entry in found.hidden:
                 self._store.drop(entry)
 
 

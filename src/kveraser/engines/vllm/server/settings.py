@@ -108,4 +108,10 @@ def looking_at(store: EditStore, config: VllmConfig, eraser: str | None) -> Look
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config.model_config.hf_text_config)
-    return None if query_norms(model) else Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME))
+    if query_norms(model):
+        return None
+    split = (
+        config.parallel_config.tensor_parallel_size > store.geometry.kv_heads
+    )  # then a key head's queries are in several
+    heads = 0 if split else int(config.model_config.hf_text_config.num_attention_heads)
+    return Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME), heads)

@@ -131,6 +131,7 @@ def quality(
     task: Annotated[list[str] | None, typer.Option("-t", "--task")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model and its cache.")] = "bfloat16",
     answer: Annotated[int, typer.Option(help="Tokens of the answer that are compared.")] = 6,
+    way: Annotated[list[str] | None, typer.Option(help="Ways of erasing; default all.")] = None,
     url: Url = None,
     output: Output = None,
 ) -> None:
@@ -138,24 +139,29 @@ def quality(
     names = tuple(task or ("needle", "document-qa", "injection"))
     options = EvalOptions(names, tuple(lengths or (500,)), PROTOCOLS, (as_method("kveraser"),), limit)
     rows: list[dict[str, Any]] = []
+    ways = {name: WAYS[name] for name in way or WAYS}
     with server(url, dtype) as address:
         tokenizer = VLLMSession(address).tokenizer
         filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         for drawn in draw(options, filler):
             for protocol in PROTOCOLS:
                 rows.append({"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol})
-                rows[-1] |= _distances(address, tokenizer, drawn.example, protocol, answer)
+                rows[-1] |= _distances(address, tokenizer, drawn.example, protocol, answer, ways)
                 print(rows[-1], flush=True)
                 report(f"vllm_quality_{dtype}", {"rows": rows}, output)
     table = Table("", *PROTOCOLS, box=None)
-    for way in WAYS:
+    for name in ways:
         table.add_row(
-            way, *(f"{statistics.mean(r['kl'][way] for r in rows if r['protocol'] == p):.5f}" for p in PROTOCOLS)
+            name, *(f"{statistics.mean(r['kl'][name] for r in rows if r['protocol'] == p):.5f}" for p in PROTOCOLS)
         )
     Console(width=110).print(table)
 
 
-def _distances(address: str, tokenizer: Any, example: Any, protocol: str, answer: int) -> dict[str, Any]:
+def _distances(
+    address: str, tokenizer: Any, example: Any, protocol: str, answer: int, ways: dict[str, dict[str, Any] | None]
+) -> dict[str, Any]:
+    """One example: the distance that every way leaves, and the milliseconds that it takes."""
+
     def context(**options: Any) -> tuple[VLLMSession, Span, list[int]]:
         session, span = VLLMSession(address, tokenizer=tokenizer, **options), None
         for text, erased in example.parts:
@@ -178,7 +184,7 @@ def _distances(address: str, tokenizer: Any, example: Any, protocol: str, answer
         said.append(max(wanted[-1], key=wanted[-1].__getitem__))
     found: dict[str, float] = {}
     milliseconds: dict[str, float] = {}
-    for way, options in WAYS.items():
+    for way, options in ways.items():
         session, span, question = context(**(options or {}))
         started = time.perf_counter()
         if way == "delete-and-shift":

@@ -7,7 +7,7 @@
 Knows: attention, cached keys and values, scores. Does not know what is erased, or how readers are repaired.
 """
 
-from kveraser.readers.calibration import LEAST_TOKENS, MOST_TOKENS, Calibration, calibrate
+from kveraser.readers.calibration import LEAST_TOKENS, MOST_TOKENS, Calibration, calibrate, lesson
 from kveraser.readers.choice import choose, first_behind, residual, weights_of
 from kveraser.readers.files import FILE_NAME, cached_file, read_calibration, write_calibration
 from kveraser.readers.known import Text, calibration_for, known_calibration, remember
@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "first_behind",
     "known_calibration",
+    "lesson",
     "read_calibration",
     "remember",
     "residual",

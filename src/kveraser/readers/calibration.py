@@ -111,11 +111,8 @@ def calibrate(model: nn.Module | Source, ids: Tensor | list[int]) -> Calibration
             f"{count} tokens are too little to calibrate on; give a text of at least {LEAST_TOKENS} (any text will do)"
         )
     spans = _spans(count)
-    text = _repeating(text, spans)
+    text, gone = lesson(text)
     seen = source.observe(text)
-    gone = torch.zeros(count, dtype=torch.bool, device=text.device)
-    for start in spans:
-        gone[start : start + _SPAN] = True
     changes = _changes(seen, source.observe(text, gone))
     slots = torch.arange(count, device=text.device)
     counted = ~gone & (slots >= spans[0] + _SPAN)
@@ -148,6 +145,15 @@ def calibrate(model: nn.Module | Source, ids: Tensor | list[int]) -> Calibration
         probes=tuple(fit(layer, around(layer)) for layer in best),
         neutral=_neutral(seen, [whole for _, whole in looks], turning),
     )
+
+
+def lesson(text: Tensor) -> tuple[Tensor, Tensor]:
+    """What is run to calibrate on a text `(1, tokens)`: its ids, changed a little, and which of them are left out the second time."""
+    spans = _spans(text.shape[1])
+    gone = torch.zeros(text.shape[1], dtype=torch.bool, device=text.device)
+    for start in spans:
+        gone[start : start + _SPAN] = True
+    return _repeating(text, spans), gone
 
 
 @torch.no_grad()

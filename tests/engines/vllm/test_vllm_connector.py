@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +15,11 @@ if importlib.util.find_spec("vllm") is None:
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from kveraser.engines.vllm.protocol import KEY, Demand, Piece, Save
+from kveraser.engines.vllm.protocol import KEY, Demand, Found, Look, Piece, Save
 from kveraser.engines.vllm.server.connector import EraserConnector
 from kveraser.engines.vllm.server.launch import shipped_folder
-from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
+from kveraser.errors import EraserMismatchError, OptionError, StoreError, UnsupportedCacheError
+from kveraser.spans import Span
 
 LAYERS, HEADS, WIDTH = 2, 3, 8
 
@@ -174,6 +176,95 @@ def test_what_does_not_fit_into_the_store_is_refused(tmp_path):
     connector = connect(tmp_path, options={"store": str(tmp_path), "capacity_gb": 1e-5})
     request = ask(connector, IDS, Demand(save=(Save(0, 100),)))
     assert "capacity_gb" in finish(connector, request)["error"]
+
+
+HIDDEN = ("a" * 32, "b" * 32)
+LOOK = Look((Piece("0" * 32, 0, 100),), (Span(10, 20),))
+
+
+class Slow:
+    """Looks when it is told to."""
+
+    def __init__(self):
+        self.go, self.error = threading.Event(), None
+
+    def look(self, look, client):
+        assert self.go.wait(10)
+        if self.error:
+            raise self.error
+        return Found((Span(20, 36),), 0.5, (), HIDDEN)
+
+
+def looking(folder):
+    connector = connect(folder)
+    connector.scheduler._looking = Slow()
+    return connector, connector.scheduler._looking
+
+
+def some_entry(store, name=None):
+    name = name or store.new_id()
+    states = torch.randn(LAYERS, 5, HEADS, WIDTH)
+    store.write(name, 0, 0, states, states.clone())
+    store.seal(name, 5)
+    return name
+
+
+def test_a_look_is_waited_for_beside_other_requests_and_then_answered(tmp_path):
+    connector, slow = looking(tmp_path)
+    span = some_entry(connector.scheduler._store)
+    request = ask(connector, [0], Demand(look=LOOK, drop=(span,)))
+    plain = ask(connector, IDS, None)
+    for _ in range(3):
+        assert connector.get_num_new_matched_tokens(request, 0) == (None, False)
+        assert connector.get_num_new_matched_tokens(plain, 0) == (0, False)
+    assert connector.scheduler._store.ids() == [span]  # it is being looked at
+    slow.go.set()
+    while connector.get_num_new_matched_tokens(request, 0)[0] is None:
+        pass
+    said = finish(connector, request)["found"]
+    assert Found.read(said) == Found((Span(20, 36),), 0.5, (), HIDDEN)
+    assert connector.scheduler._store.ids() == []
+
+
+def test_a_look_that_fails_says_why_and_drops_what_was_to_be_dropped(tmp_path):
+    connector, slow = looking(tmp_path)
+    span = some_entry(connector.scheduler._store)
+    slow.error = StoreError("it is damaged")
+    slow.go.set()
+    request = ask(connector, [0], Demand(look=LOOK, drop=(span,)))
+    while connector.get_num_new_matched_tokens(request, 0)[0] is None:
+        pass
+    assert finish(connector, request) == {"error": "it is damaged"}
+    assert connector.scheduler._store.ids() == []
+
+
+def test_what_a_look_made_is_dropped_when_nobody_waits_for_it_any_more(tmp_path):
+    connector, slow = looking(tmp_path)
+    store = connector.scheduler._store
+    for name in HIDDEN:
+        some_entry(store, name)
+    request = ask(connector, [0], Demand(look=LOOK))
+    assert connector.get_num_new_matched_tokens(request, 0) == (None, False)
+    assert finish(connector, request) == {}
+    slow.go.set()
+    connector.scheduler._beside.shutdown()
+    assert store.ids() == []
+
+
+def test_without_an_eraser_nobody_looks(tmp_path):
+    request = ask(connector := connect(tmp_path), [0], Demand(look=LOOK))
+    assert "without an eraser" in finish(connector, request)["error"]
+
+
+def test_loads_share_blocks_under_an_id_and_never_with_an_edit_of_that_salt(tmp_path):
+    connector = connect(tmp_path)
+    name = some_entry(connector.scheduler._store)
+    salts = [
+        ask(connector, IDS, Demand(load=(Piece(name, 0, 5),), under=under)).cache_salt
+        for under in ("c" * 32,) * 2 + (None,)
+    ]
+    assert salts[0] == salts[1] != salts[2]
+    assert "c" * 32 not in salts  # as it would be if it were an edit's
 
 
 @pytest.mark.parametrize(

@@ -80,19 +80,24 @@ def backbone():
     return kv.load_backbone(dtype="fp32")
 
 
-def as_the_engine(model):
-    """Erasing as engines do it: with the trained eraser, and the next tokens recomputed."""
-    return kv.Steering(shipped_eraser(model), repair=32, choose="next")
+TRAINED = {"eraser": "eraser", "choose": "next"}
+
+
+def as_the_engine(model, trained=False):
+    """Erasing as the engine does it: the span hidden and readers recomputed in runs; or steered, and the next tokens recomputed."""
+    if trained:
+        return kv.Steering(shipped_eraser(model), repair=32, choose="next")
+    return kv.Steering(block=16, keys=None)
 
 
 @cache
-def expected(number: int, edited: bool, tokens: int = TOKENS) -> tuple[list[int], list[float]]:
-    """What transformers says on an example, with the span steered or left in, and the log-probability of each token."""
+def expected(number: int, edited: bool, tokens: int = TOKENS, trained: bool = False) -> tuple[list[int], list[float]]:
+    """What transformers says on an example, with the span erased or left in, and the log-probability of each token."""
     example = EXAMPLES[number]
     context = kv.ErasableContext(*backbone())
     spans = [context.append(part) for part in example.parts]
     if edited:
-        context.erase(spans[1], as_the_engine(context.model))
+        context.erase(spans[1], as_the_engine(context.model, trained))
     question = context.encode(example.question)
     ids = context.generate_ids(question, max_new_tokens=tokens)
     logits = context.logits_ids([*question, *ids])[len(question) - 1 : -1]
@@ -130,23 +135,23 @@ def one_process(workers):
         pytest.skip("tested with one process")
 
 
-def read(server, number) -> tuple[VLLMSession, kv.Span]:
+def read(server, number, **options) -> tuple[VLLMSession, kv.Span]:
     """A session that holds an example, and its span."""
-    session = VLLMSession(server)
+    session = VLLMSession(server, **options)
     spans = [session.append(part) for part in EXAMPLES[number].parts]
     return session, spans[1]
 
 
-def erased(server, number) -> VLLMSession:
-    session, span = read(server, number)
+def erased(server, number, **options) -> VLLMSession:
+    session, span = read(server, number, **options)
     session.erase(span)
     return session
 
 
-def says(session, number, edited, tokens=TOKENS):
+def says(session, number, edited, tokens=TOKENS, trained=False):
     """The session answers an example's question as transformers does; returns the largest log-probability difference."""
     done = session.complete(EXAMPLES[number].question, max_new_tokens=tokens, logprobs=0)
-    ids, logprobs = expected(number, edited, tokens)
+    ids, logprobs = expected(number, edited, tokens, trained)
     assert done.ids == ids
     difference = max(abs(a - b) for a, b in zip(done.logprobs, logprobs, strict=True))
     assert difference < 1e-3
@@ -172,6 +177,46 @@ def test_twenty_edited_contexts_give_transformers_tokens(server, workers):
     print(f"\n{workers} worker(s): largest log-probability difference {max(differences):.1e}; {changed} of 4 answers "
           "differ from those with the span left in")  # fmt: skip
     assert changed >= 2
+
+
+def test_a_steered_span_and_the_next_tokens_give_transformers_tokens(server):
+    for number in range(1, 20, 4):
+        session = erased(server, number, **TRAINED)
+        says(session, number, edited=True, trained=True)
+        session.close()
+
+
+def test_readers_behind_a_steered_span_give_transformers_tokens(server, one_process):
+    context, session = kv.ErasableContext(*backbone()), VLLMSession(server, eraser="eraser", choose="readers")
+    spans = [(session.append(part), context.append(part))[1] for part in EXAMPLES[8].parts]
+    mine = session.erase(spans[1])
+    theirs = context.erase(spans[1], kv.Steering(shipped_eraser(context.model), choose="readers", block=16, keys=None))
+    assert mine.recomputed == theirs.recomputed
+    question = context.encode(EXAMPLES[8].question)
+    assert session.complete(question, max_new_tokens=TOKENS).ids == context.generate_ids(
+        question, max_new_tokens=TOKENS
+    )
+
+
+def test_the_readers_are_those_of_transformers_and_later_runs_find_the_blocks_of_earlier_ones(server):
+    number = 12
+    context, (session, span) = kv.ErasableContext(*backbone()), read(server, number)
+    for part in EXAMPLES[number].parts:
+        context.append(part)
+    cached, complete = [], session._client.complete
+
+    def completed(*asked, demand=None, **options):
+        done = complete(*asked, demand=demand, **options)
+        if demand is not None and demand.under:
+            cached.append(done.cached or 0)
+        return done
+
+    session._client.complete = completed
+    mine, theirs = session.erase(span, undo=False), context.erase(span, as_the_engine(context.model))
+    assert mine.recomputed == theirs.recomputed
+    assert mine.residual == pytest.approx(theirs.residual, abs=1e-3)
+    assert len(cached) == len(mine.recomputed) > 1
+    assert all(count >= run.end // 32 * 32 for run, count in zip(mine.recomputed, cached[1:], strict=False))
 
 
 def test_unedited_contexts_give_transformers_tokens(server, one_process):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 
@@ -82,6 +83,27 @@ def test_an_edited_context_is_its_pieces_and_outlives_the_entries_it_was_made_of
     assert torch.equal(found, torch.cat([keys[:, :100], other[:, :20], other[:, 20:50]], 1))
     assert store.ids() == [again.id]
     assert store.entry(again.id).salt != edit.salt
+
+
+def test_an_edited_context_moves_keys_when_it_is_served_and_keeps_them_as_they_are(tmp_path):
+    store = make_store(tmp_path)
+    name, keys, _ = keep(store, 400)
+    edit = store.compose([Piece(name, 0, 300, 7), Piece(name, 300, 400)], digest_ids(range(400)))
+    assert store.entry(edit.id).pieces == (Piece(edit.id, 0, 300, 7), Piece(edit.id, 300, 400))
+    again = store.compose(
+        [Piece(edit.id, 0, 400, 3)], digest_ids(range(400))
+    )  # from what was kept, not from what was moved
+    assert store.entry(again.id).pieces == (Piece(again.id, 0, 400, 3),)
+    for entry in (edit, again):
+        assert torch.equal(read(store, entry.id, 0, 400)[0], keys)
+
+
+def test_an_edited_context_without_moved_keys_is_written_as_ever(tmp_path):
+    store = make_store(tmp_path)
+    name, *_ = keep(store, 20)
+    for move, version in ((0, 1), (5, 2)):
+        edit = store.compose([Piece(name, 0, 20, move)], digest_ids(range(20)))
+        assert json.loads((tmp_path / edit.id / "manifest.json").read_text())["format"] == version
 
 
 def test_shared_files_take_their_room_once(tmp_path):

@@ -6,13 +6,23 @@ are no paths in it.
 Request (one or several of):
     edit      id                        serve this edited context: it begins the prompt
     load      [[id, from, to, move]..]  put these states into the first positions, keys moved by `move` positions
-    compose   [[id, from, to]..]        the same, and remember it as an edited context
+    compose   [[id, from, to, move]..]  the same, and remember it as an edited context
     save      [[from, to, move]..]      keep the states of these positions of the prompt, keys moved
     drop      [id..]                    forget entries
     about     true                      say how the engine is set up
     client    id                        who asks: what it keeps is counted as its own when room is needed
+    look      {pieces [[id, from, to]..], spans [[from, to]..], absent [[from, to]..], repair, block, coverage}
+                                        say who has read the spans of the context that the pieces make up, and make states that
+                                        hide a span; what is to be dropped is dropped when that is done
+    observe   true                      with `save`: keep the queries of these positions, too, in further entries
+    learn     {tokens, whole [id..], rest [id]}
+                                        calibrate what tells readers on what two such requests have kept: a text, and the same without
+                                        what a lesson leaves out
+    under     id                        with `load`: requests under one id find each other's blocks in the prefix cache
 Response:
-    saved [id..], edit {id, tokens, salt}, about {..}, or error "..."
+    saved [id..], edit {id, tokens, salt}, about {..}, found {runs [[from, to]..], residual, notes [..], hidden [id, id]}, or error "..."
+
+Servers and sessions of before `look` and `under` understand each other as they did: a server says under `about` what it can find.
 """
 
 from __future__ import annotations
@@ -23,10 +33,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kveraser.errors import EngineError
+from kveraser.spans import Span, merge_spans
 
 KEY = "kveraser"
 _ID = re.compile(r"[0-9a-f]{32}")
-_NAMES = {"edit", "load", "compose", "save", "drop", "about", "client"}
+_NAMES = {"edit", "load", "compose", "save", "drop", "about", "client", "look", "under", "observe", "learn"}
+_LOOK = {"pieces", "spans", "absent", "repair", "block", "coverage"}
 
 
 class _Stretch:
@@ -63,6 +75,74 @@ class Save(_Stretch):
 
 
 @dataclass(frozen=True)
+class Look:
+    """A context in which spans are to be erased, and how their readers are chosen.
+
+    Attributes:
+        pieces: the states of all its slots, those of the spans among them.
+        spans: slots to be erased, sorted and disjoint.
+        absent: slots that hold steering states already.
+        repair: tokens per span to recompute, at most; in whole runs on multiples of `block` slots.
+        coverage: stop when so much of the attention that went to the spans is covered.
+    """
+
+    pieces: tuple[Piece, ...]
+    spans: tuple[Span, ...]
+    absent: tuple[Span, ...] = ()
+    repair: int = 64
+    block: int | None = None
+    coverage: float | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of slots."""
+        return sum(map(len, self.pieces))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Who has read the spans.
+
+    Attributes:
+        runs: what is to be recomputed.
+        residual: the share of the attention to the spans that is then left; None where nothing was scored.
+        notes: what did not go as asked, and why.
+        hidden: two entries of as many tokens as the longest span has, with states that nothing attends to: by the tokens
+            from the first run on, and by those behind the context.
+    """
+
+    runs: tuple[Span, ...]
+    residual: float | None
+    notes: tuple[str, ...]
+    hidden: tuple[str, str]
+
+    def said(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "runs": _pairs(self.runs),
+            "residual": self.residual,
+            "notes": list(self.notes),
+            "hidden": list(self.hidden),
+        }
+
+    @classmethod
+    def read(cls, said: dict[str, Any]) -> Found:
+        """From JSON."""
+        first, last = said["hidden"]
+        runs = tuple(Span(*run) for run in said["runs"])
+        return cls(runs, said["residual"], tuple(said["notes"]), (checked_id(first), checked_id(last)))
+
+
+@dataclass(frozen=True)
+class Learn:
+    """Entries to calibrate on: states and queries of a text of so many tokens, and states of the text without some of them."""
+
+    tokens: int
+    whole: tuple[str, ...]
+    rest: str
+
+
+@dataclass(frozen=True)
 class Demand:
     """What a request asks the connector for."""
 
@@ -73,6 +153,10 @@ class Demand:
     drop: tuple[str, ...] = ()
     about: bool = False
     client: str | None = None
+    look: Look | None = None
+    under: str | None = None
+    observe: bool = False
+    learn: Learn | None = None
 
     def params(self) -> dict[str, Any]:
         """The value for a request's `kv_transfer_params`."""
@@ -90,6 +174,14 @@ class Demand:
             said["about"] = True
         if self.client:
             said["client"] = self.client
+        if self.look:
+            said["look"] = _said_look(self.look)
+        if self.under:
+            said["under"] = self.under
+        if self.observe:
+            said["observe"] = True
+        if self.learn:
+            said["learn"] = {"tokens": self.learn.tokens, "whole": list(self.learn.whole), "rest": self.learn.rest}
         return {KEY: said}
 
 
@@ -113,11 +205,21 @@ def read_demand(params: Any) -> Demand | None:
             drop=tuple(checked_id(entry) for entry in said.get("drop", ())),
             about=bool(said.get("about", False)),
             client=None if said.get("client") is None else checked_id(said["client"]),
+            look=None if said.get("look") is None else _look(said["look"]),
+            under=None if said.get("under") is None else checked_id(said["under"]),
+            observe=bool(said.get("observe", False)),
+            learn=None if said.get("learn") is None else _learn(said["learn"]),
         )
-    except (TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise EngineError(f"kv_transfer_params[{KEY!r}] is malformed: {error}; got {said!r:.200}") from error
     if sum((demand.edit is not None, bool(demand.load), bool(demand.compose))) > 1:
         raise EngineError("a request takes its states from one of edit, load and compose")
+    if (demand.look or demand.learn) and (demand.edit or demand.load or demand.compose or demand.save):
+        raise EngineError("a request that looks for readers does nothing else with states")
+    if demand.observe and (not demand.save or demand.edit or demand.load or demand.compose):
+        raise EngineError("queries are kept of what is saved of a plain request")
+    if demand.under and not demand.load:
+        raise EngineError("blocks are shared under an id among requests that load states")
     return demand
 
 
@@ -152,6 +254,50 @@ def put(pieces: Iterable[Piece], start: int, new: Piece) -> tuple[Piece, ...]:
     """`pieces` with `new` in place of what was at positions `[start, start + len(new))`."""
     old = tuple(pieces)
     return (*take(old, 0, start), new, *take(old, start + len(new), sum(len(piece) for piece in old)))
+
+
+def _said_look(look: Look) -> dict[str, Any]:
+    return {
+        "pieces": [[piece.entry, piece.start, piece.end] for piece in look.pieces],
+        "spans": _pairs(look.spans),
+        "absent": _pairs(look.absent),
+        "repair": look.repair,
+        "block": look.block,
+        "coverage": look.coverage,
+    }
+
+
+def _look(said: Any) -> Look:
+    if not isinstance(said, dict) or not set(said) <= _LOOK:
+        raise ValueError(f"look must hold some of {sorted(_LOOK)}")
+    repair, block, coverage = said.get("repair", 64), said.get("block"), said.get("coverage")
+    if type(repair) is not int or repair < 0 or not (block is None or (type(block) is int and block > 0)):
+        raise ValueError(f"repair={repair!r} and block={block!r} count tokens")
+    if coverage is not None and (not isinstance(coverage, float | int) or not 0 < coverage <= 1):
+        raise ValueError(f"coverage={coverage!r} is no share")
+    pieces = tuple(_piece(entry) for entry in said["pieces"])
+    if any(piece.move for piece in pieces):
+        raise ValueError("states are looked at where they are, not moved")
+    spans, absent = (
+        tuple(sorted(Span(*_range(*entry)[:2]) for entry in said.get(name, ()))) for name in ("spans", "absent")
+    )
+    look = Look(pieces, spans, absent, repair, block, coverage)
+    merge_spans(spans, look.length)
+    merge_spans((*spans, *absent), look.length)
+    if spans[-1].end == look.length:
+        raise ValueError(f"nothing behind {spans[-1]} can have read it")
+    return look
+
+
+def _learn(said: Any) -> Learn:
+    tokens, whole, rest = said["tokens"], said["whole"], said["rest"]
+    if type(tokens) is not int or tokens < 1 or not isinstance(whole, list):
+        raise ValueError(f"tokens={tokens!r} and whole={whole!r:.80} are no number and no list")
+    return Learn(tokens, tuple(checked_id(entry) for entry in whole), checked_id(rest))
+
+
+def _pairs(spans: tuple[Span, ...]) -> list[list[int]]:
+    return [[span.start, span.end] for span in spans]
 
 
 def _piece(entry: Any) -> Piece:

@@ -2,22 +2,25 @@
 
 Knows: a server with our connector, token ids, slots. Does not know about text or messages.
 
-The server keeps the states of what has been read since the last erase (never those of the spans), computes steering states
-with the eraser's adapter and the states of the tokens behind a span with the model itself, each over a window of kept
-states, and puts the pieces together. Random ids ("tombstones") stand for the erased ones from then on.
+The server keeps the states of what has been read since the last erase (those of the spans only until it has told who has read
+them), computes steering states with the eraser's adapter over a window of kept states, or writes states that nothing attends
+to, computes the readers of the spans again with the model itself (or the tokens behind them, over a window), and puts the pieces
+together. Random ids ("tombstones") stand for the erased ones from then on.
 """
 
 from __future__ import annotations
 
 import random
+import secrets
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kveraser.cache import Window
 from kveraser.engines.vllm.client.http import VLLMClient
-from kveraser.engines.vllm.client.passes import Pass, erasing_passes
-from kveraser.engines.vllm.protocol import Demand, Piece, Save, put, take
+from kveraser.engines.vllm.client.passes import Pass, erasing_passes, reader_passes, stretches
+from kveraser.engines.vllm.protocol import Demand, Found, Look, Piece, Save, put, take
+from kveraser.eraser.config import Choose
 from kveraser.errors import EngineError
 from kveraser.methods.slots import split_tail
 from kveraser.spans import Span, SpanLedger
@@ -46,18 +49,24 @@ class Served:
     """How a server serves the model and its eraser.
 
     Attributes:
-        model, eraser: as the server names them.
-        window, repair: what the eraser attends to, and how many tokens behind a span are computed again.
+        model, eraser: as the server names them; without an eraser spans are hidden.
+        window, repair: what the eraser attends to, and how many tokens are computed again for each span.
+        choose: which ones: "readers" of the spans in runs on multiples of `block`, until so much of what they have read is
+            covered (`coverage`), or the "next" ones behind them.
         vocabulary: number of token ids; `special` ones among them are never tombstones.
     """
 
     client: VLLMClient
     model: str
-    eraser: str
+    eraser: str | None
     window: Window | None
     repair: int
     vocabulary: int
     special: Set[int]
+    choose: Choose = "next"
+    block: int | None = None
+    coverage: float | None = None
+    close: bool = False
 
 
 class Erasing:
@@ -66,12 +75,14 @@ class Erasing:
     Attributes:
         requests: sent so far.
         recomputed: tokens run through the model or the eraser so far.
+        found: who has read the spans, where that was asked.
     """
 
     def __init__(self, served: Served, before: State) -> None:
         self._served, self._before = served, before
         self._entries: list[str] = []
         self.requests = self.recomputed = 0
+        self.found: Found | None = None
 
     def run(self, spans: tuple[Span, ...]) -> State:
         """Erase ledger spans; returns the state after it."""
@@ -89,30 +100,65 @@ class Erasing:
         if rest:
             edit = self._steer(ids, rest, tuple(span for span in steered if span.end <= end))
         elif edit and end < edit.tokens:
-            survives = any(span.end <= end for span in steered)
-            edit = self._compose(ids, (Piece(edit.id, 0, end),)) if survives else None
+            left = tuple(span for span in steered if span.end <= end)
+            edit = self._compose(ids, (Piece(edit.id, 0, end),), left) if left else None
         return State(tuple(ids), ledger, edit)
 
     def forget(self, *more: str) -> None:
         """Drop the entries that were needed on the way."""
         gone = (*self._entries, *more)
         self._entries = []
-        if gone:
-            try:
-                self._served.client.complete(self._served.model, [0], max_tokens=1, demand=Demand(drop=gone))
-            except EngineError:  # they are dropped sooner or later, to make room
-                return
+        self._served.client.forget(self._served.model, gone)
 
     def _steer(self, ids: list[int], spans: tuple[Span, ...], steered: tuple[Span, ...]) -> Edit:
-        pieces = self._base(ids, spans)
-        for step in erasing_passes(spans, steered, len(ids), self._served.window, self._served.repair):
-            pieces = put(pieces, step.run.start, self._run(step, pieces, ids))
+        served = self._served
+        readers = served.choose == "readers"
+        pieces = self._base(ids, spans, readers)
+        if readers:
+            self.found = self._look(pieces, spans, steered)
+            for span in spans:
+                pieces = put(pieces, span.start, Piece(self.found.hidden[1], 0, len(span)))
+        if served.eraser:
+            repair = 0 if readers else served.repair
+            for step in erasing_passes(spans, steered, len(ids), served.window, repair):
+                pieces = put(pieces, step.run.start, self._run(step, pieces, ids))
         for span in spans:
             ids[span.slice] = self._tombstones(len(span))
-        return self._compose(ids, pieces)
+        if self.found is not None:
+            pieces = self._run_readers(self.found, pieces, ids, tuple(sorted((*spans, *steered))))
+        return self._compose(ids, pieces, (*spans, *steered))
 
-    def _base(self, ids: list[int], spans: tuple[Span, ...]) -> tuple[Piece, ...]:
-        """Pieces for all slots: those of the edit so far, and newly kept ones; none is kept of the spans themselves."""
+    def _look(self, pieces: tuple[Piece, ...], spans: tuple[Span, ...], steered: tuple[Span, ...]) -> Found:
+        """Have the readers of spans told; the states of the spans are then dropped."""
+        served = self._served
+        look = Look(pieces, spans, steered, served.repair, served.block, served.coverage)
+        own = [piece.entry for span in spans for piece in take(pieces, span.start, span.end)]
+        gone = tuple(entry for entry in self._entries if entry in own)
+        said = self._complete(served.model, [0], Demand(look=look, drop=gone), None)
+        self._entries = [entry for entry in self._entries if entry not in gone]
+        try:
+            found = Found.read(said["found"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError("the server does not tell readers; its log says why") from error
+        self._entries += found.hidden
+        return found
+
+    def _run_readers(
+        self, found: Found, pieces: tuple[Piece, ...], ids: list[int], absent: tuple[Span, ...]
+    ) -> tuple[Piece, ...]:
+        """Compute the chosen runs again, one after the other, so that each sees what is new in those before it."""
+        shown = pieces
+        for span in absent:
+            shown = put(shown, span.start, Piece(found.hidden[0], 0, len(span)))
+        under: dict[tuple[tuple[Span, int], ...], str] = {}
+        for step in reader_passes(found.runs, absent, self._served.close):
+            gaps = tuple((span, move) for span, move in step.shown if move)
+            new = self._run(step, shown, ids, under.setdefault(gaps, secrets.token_hex(16)))
+            shown, pieces = (put(each, step.run.start, new) for each in (shown, pieces))
+        return pieces
+
+    def _base(self, ids: list[int], spans: tuple[Span, ...], keep: bool) -> tuple[Piece, ...]:
+        """Pieces for all slots: those of the edit so far, and newly kept ones; those of the spans themselves only for a look."""
         edit = self._before.edit
         known = min(edit.tokens, len(ids)) if edit else 0
         pieces: tuple[Piece, ...] = (Piece(edit.id, 0, known),) if edit else ()
@@ -120,6 +166,9 @@ class Erasing:
         for border in (*spans, Span(len(ids), len(ids) + 1)):
             if border.start > at:
                 saves.append(Save(at, border.start))
+            at = max(at, border.start)
+            if keep and at < border.end <= len(ids):
+                saves.append(Save(at, border.end))
             at = max(at, border.end)
         saved: list[Piece] = []
         if saves:
@@ -132,21 +181,34 @@ class Erasing:
             at = save.end
         return pieces + _hole(at, len(ids))
 
-    def _run(self, step: Pass, pieces: tuple[Piece, ...], ids: list[int]) -> Piece:
-        """Run one pass; the piece of states it made."""
+    def _run(self, step: Pass, pieces: tuple[Piece, ...], ids: list[int], under: str | None = None) -> Piece:
+        """Run one pass; the piece of states it made.
+
+        Args:
+            under: an id of passes that show the same states in the same slots, so that each finds what the one before it has.
+        """
         load = tuple(
             replace(piece, move=move) for shown, move in step.shown for piece in take(pieces, shown.start, shown.end)
         )
         if any(piece.entry == "" for piece in load):
             raise EngineError("a pass would attend to states that are not kept")
-        prompt = [*self._tombstones(step.seen), *ids[step.run.slice]]
-        demand = Demand(load=load, save=(Save(step.seen, len(prompt), step.kept_move),))
-        entries = self._send(self._served.eraser if step.eraser else self._served.model, prompt, demand)
+        seen = ids[: step.seen] if under else self._tombstones(step.seen)
+        prompt = [*seen, *ids[step.run.slice]]
+        demand = Demand(load=load, save=(Save(step.seen, len(prompt), step.kept_move),), under=under)
+        entries = self._send((step.eraser and self._served.eraser) or self._served.model, prompt, demand)
         self.recomputed += len(step.run)
         return Piece(entries[0], 0, len(step.run))
 
-    def _compose(self, ids: list[int], pieces: tuple[Piece, ...]) -> Edit:
-        said = self._complete(self._served.model, ids, Demand(compose=pieces), None)
+    def _compose(self, ids: list[int], pieces: tuple[Piece, ...], absent: tuple[Span, ...]) -> Edit:
+        close = (
+            self._served.close and self._served.eraser is None
+        )  # steering states were trained to be read with their gap open
+        served = tuple(
+            replace(piece, move=move)
+            for stretch, move in stretches(tuple(sorted(absent)), len(ids), close)
+            for piece in take(pieces, stretch.start, stretch.end)
+        )
+        said = self._complete(self._served.model, ids, Demand(compose=served), None)
         return Edit(**said["edit"])
 
     def _send(self, model: str, ids: list[int], demand: Demand, salt: str | None = None) -> list[str]:

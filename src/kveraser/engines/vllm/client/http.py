@@ -12,6 +12,7 @@ import platform
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +117,12 @@ class VLLMClient:
             said=said,
             cached=details.get("cached_tokens"),
         )
+
+    def forget(self, model: str, entries: Sequence[str]) -> None:
+        """Have entries dropped that are not needed any more; where that fails, they are dropped sooner or later, to make room."""
+        if entries:
+            with suppress(EngineError):
+                self.complete(model, [0], max_tokens=1, demand=Demand(drop=tuple(entries)))
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request; the response's JSON.

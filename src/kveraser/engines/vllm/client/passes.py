@@ -10,6 +10,13 @@ embedding needs is made up for by moving keys:
     prompt     [ sink ][  local  ][ tokens ]               a token at position p stands at p - shift
     shown keys are moved by -shift, so that every distance is the real one (a sink key may stand before position 0),
     kept keys are moved from where they were computed to the slots they are for.
+
+Readers of a span are run in their own slots instead, behind all that stays: the span's slots hold states that nothing attends
+to. The keys before it may be moved up to it, so that the gap is closed for these tokens. Nothing that is kept is moved: what is
+moved is a copy of what the pass reads.
+
+    context    [ before ][ span ][ between ][ run )
+    prompt     [ before, moved up ][ hidden ][ between ][ run )
 """
 
 from __future__ import annotations
@@ -62,6 +69,37 @@ def erasing_passes(
         gap = len(span)
         for number, run in enumerate(runs):
             yield _pass(False, (*before, *((done, -gap) for done in runs[:number])), run, gap)
+
+
+def reader_passes(runs: tuple[Span, ...], absent: tuple[Span, ...], close: bool) -> Iterator[Pass]:
+    """The passes that compute runs of tokens again, each as if no absent slot had ever been there.
+
+    Args:
+        runs: in order.
+        absent: slots that are erased, in order; they are shown, with hidden states in them.
+        close: whether the gaps that these leave are closed; else they are seen, and no key is moved.
+    """
+    for run in runs:
+        yield Pass(False, stretches(absent, run.start, close), run, 0)
+
+
+def stretches(absent: tuple[Span, ...], end: int, close: bool) -> tuple[tuple[Span, int], ...]:
+    """The slots before `end`, in order: each stretch with the positions to move its keys by for those who look from there on.
+
+    Args:
+        absent: slots that are erased, in order; they stay where they are.
+        close: whether what is before a gap moves up to it.
+    """
+    before = [span for span in absent if span.end <= end]
+    found, at, gap = [], 0, sum(map(len, before)) if close else 0
+    for span in before:
+        if span.start > at:
+            found.append((Span(at, span.start), gap))
+        found.append((span, 0))
+        at, gap = span.end, gap - len(span) if close else 0
+    if end > at:
+        found.append((Span(at, end), 0))
+    return tuple(found)
 
 
 def _pass(eraser: bool, shown: tuple[tuple[Span, int], ...], run: Span, gap: int) -> Pass:

@@ -6,26 +6,36 @@ only token ids, and the id of the edited context they go with.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kveraser.cache import Window
 from kveraser.context.chat import Message
 from kveraser.context.messages import Conversation
 from kveraser.context.talking import Talking
-from kveraser.context.text import decode, find_text, several
+from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
-from kveraser.engines.vllm.protocol import Demand
+from kveraser.engines.vllm.protocol import Demand, Learn, Save
+from kveraser.eraser.config import CHOICES, Choose
+from kveraser.eraser.eraser import NEUTRAL_REPAIR
 from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
+from kveraser.methods.choosing import RUN, Wish
 from kveraser.methods.receipt import OfSpans
+from kveraser.readers import LEAST_TOKENS, MOST_TOKENS, lesson
 from kveraser.spans import Span, SpanLedger, merge_spans
 
 What = Span | str | Iterable[Span | str]
+
+log = logging.getLogger(__name__)
+
+_ADAPTER, _NEUTRAL = "eraser", "neutral"
 
 _PROBE = "The café's 3rd door:\n\t{x} = 1,024"
 
@@ -40,6 +50,11 @@ class VLLMReceipt(OfSpans):
         tokens_recomputed: tokens that were run through the model or the eraser.
         requests: requests sent to the server.
         edit: the edited context that is served now.
+        eraser: "trained" or "neutral", which runs no erased token.
+        recomputed: readers that were run again, in ledger positions.
+        residual: the share of the attention that later tokens paid to the spans and whose states were not recomputed; 0.0 when
+            the result is exact, None where nothing was scored.
+        notes: what did not go as asked, and why.
     """
 
     spans: tuple[Span, ...]
@@ -47,6 +62,10 @@ class VLLMReceipt(OfSpans):
     tokens_recomputed: int
     requests: int
     edit: Edit | None
+    eraser: str = "trained"
+    recomputed: tuple[Span, ...] = field(default=(), repr=False)
+    residual: float | None = None
+    notes: tuple[str, ...] = ()
     _before: State | None = field(default=None, repr=False, compare=False)
     _length: int = field(default=0, repr=False)
 
@@ -57,13 +76,21 @@ class VLLMSession(Talking):
     Args:
         base_url: "http://host:port".
         model: as the server names it; None takes the first one.
-        eraser: the server's name of the eraser's adapter.
+        eraser: the server's name of an eraser's adapter; "neutral" for none, so that spans are hidden behind states that nothing
+            attends to; None takes the adapter "eraser" where it is better than that, or where nothing else can be done.
         tokenizer: the model's; None loads it from where the server says the model is (a hub id or a folder).
         window, repair: instead of what the eraser was trained with; `window="full"` attends to the whole prefix.
+        choose: which tokens are computed again, the "readers" of the spans or the "next" ones; None takes readers where the
+            server can tell them, unless its eraser was made for the others.
+        block: readers are computed in runs on multiples of so many slots.
+        coverage: stop when so much of the attention that went to the spans is covered, such as 0.95.
+        close_gaps: whether readers, and behind hidden spans all later tokens, see no gap where a span was: the keys before it
+            are then moved up, and rounded once more where they are not float32. None does so with float32 alone.
         api_key, timeout: for HTTP.
 
     Raises:
         EngineError: the server cannot be reached, lacks the connector or the adapter, or tokenizes otherwise.
+        OptionError: an impossible value, or something that this server cannot do.
     """
 
     def __init__(
@@ -71,34 +98,60 @@ class VLLMSession(Talking):
         base_url: str,
         *,
         model: str | None = None,
-        eraser: str = "eraser",
+        eraser: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         window: Window | str | None = None,
         repair: int | None = None,
+        choose: Choose | None = None,
+        block: int = RUN,
+        coverage: float | None = None,
+        close_gaps: bool | None = None,
         api_key: str | None = None,
         timeout: float = 600.0,
     ) -> None:
         self._client = VLLMClient(base_url, api_key=api_key, timeout=timeout)
         served = {entry["id"]: entry for entry in self._client.models()}
         self.model = model or next(name for name, entry in served.items() if not entry.get("parent"))
-        self.eraser = eraser
-        for name in (self.model, eraser):
+        wanted = [] if eraser in (None, _NEUTRAL) else [str(eraser)]
+        for name in (self.model, *wanted):
             if name not in served:
                 raise EngineError(f"the server offers {', '.join(served)}, not {name!r}; start it with --lora-modules")
         self.tokenizer = tokenizer or _load_tokenizer(served[self.model])
         if self._encode(_PROBE) != self._client.tokenize(self.model, _PROBE):
             raise EngineError(f"the server tokenizes otherwise than this tokenizer ({self.tokenizer.name_or_path})")
-        about = self._client.complete(self.model, [0], max_tokens=1, demand=Demand(about=True)).said.get("about")
+        about = self._about()
         if about is None:
             raise EngineError(
                 "the server runs without kveraser's connector, so nothing can be erased; start it with "
                 "`python -m kveraser.engines.vllm.server`"
             )
+        if about.get("learns") and choose != "next":
+            self._teach(about["max_tokens"])
+            about = self._about() or about
+        tells = "choose" in about  # else nobody there can tell readers, or hide a span
+        if eraser is None:
+            eraser = _ADAPTER if _ADAPTER in served and (about.get("preferred") or not tells) else _NEUTRAL
+        if eraser == _NEUTRAL and not tells:
+            raise EngineError(
+                "the server has neither the adapter of an eraser nor probes of its model, so nothing can be erased; start it "
+                "with --lora-modules, or with an eraser's folder that holds readers.safetensors"
+            )
+        self.eraser = eraser
+        default: Choose = about["choose"] if tells and eraser != _NEUTRAL else "readers" if tells else "next"
+        self.choose: Choose = default if choose is None else choose
+        self.block, self.coverage = block, coverage
+        self.close_gaps = about.get("dtype") == "float32" if close_gaps is None else close_gaps
+        if self.choose not in CHOICES or (self.choose == "readers") < (eraser == _NEUTRAL):
+            raise OptionError(
+                f"choose={self.choose!r} is none of {', '.join(CHOICES)}, or no choice with the {eraser} eraser"
+            )
+        if self.choose == "readers" and not tells:
+            raise OptionError("choose='readers' cannot be done by this server, which has no probes; use choose='next'")
         trained = None if about["window"] is None else (about["window"][0], about["window"][1])
         self.window = trained if window is None else _checked_window(window)
-        self.repair = about["repair"] if repair is None else repair
-        if self.repair < 0:
-            raise OptionError(f"repair={repair} must be at least 0 tokens")
+        own = about["repair"] if self.choose == "next" else NEUTRAL_REPAIR if eraser == _NEUTRAL else about["readers"]
+        self.repair: int = own if repair is None else repair
+        Wish(self.repair, coverage, min(block, self.repair or block), None)
         self._special = set(self.tokenizer.all_special_ids)
         self._state = State((), SpanLedger(), None)
         self._chat = Conversation()
@@ -160,14 +213,21 @@ class VLLMSession(Talking):
             kept = {after.edit, before.edit if undo else None}
             undoable = self._last._before.edit if self._last and self._last._before else None
             work.forget(*{edit.id for edit in (before.edit, undoable) if edit and edit not in kept})
+            exact, found = after.edit is None, work.found
             receipt = VLLMReceipt(
                 spans,
-                after.edit is None,
+                exact,
                 work.recomputed,
                 work.requests,
                 after.edit,
-                before if undo else None,
-                after.ledger.length,
+                eraser="neutral" if self.eraser == _NEUTRAL else "trained",
+                recomputed=tuple(
+                    part for run in (found.runs if found else ()) for part in before.ledger.from_cache(run)
+                ),
+                residual=0.0 if exact else found.residual if found else None,
+                notes=found.notes if found else (),
+                _before=before if undo else None,
+                _length=after.ledger.length,
             )
             self._state, self._last = after, receipt
             if not undo:
@@ -276,8 +336,42 @@ class VLLMSession(Talking):
 
     def _served(self) -> Served:
         return Served(
-            self._client, self.model, self.eraser, self.window, self.repair, len(self.tokenizer), self._special
+            self._client,
+            self.model,
+            None if self.eraser == _NEUTRAL else self.eraser,
+            self.window,
+            self.repair,
+            len(self.tokenizer),
+            self._special,
+            self.choose,
+            min(self.block, self.repair) or None,
+            self.coverage,
+            self.close_gaps,
         )
+
+    def _about(self) -> dict[str, Any] | None:
+        """How the server is set up; None without our connector."""
+        found: dict[str, Any] | None = self._client.complete(
+            self.model, [0], max_tokens=1, demand=Demand(about=True)
+        ).said.get("about")
+        return found
+
+    def _teach(self, most: int) -> None:
+        """Have the server find out, once for its model, what tells readers: it reads any text, twice."""
+        ids = self._encode(any_text())[: min(MOST_TOKENS, most - 1)]
+        if len(ids) < LEAST_TOKENS:
+            return
+        text, gone = lesson(torch.tensor([ids]))
+        kept: list[str] = []
+        try:
+            for part, observe in ((text[0], True), (text[0, ~gone], False)):
+                demand = Demand(save=(Save(0, len(part)),), observe=observe)
+                kept += self._client.complete(self.model, part.tolist(), max_tokens=1, demand=demand).said["saved"]
+            learn = Learn(len(ids), tuple(kept[:-1]), kept[-1])
+            self._client.complete(self.model, [0], max_tokens=1, demand=Demand(learn=learn, drop=tuple(kept)))
+        except (EngineError, KeyError) as error:
+            self._client.forget(self.model, kept)
+            log.warning("readers cannot be told by this server, the next tokens are recomputed instead: %s", error)
 
     def _encode(self, text: str, first: bool = False) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=first))

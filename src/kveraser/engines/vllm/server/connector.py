@@ -27,8 +27,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kveraser.engines.vllm.server.looking import about_readers
 from kveraser.engines.vllm.server.scheduler import SchedulerSide
-from kveraser.engines.vllm.server.settings import about_eraser, check_adapters, check_cache, geometry_of
+from kveraser.engines.vllm.server.settings import about_eraser, check_adapters, check_cache, geometry_of, looking_at
 from kveraser.engines.vllm.server.step import Step
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.engines.vllm.server.worker import WorkerSide
@@ -49,7 +50,7 @@ class EraserConnector(KVConnectorBase_V1, SupportsHMA):
     """Keeps states and serves edited contexts.
 
     `kv_connector_extra_config`: `store` (folder, required), `capacity_gb`, `eraser` (its PEFT folder: tells sessions its
-    window and repair).
+    window, repair and choice; the probes that tell readers are in there, or in the cache folder).
 
     Raises:
         UnsupportedCacheError: a model or cache whose states cannot be exchanged.
@@ -75,11 +76,14 @@ class EraserConnector(KVConnectorBase_V1, SupportsHMA):
             )
         capacity = int(float(options.get("capacity_gb", DEFAULT_CAPACITY_GB)) * 2**30)
         store = EditStore(options["store"], capacity, geometry_of(vllm_config))
-        about = about_eraser(vllm_config, options.get("eraser"))
+        eraser = options.get("eraser")
+        about = about_eraser(vllm_config, eraser)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(store, about)
+            looking = looking_at(store, vllm_config, eraser)
+            about |= about_readers(looking)
+            self._scheduler = SchedulerSide(store, about, looking)
         else:
             self._worker = WorkerSide(store, vllm_config, block_size)
 
@@ -129,7 +133,8 @@ class EraserConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.register_kv_caches(kv_caches)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self.worker.load(self._step)
+        slots = forward_context.slot_mapping
+        self.worker.load(self._step, slots if isinstance(slots, dict) else {})
 
     def wait_for_save(self) -> None:
         self.worker.keep(self._step)

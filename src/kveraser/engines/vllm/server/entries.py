@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from kveraser.engines.vllm.protocol import Piece
 from kveraser.errors import StoreError
 from kveraser.files import enclosed, opened
 
 CHUNK = 256
 """Tokens per file."""
-FORMAT = 1
+FORMAT = 2
+"""Format 1 moved no keys of an edited context; it is still written where none are."""
 _FILE = re.compile(r"(\d+)\.(\d+)-(\d+)\.(\d+)-(\d+)\.([0-9a-f]{64})\.safetensors")
 
 
@@ -69,11 +71,12 @@ class StateFile:
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens `[start, end)` of a chunk, and the files that hold the chunk."""
+    """Tokens `[start, end)` of a chunk, the files that hold the chunk, and the positions to move keys by when they are served."""
 
     start: int
     end: int
     files: tuple[str, ...]
+    move: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,33 @@ class Entry:
     salt: str | None = None
     client: str | None = None
 
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What is served of it, one behind the other, with keys to be moved."""
+        found: list[Piece] = []
+        at = 0
+        for part in self.parts:
+            end = at + part.end - part.start
+            if found and found[-1].move == part.move:
+                found[-1] = replace(found[-1], end=end)
+            else:
+                found.append(Piece(self.id, at, end, part.move))
+            at = end
+        return tuple(found)
+
 
 def to_manifest(entry: Entry) -> bytes:
     """What the file says of an entry, with a checksum."""
+    moved = any(part.move for part in entry.parts)
     body = {
         "geometry": asdict(entry.geometry),
         "tokens": entry.tokens,
-        "parts": [[part.start, part.end, list(part.files)] for part in entry.parts],
+        "parts": [[part.start, part.end, list(part.files), *([part.move] if moved else [])] for part in entry.parts],
         "ids": entry.ids,
         "salt": entry.salt,
         "client": entry.client,
     }
-    return enclosed(body, FORMAT)
+    return enclosed(body, FORMAT if moved else 1)
 
 
 def from_manifest(entry: str, text: str) -> Entry:
@@ -121,7 +139,7 @@ def from_manifest(entry: str, text: str) -> Entry:
         id=entry,
         geometry=Geometry(**body["geometry"]),
         tokens=body["tokens"],
-        parts=tuple(Part(start, end, tuple(files)) for start, end, files in body["parts"]),
+        parts=tuple(Part(start, end, tuple(files), *move) for start, end, files, *move in body["parts"]),
         ids=body["ids"],
         salt=body["salt"],
         client=body.get("client"),

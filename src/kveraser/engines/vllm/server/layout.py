@@ -19,6 +19,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from kveraser.errors import UnsupportedCacheError
 from kveraser.model.rope import rotate
+from kveraser.readers import Turning
 
 _BITS = 7  # numbers up to 128 are exact in every floating-point type
 
@@ -45,6 +46,7 @@ class WorkerCache:
         if numbers != list(self.layers):
             raise UnsupportedCacheError(f"the layers {numbers} of this worker are not consecutive")
         self.block_size, self._rotary = block_size, [rotary[number] for number in self.layers]
+        self._all_rotary = tuple(rotary)
         workers, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         first, local = rank * kv_heads // workers, max(kv_heads // workers, 1)
         self.heads = range(first, first + local)
@@ -89,6 +91,47 @@ class WorkerCache:
         inv_freq, pairing = _frequencies()
         turned = rotate(keys.transpose(1, 2), move, inv_freq, pairing).transpose(1, 2)
         return torch.stack([new if turn else old for turn, new, old in zip(self._rotary, turned, keys, strict=True)])
+
+    def listen(self) -> list[list[Tensor]]:
+        """Keep the queries `(tokens, heads, head_dim)` that the layers are given from now on, as a list per layer, until `stop_listening`."""
+        heard: list[list[Tensor]] = [[] for _ in self._modules]
+        for module, kept in zip(self._modules, heard, strict=True):
+            plain = module.impl.forward
+
+            def forward(
+                layer: Any, query: Tensor, *others: Any, _plain: Any = plain, _kept: list[Tensor] = kept, **options: Any
+            ) -> Any:
+                _kept.append(query.detach().clone())
+                return _plain(layer, query, *others, **options)
+
+            module.impl.forward = forward  # the operation that attends looks it up anew each time, compiled or not
+        return heard
+
+    def stop_listening(self) -> None:
+        """Leave the layers as they were."""
+        for module in self._modules:
+            vars(module.impl).pop("forward", None)
+
+    def positions_of(self, slots: Tensor, blocks: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
+        """Which rows of a step belong to positions `[0, end)` of a request, and to which.
+
+        Args:
+            slots: `(tokens,)`, where the step puts the states of its tokens.
+        """
+        own = self._slots(blocks, 0, min(end, len(blocks) * self.block_size))
+        found = slots.cpu()[:, None] == own[None]
+        rows = found.any(1).nonzero()[:, 0]
+        return rows, found[rows].int().argmax(1)
+
+    @property
+    def turning(self) -> Turning:
+        """How the whole model rotates keys.
+
+        Raises:
+            UnsupportedCacheError: it has no rotary embedding, or several.
+        """
+        inv_freq, pairing = _frequencies()
+        return Turning(self._all_rotary, pairing, inv_freq)
 
     def _slots(self, blocks: Sequence[int], start: int, end: int) -> Tensor:
         positions = torch.arange(start, end)

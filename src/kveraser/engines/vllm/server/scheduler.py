@@ -6,14 +6,16 @@ Knows: requests, demands, the store. Does not know how states are moved into blo
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
-from kveraser.engines.vllm.protocol import KEY, Demand, Piece, read_demand
+from kveraser.engines.vllm.protocol import KEY, Demand, Found, Piece, read_demand
 from kveraser.engines.vllm.server.entries import Entry, digest_ids
-from kveraser.engines.vllm.server.step import Keep, Load, Step
+from kveraser.engines.vllm.server.looking import Looking
+from kveraser.engines.vllm.server.step import Keep, Load, Observe, Step
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.errors import EngineError, KVEraserError
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kveraser")
 
+_PATIENCE = 0.002
+"""Seconds that a step waits for a look that is not done, so that an idle engine does not spin."""
+
 
 @dataclass
 class _Admitted:
@@ -32,8 +37,10 @@ class _Admitted:
     Attributes:
         pieces: what is loaded into its first positions.
         saves: entry ids of what it saves, in the order of the demand.
+        queries: those of the queries of the same positions.
         written: whether the workers were told to save.
         composed: the edited context it makes.
+        looking: the look at stored states that it waits for.
         refused: why it must fail.
         answer: for the response.
     """
@@ -41,8 +48,10 @@ class _Admitted:
     demand: Demand
     pieces: tuple[Piece, ...] = ()
     saves: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
     written: bool = False
     composed: Entry | None = None
+    looking: Future[Found | None] | None = None
     refused: str | None = None
     answer: dict[str, Any] = field(default_factory=dict)
 
@@ -58,10 +67,12 @@ class SchedulerSide:
     Args:
         store: of this engine.
         about: what a session is told that asks about the server.
+        looking: tells who has read a span; None: nobody does.
     """
 
-    def __init__(self, store: EditStore, about: dict[str, Any]) -> None:
-        self._store, self._about = store, about
+    def __init__(self, store: EditStore, about: dict[str, Any], looking: Looking | None = None) -> None:
+        self._store, self._about, self._looking = store, about, looking
+        self._beside = ThreadPoolExecutor(1, "kveraser-looking")
         self._admitted: dict[str, _Admitted] = {}
         self._to_load: dict[str, tuple[int, int]] = {}
         store.clean()
@@ -92,8 +103,13 @@ class SchedulerSide:
         if any(save.end > len(ids) for save in demand.save):
             raise EngineError(f"the prompt has {len(ids)} tokens, states of {demand.save[-1].end} are to be saved")
         admitted, salt = _Admitted(demand), None
-        for entry in demand.drop:
-            self._store.drop(entry)
+        looking = self._looking
+        if looking is None and (demand.look or demand.learn or demand.observe):
+            raise EngineError("this server was started without an eraser, or its model's readers cannot be told")
+        if looking is not None and (demand.look or demand.learn):
+            admitted.looking = self._beside.submit(self._look, looking, demand)
+        else:
+            self._drop(demand)
         if demand.about:
             admitted.answer["about"] = self._about
         if demand.edit:
@@ -106,7 +122,7 @@ class SchedulerSide:
                 )
             if request.lora_request is not None:
                 raise EngineError(f"edit {edit.id} is served by the model itself, not with an adapter")
-            admitted.pieces, salt = (Piece(edit.id, 0, edit.tokens),), edit.salt
+            admitted.pieces, salt = edit.pieces, edit.salt
         elif demand.load or demand.compose:
             admitted.pieces = demand.load or demand.compose
             if admitted.loads > len(ids):
@@ -114,8 +130,19 @@ class SchedulerSide:
             for piece in admitted.pieces:
                 if piece.end > self._store.entry(piece.entry).tokens:
                     raise EngineError(f"entry {piece.entry} has no states [{piece.start}, {piece.end})")
+            if demand.under:
+                salt = f"under {demand.under}"
         if demand.save or demand.compose:
             size = sum(len(save) for save in demand.save) * self._store.geometry.bytes_per_token
+            if demand.observe and looking is not None:
+                if len(demand.save) != 1 or demand.save[0].start:
+                    raise EngineError("queries are kept of the beginning of a prompt")
+                admitted.queries = tuple(self._store.new_id() for _ in range(looking.of_queries))
+                size, salt = (
+                    size * (1 + len(admitted.queries)),
+                    secrets.token_hex(16),
+                )  # not a token of it may be found computed
+                _isolate(request, salt)
             self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces], client=demand.client)
         if demand.compose:
             edit = self._store.compose(demand.compose, digest_ids(ids[: admitted.loads]), demand.client)
@@ -124,13 +151,28 @@ class SchedulerSide:
         admitted.saves = tuple(self._store.new_id() for _ in demand.save)
         return admitted, salt
 
+    def _look(self, looking: Looking, demand: Demand) -> Found | None:
+        """In the thread beside; what is dropped is dropped whatever comes of it."""
+        try:
+            if demand.learn is not None:
+                self._about |= looking.learn(demand.learn)
+            return None if demand.look is None else looking.look(demand.look, demand.client)
+        finally:
+            self._drop(demand)
+
+    def _drop(self, demand: Demand) -> None:
+        for entry in demand.drop:
+            self._store.drop(entry)
+
     # -- every step ---------------------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many positions behind the computed ones will be loaded; never later than now."""
+        """How many positions behind the computed ones will be loaded, never later than now; None: ask again in the next step."""
         admitted = self._admitted.get(request.request_id)
         if admitted is None:
             return 0, False
+        if admitted.looking is not None and not wait((admitted.looking,), _PATIENCE).done:
+            return None, False
         last = request.num_tokens - 1  # the last token always runs: its logits are wanted
         wanted = min(admitted.loads, last) if admitted.refused is None else last
         return max(wanted - num_computed_tokens, 0), False
@@ -163,6 +205,8 @@ class SchedulerSide:
             if asked is None or not asked.saves or asked.written:
                 continue
             saves = asked.demand.save
+            if asked.queries:
+                step.observes.append(Observe(request, asked.queries, blocks(request), len(saves[0])))
             if start + scheduler_output.num_scheduled_tokens[request] >= max(save.end for save in saves):
                 step.keeps.append(Keep(tuple(zip(asked.saves, saves, strict=True)), blocks(request)))
                 asked.written = True
@@ -174,6 +218,7 @@ class SchedulerSide:
         self._to_load.pop(request.request_id, None)
         if admitted is None:
             return False, None
+        self._answer_look(admitted)
         finished = request.get_finished_reason()
         done = admitted.refused is None and finished is not None and str(finished) in ("stop", "length")
         answer = admitted.answer
@@ -181,7 +226,8 @@ class SchedulerSide:
             self._store.drop(admitted.composed.id)
         sealed: list[str] = []
         try:
-            for entry, save in zip(admitted.saves, admitted.demand.save, strict=True):
+            of_queries = zip(admitted.queries, admitted.demand.save * len(admitted.queries), strict=True)
+            for entry, save in (*zip(admitted.saves, admitted.demand.save, strict=True), *of_queries):
                 if not (done and admitted.written):
                     self._store.discard(entry)
                 else:
@@ -194,6 +240,24 @@ class SchedulerSide:
         if sealed and "error" not in answer:
             answer["saved"] = sealed
         return False, {KEY: answer}
+
+    def _answer_look(self, admitted: _Admitted) -> None:
+        looking = admitted.looking
+        if looking is None:
+            return
+        if not looking.done():  # nobody waits for it any more
+            looking.add_done_callback(self._forget_hidden)
+            looking.cancel()
+        elif error := looking.exception():
+            logger.warning("kveraser: readers could not be told: %r", error)
+            admitted.answer["error"] = str(error)
+        elif found := looking.result():
+            admitted.answer["found"] = found.said()
+
+    def _forget_hidden(self, looking: Future[Found | None]) -> None:
+        if not looking.cancelled() and looking.exception() is None and (found := looking.result()):
+            for entry in found.hidden:
+                self._store.drop(entry)
 
 
 def _isolate(request: Request, salt: str) -> None:

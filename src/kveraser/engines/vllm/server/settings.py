@@ -10,12 +10,17 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import AutoModelForCausalLM
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kveraser.engines.vllm.server.entries import Geometry
+from kveraser.engines.vllm.server.looking import Looking
+from kveraser.engines.vllm.server.store import EditStore
 from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
+from kveraser.readers.observing import query_norms
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -82,6 +87,7 @@ def geometry_of(config: VllmConfig) -> Geometry:
 def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
     """What a session has to know: the eraser's window and repair (checked against the model's shape)."""
     about: dict[str, Any] = {"max_tokens": config.model_config.max_model_len, "window": None, "repair": 0}
+    about["dtype"] = str(config.model_config.dtype).removeprefix("torch.")
     if eraser is None:
         return about
     settings = EraserConfig.read(Path(eraser) / FILE_NAME)
@@ -93,3 +99,19 @@ def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
             )
     about.update(window=settings.window and list(settings.window), repair=settings.repair_next)
     return about
+
+
+def looking_at(store: EditStore, config: VllmConfig, eraser: str | None) -> Looking | None:
+    """Who tells readers of the engine's model; None without an eraser, by whose fingerprint the model is known, and for models
+    that normalise queries, whose norm is not at hand here."""
+    if eraser is None:
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config.model_config.hf_text_config)
+    if query_norms(model):
+        return None
+    split = (
+        config.parallel_config.tensor_parallel_size > store.geometry.kv_heads
+    )  # then a key head's queries are in several
+    heads = 0 if split else int(config.model_config.hf_text_config.num_attention_heads)
+    return Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME), heads)

@@ -1,4 +1,4 @@
-"""What the scheduler tells the workers with every step: states to load, and states to keep.
+"""What the scheduler tells the workers with every step: states to load, states and queries to keep.
 
 Knows: positions and blocks of requests. Does not know why they are loaded or kept. Instances travel between vLLM's processes as pickles.
 """
@@ -32,9 +32,20 @@ class Keep:
     blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Observe:
+    """For the workers: keep the queries of the first `tokens` positions of a request, and write them when they are complete."""
+
+    request: str
+    entries: tuple[str, ...]
+    blocks: tuple[int, ...]
+    tokens: int
+
+
 @dataclass
 class Step(KVConnectorMetadata):
     """All that is to be done in one step."""
 
     loads: list[Load] = field(default_factory=list)
     keeps: list[Keep] = field(default_factory=list)
+    observes: list[Observe] = field(default_factory=list)

@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -110,11 +111,12 @@ class EditStore:
         """Make an edited context of pieces of other entries; it keeps working when those are dropped.
 
         Args:
-            pieces: one behind the other, from position 0; keys are taken as they are.
+            pieces: one behind the other, from position 0; their keys are kept as they are, and moved when they are served. How an
+                edited context among them moved its own does not matter.
             ids: `digest_ids` of the token ids that stand for it.
 
         Raises:
-            StoreError: an entry is missing or too short, or a key would have to be moved.
+            StoreError: an entry is missing or too short.
         """
         parts: list[Part] = []
         new = self.new_id()
@@ -122,13 +124,11 @@ class EditStore:
         folder.mkdir(mode=0o700)
         try:
             for piece in pieces:
-                if piece.move:
-                    raise StoreError(f"an edited context takes keys as they are, not moved by {piece.move}")
                 source = self.entry(piece.entry)
                 for part in parts_of(source, piece.start, piece.end):
                     for name in part.files:
                         _share(self.folder / piece.entry / name, folder / name)
-                    parts.append(part)
+                    parts.append(replace(part, move=piece.move))
             tokens = sum(len(piece) for piece in pieces)
             made = Entry(new, self.geometry, tokens, tuple(parts), ids, secrets.token_hex(16), client)
             return self._finish(folder, made)

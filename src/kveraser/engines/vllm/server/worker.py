@@ -5,21 +5,28 @@ Knows: the store, the layout of a worker's cache. Does not know what requests as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from vllm.logger import init_logger
 
 from kveraser.engines.vllm.protocol import Save
 from kveraser.engines.vllm.server.layout import WorkerCache
+from kveraser.engines.vllm.server.looking import write_turning
 from kveraser.engines.vllm.server.step import Load, Step
 from kveraser.engines.vllm.server.store import EditStore
-from kveraser.errors import EngineError, KVEraserError
+from kveraser.errors import EngineError, KVEraserError, UnsupportedCacheError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm.kveraser")
+
+_MOST_HEARD = 4
+"""Requests whose queries are kept at a time."""
 
 
 class WorkerSide:
@@ -35,6 +42,8 @@ class WorkerSide:
         self._store, self._config, self._block_size = store, config, block_size
         self._cache: WorkerCache | None = None
         self._failed_blocks: set[int] = set()
+        self._hearing: tuple[Tensor, list[list[Tensor]]] | None = None
+        self._queries: dict[str, Tensor] = {}
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Find out how the engine has laid out its cache."""
@@ -47,9 +56,19 @@ class WorkerSide:
             geometry.kv_heads,
             [bool(entry) for entry in rotary],
         )
+        if self._cache.layers.start == self._cache.heads.start == 0 and self._cache.writes:
+            with suppress(UnsupportedCacheError):  # then readers cannot be told, and whoever asks is told so
+                write_turning(self._store, self._cache.turning)
 
-    def load(self, step: Step) -> None:
-        """Put states into blocks; where that fails, note the blocks, and the request fails."""
+    def load(self, step: Step, slots: Mapping[str, Tensor]) -> None:
+        """Put states into blocks; where that fails, note the blocks, and the request fails.
+
+        Args:
+            slots: by layer, where the step will put the states of its tokens.
+        """
+        if step.observes and slots:
+            assert self._cache is not None
+            self._hearing = (next(iter(slots.values())), self._cache.listen())
         for job in step.loads:
             try:
                 if job.refused is not None:
@@ -82,7 +101,8 @@ class WorkerSide:
         self._cache.write(job.blocks, job.start, keys, values)
 
     def keep(self, step: Step) -> None:
-        """Write states into entries."""
+        """Write states and queries into entries."""
+        self._hear(step)
         for job in step.keeps:
             for entry, save in job.saves:
                 try:
@@ -96,6 +116,38 @@ class WorkerSide:
             keys, values = self._cache.read(blocks, save.start, save.end)
             moved = self._cache.moved(keys, save.move)
             self._store.write(entry, self._cache.layers.start, self._cache.heads.start, moved, values)
+
+    def _hear(self, step: Step) -> None:
+        """Sort the queries of a step by request; write those that are complete."""
+        if self._hearing is None:
+            return
+        assert self._cache is not None
+        cache, (slots, heard), self._hearing = self._cache, self._hearing, None
+        cache.stop_listening()
+        try:
+            step_queries = torch.stack([torch.cat(layer).view(-1, *layer[0].shape[-2:]) for layer in heard])
+            for job in step.observes:
+                rows, positions = cache.positions_of(slots, job.blocks, job.tokens)
+                shape = (len(heard), job.tokens, *step_queries.shape[2:])
+                kept = self._queries.setdefault(job.request, torch.full(shape, torch.nan, dtype=step_queries.dtype))
+                kept[:, positions] = step_queries[:, rows.to(step_queries.device)].cpu()
+                if not kept[0, :, 0, 0].isnan().any():
+                    self._write_queries(job.entries, self._queries.pop(job.request))
+            while len(self._queries) > _MOST_HEARD:  # requests that were given up
+                self._queries.pop(next(iter(self._queries)))
+        except Exception:  # the entries stay incomplete, so the scheduler will not seal them
+            logger.exception("kveraser: queries could not be kept")
+
+    def _write_queries(self, entries: tuple[str, ...], queries: Tensor) -> None:
+        """Two of the queries of a key head go into the places of its key and its value."""
+        assert self._cache is not None
+        if not self._cache.writes:
+            return
+        layers, tokens, _, size = queries.shape
+        grouped = queries.view(layers, tokens, len(self._cache.heads), -1, size)
+        for number, entry in enumerate(entries):
+            one, other = (grouped[..., min(2 * number + place, grouped.shape[3] - 1), :] for place in (0, 1))
+            self._store.write(entry, self._cache.layers.start, self._cache.heads.start, one, other)
 
     def take_failed(self) -> set[int]:
         """Blocks that could not be filled since this was asked last."""

@@ -1,0 +1,262 @@
+"""Erasing inside vLLM: distance to its own full recomputation, and the cost of erases of several sessions at once.
+
+    python benchmarks/engine_vllm.py quality [-t needle] [--limit 1] [--lengths 500] [--dtype bfloat16] [--url URL] [--output FOLDER]
+    python benchmarks/engine_vllm.py sessions [--count 1 --count 4] [--tokens 300] [--repeats 3] [--url URL] [--output FOLDER]
+
+Run it where vLLM is installed; without `--url` it starts a server with the embedded model. `quality`: held-out examples of the tasks,
+question asked after the erase / already cached; KL(full recomputation || method) in nats per token of full recomputation's answer, from
+each side's most likely tokens, the others taken together (so a little too small). `sessions`: milliseconds of an erase by number of
+sessions that erase at the same time, against the same erases one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import kveraser as kv
+from kveraser.engines.vllm.client import VLLMSession, erase_together
+from kveraser.engines.vllm.client.erasing import Erasing
+from kveraser.engines.vllm.protocol import Demand, Piece, Save
+from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
+from kveraser.evaluation.compare import PROTOCOLS
+from kveraser.evaluation.runner import EvalOptions, draw
+from kveraser.methods import as_method
+from kveraser.model.backbone import DEFAULT_BACKBONE
+from kveraser.spans import Span
+from kveraser.tasks import Filler
+from kveraser.tasks.sources import read_passages
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+WAYS: dict[str, dict[str, Any] | None] = {
+    "no-erase": None,
+    "delete-and-shift": None,
+    "trained eraser, next 32": {"eraser": "eraser", "choose": "next"},
+    "hidden": {"repair": 0, "close_gaps": False},
+    "hidden, gap closed": {"repair": 0, "close_gaps": True},
+    "hidden, 64 readers": {"close_gaps": False},
+    "hidden, 64 readers, gap closed": {"close_gaps": True},
+}
+MOST_LIKELY = 500
+Url = Annotated[str | None, typer.Option(help="A server that runs already; default: start one.")]
+Output = Annotated[Path | None, typer.Option(help="Folder for the JSON file.")]
+
+
+@contextmanager
+def server(url: str | None, dtype: str, sequences: int = 8) -> Iterator[str]:
+    """A server's address."""
+    if url:
+        yield url
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        extra = ["--dtype", dtype, "--max-model-len", "2048", "--max-num-seqs", str(sequences), "--block-size", "32",
+                 "--enforce-eager", "--max-logprobs", str(MOST_LIKELY)]  # fmt: skip
+        said = server_arguments(DEFAULT_BACKBONE, shipped_folder(DEFAULT_BACKBONE), Path(folder) / "store", extra=extra)
+        log = Path(tempfile.gettempdir()) / "kveraser-bench-vllm.log"
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        with running_server(said, log=log, **settings) as address:
+            yield address
+
+
+def report(name: str, found: dict[str, Any], output: Path | None) -> None:
+    """Write a benchmark's JSON file."""
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        facts = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
+                 "kveraser": kv.__version__}  # fmt: skip
+        (output / f"{name}.json").write_text(json.dumps({**found, "environment": facts}) + "\n")
+
+
+Ask = Callable[[Sequence[int]], dict[int, float]]
+"""From ids behind the context to the log-probabilities of the most likely next ones."""
+
+
+def asking(session: VLLMSession, ids: Sequence[int], demand: Demand | None, salt: str | None) -> Ask:
+    """How a context is asked."""
+
+    def ask(more: Sequence[int]) -> dict[int, float]:
+        body = {"model": session.model, "prompt": [*ids, *more], "max_tokens": 1, "temperature": 0.0,
+                "logprobs": MOST_LIKELY, "return_tokens_as_token_ids": True}  # fmt: skip
+        body |= {"kv_transfer_params": demand.params(), "cache_salt": salt} if demand else {}
+        said = session._client.call("/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"][0]
+        return {int(name.removeprefix("token_id:")): value for name, value in said.items()}
+
+    return ask
+
+
+def of_session(session: VLLMSession) -> Ask:
+    """A session's context."""
+    edit = session._state.edit
+    demand = Demand(edit=edit.id) if edit else None
+    return asking(session, session._state.ids, demand, edit.salt if edit else None)
+
+
+def shifted(session: VLLMSession, span: Span) -> Ask:
+    """The context without a span, what is behind it moved up: nothing is computed again."""
+    work, ids = Erasing(session._served(), session._state), list(session._state.ids)
+    saves = (Save(0, span.start), Save(span.end, len(ids)))
+    first, last = work._send(session.model, ids, Demand(save=saves))
+    pieces = (Piece(first, 0, len(saves[0])), Piece(last, 0, len(saves[1]), -len(span)))
+    left = [*ids[: span.start], *ids[span.end :]]
+    edit = work._complete(session.model, left, Demand(compose=pieces), None)["edit"]
+    work.forget()
+    return asking(session, left, Demand(edit=edit["id"]), edit["salt"])
+
+
+def divergence(wanted: dict[int, float], found: dict[int, float]) -> float:
+    """KL over the tokens that both name, and all others together."""
+    both = wanted.keys() & found.keys()
+    total = sum(math.exp(wanted[token]) * (wanted[token] - found[token]) for token in both)
+    rest = [max(1 - sum(math.exp(side[token]) for token in both), 1e-9) for side in (wanted, found)]
+    return total + rest[0] * math.log(rest[0] / rest[1])
+
+
+@app.command()
+def quality(
+    limit: Annotated[int, typer.Option(help="Examples per task and length.")] = 1,
+    lengths: Annotated[list[int] | None, typer.Option(help="Tokens of the contexts.")] = None,
+    task: Annotated[list[str] | None, typer.Option("-t", "--task")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model and its cache.")] = "bfloat16",
+    answer: Annotated[int, typer.Option(help="Tokens of the answer that are compared.")] = 6,
+    way: Annotated[list[str] | None, typer.Option(help="Ways of erasing; default all.")] = None,
+    url: Url = None,
+    output: Output = None,
+) -> None:
+    """KL to full recomputation, per way of erasing."""
+    names = tuple(task or ("needle", "document-qa", "injection"))
+    options = EvalOptions(names, tuple(lengths or (500,)), PROTOCOLS, (as_method("kveraser"),), limit)
+    rows: list[dict[str, Any]] = []
+    ways = {name: WAYS[name] for name in way or WAYS}
+    with server(url, dtype) as address:
+        tokenizer = VLLMSession(address).tokenizer
+        filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+        for drawn in draw(options, filler):
+            for protocol in PROTOCOLS:
+                rows.append({"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol})
+                rows[-1] |= _distances(address, tokenizer, drawn.example, protocol, answer, ways)
+                print(rows[-1], flush=True)
+                report(f"vllm_quality_{dtype}", {"rows": rows}, output)
+    table = Table("", *PROTOCOLS, box=None)
+    for name in ways:
+        table.add_row(
+            name, *(f"{statistics.mean(r['kl'][name] for r in rows if r['protocol'] == p):.5f}" for p in PROTOCOLS)
+        )
+    Console(width=110).print(table)
+
+
+def _distances(
+    address: str, tokenizer: Any, example: Any, protocol: str, answer: int, ways: dict[str, dict[str, Any] | None]
+) -> dict[str, Any]:
+    """One example: the distance that every way leaves, and the milliseconds that it takes."""
+
+    def context(**options: Any) -> tuple[VLLMSession, Span, list[int]]:
+        session, span = VLLMSession(address, tokenizer=tokenizer, **options), None
+        for text, erased in example.parts:
+            part = session.append(text)
+            span = part if erased else span
+        assert span is not None
+        question = session._encode(example.question)
+        if protocol == "query_cached":
+            session.append(question)
+            question = []
+        return session, span, question
+
+    session, span, question = context()
+    ids = list(session._state.ids)
+    exact = asking(session, [*ids[: span.start], *ids[span.end :]], None, None)
+    said: list[int] = []
+    wanted = []
+    while len(said) < answer:
+        wanted.append(exact([*question, *said]))
+        said.append(max(wanted[-1], key=wanted[-1].__getitem__))
+    found: dict[str, float] = {}
+    milliseconds: dict[str, float] = {}
+    for way, options in ways.items():
+        session, span, question = context(**(options or {}))
+        started = time.perf_counter()
+        if way == "delete-and-shift":
+            ask = shifted(session, span)
+        else:
+            if options is not None:
+                session.erase(span)
+            ask = of_session(session)
+        milliseconds[way] = round(1000 * (time.perf_counter() - started))
+        distances = (divergence(each, ask([*question, *said[:count]])) for count, each in enumerate(wanted))
+        found[way] = round(statistics.mean(distances), 6)
+        session.close()
+    return {"tokens": len(ids), "kl": found, "ms": milliseconds}
+
+
+@app.command()
+def sessions(
+    count: Annotated[list[int] | None, typer.Option(help="Sessions that erase at the same time.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each context.")] = 300,
+    span_tokens: Annotated[int, typer.Option(help="Tokens of each span, at a quarter of the context.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Measurements of each; the median is told.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of the model and its cache.")] = "bfloat16",
+    url: Url = None,
+    output: Output = None,
+) -> None:
+    """Milliseconds of an erase by number of sessions, together and one by one; the contexts were read before."""
+    counts = tuple(count or (1, 2, 4, 8))
+    found: dict[int, dict[str, float]] = {}
+    with server(url, dtype, max(counts)) as address:
+        tokenizer = VLLMSession(address).tokenizer
+        text = tokenizer.encode(" ".join(read_passages()[:200]), add_special_tokens=False)
+        taken = 0
+
+        def fresh(number: int) -> list[tuple[VLLMSession, Span]]:
+            nonlocal taken
+            made = []
+            for _ in range(number):
+                ids = [text[(taken + place) % len(text)] for place in range(tokens)]
+                taken += tokens
+                session, start = VLLMSession(address, tokenizer=tokenizer), tokens // 4
+                session.append(ids)
+                session.complete(max_new_tokens=1)
+                made.append((session, Span(start, start + span_tokens)))
+            return made
+
+        for number in counts:
+            times: dict[str, list[float]] = {"together": [], "one by one": []}
+            for turn in range(repeats + (number == counts[0])):  # the very first one warms up
+                for way, seconds in times.items():
+                    erases = fresh(number)
+                    started = time.perf_counter()
+                    if way == "together":
+                        done = erase_together(erases)
+                    else:
+                        done = [session.erase(span) for session, span in erases]
+                    spent = time.perf_counter() - started
+                    for one in done:
+                        if isinstance(one, kv.errors.KVEraserError):
+                            raise one
+                    if turn or number != counts[0]:
+                        seconds.append(1000 * spent / number)
+                    for session, _ in erases:
+                        session.close()
+            found[number] = {way: round(statistics.median(seconds)) for way, seconds in times.items()}
+            print(number, found[number], times, flush=True)
+            report("vllm_sessions", {"milliseconds": found, "tokens": tokens, "span": span_tokens}, output)
+    table = Table("sessions", "together, ms per erase", "one by one, ms per erase", "ratio", box=None)
+    for number, ways in found.items():
+        ratio = ways["together"] / ways["one by one"]
+        table.add_row(str(number), f"{ways['together']:.0f}", f"{ways['one by one']:.0f}", f"{ratio:.2f}")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    app()

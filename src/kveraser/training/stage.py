@@ -123,7 +123,7 @@ class StageRun:
                 validation = self._validate_and_keep()
                 self._tell(log, Sums(), validation, 0.0)
             while self.step < self.stage.steps and not self._out_of_patience:
-                sums = self._train_step()
+                sums = self.train_step()
                 spans += sums.spans
                 last = self.step == self.stage.steps
                 validation = None
@@ -156,7 +156,12 @@ class StageRun:
             prepared = prepare(self.backbone, [one.lesson for one in group], repairing)
         return judge(self.backbone, self.steering, prepared, window=self.eraser.window, variant=self.variant)
 
-    def _train_step(self) -> Sums:
+    def train_step(self) -> Sums:
+        """Learn from the lessons of the next step.
+
+        Raises:
+            TrainingError: the loss is no number.
+        """
         for options in self.optimizer.param_groups:
             options["lr"] = self.stage.learning_rate * _schedule(self.step, self.stage)
         drawn = self.draws.of_step(self.step, self._own(self.stage.contexts))

@@ -137,8 +137,10 @@ class LessonStore:
 def _about(model: nn.Module, name: StageName, stage: Stage, seed: int) -> dict[str, Any]:
     """What lessons and their states depend on, but for the text, which each lesson's digest tells."""
     backbone, options = Fingerprint.of(model), asdict(stage)
+    rough = torch.tensor(backbone.weights).bfloat16().tolist()  # the same in every type
+    weights = hashlib.sha256(json.dumps(rough).encode()).hexdigest()[:12]
     return {
-        "backbone": {**backbone.shape, "weights": backbone.weights}, "dtype": str(model_dtype(model)), "stage": name,
+        "backbone": {**backbone.shape, "weights": weights}, "dtype": str(model_dtype(model)), "stage": name,
         "seed": seed, **{key: options[key] for key in _LESSON_KEYS},
         "asked": sorted(kind for kind, weight in stage.weights.items() if weight),
     }  # fmt: skip

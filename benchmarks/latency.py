@@ -1,6 +1,6 @@
 """What an erase costs, by method, length of the context, size and place of the span.
 
-    python benchmarks/latency.py [--exact | --full] [--json] [--output FOLDER]
+    python benchmarks/latency.py [--exact | --full] [--model MODEL --eraser FOLDER] [--json] [--output FOLDER]
 
 Ratios are to full recomputation in the same context, to the same method in the shortest context (growth), and to the floor:
 a plain forward of the span's tokens on an empty cache, which no method that computes new states can beat. States are
@@ -22,9 +22,10 @@ from rich.table import Table
 import kveraser as kv
 from kveraser.eraser import shipped_eraser
 from kveraser.methods import as_method
+from kveraser.model.backbone import DEFAULT_BACKBONE
 
 TRAINED = "kveraser, trained"
-"""The eraser that ships; `kveraser` alone is what is taken by default."""
+"""The given eraser, or the one that ships; `kveraser` alone is what is taken by default."""
 PLACES = {"early": 1 / 16, "quarter": 1 / 4, "middle": 1 / 2, "late": 7 / 8}
 METHODS = (f"{TRAINED}:repair=0", TRAINED,
            *(name for name, kind in kv.methods().items() if kind.compared and kind.removes and not kind.exact))  # fmt: skip
@@ -34,7 +35,19 @@ LONG = 4096
 """From here on, full recomputation is run once, with `--exact`, and selective recomputation too, with `--full`."""
 
 
-def erasing(model: Any, cache: Any, ids: Any, span: kv.Span, method: str, eraser: kv.KVEraser) -> Callable[[], float]:
+def trained_eraser(model: Any, folder: Path | None) -> kv.KVEraser | None:
+    """The eraser in a folder, or the one that ships; None where there is none."""
+    try:
+        return kv.KVEraser.from_pretrained(folder, model) if folder else shipped_eraser(model)
+    except kv.EraserMismatchError:
+        if folder:
+            raise
+        return None
+
+
+def erasing(
+    model: Any, cache: Any, ids: Any, span: kv.Span, method: str, eraser: kv.KVEraser | None
+) -> Callable[[], float]:
     """Erase, undo, and say how long the erase took."""
 
     def run() -> float:
@@ -68,13 +81,17 @@ def main(
     exact: Annotated[bool, typer.Option("--exact", help="Also full recomputation of long contexts, once.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Everything: 1K to 32K, three sizes, four places.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed turns of all cases of a group.")] = 7,
+    model_name: Annotated[str, typer.Option("--model", "-m", help="The backbone.")] = DEFAULT_BACKBONE,
+    folder: Annotated[Path | None, typer.Option("--eraser", help="A trained one; default the one that ships.")] = None,
+    only: Annotated[list[int] | None, typer.Option("--length", help="Contexts of so many tokens; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for latency.json and latency.png.")] = None,
 ) -> None:
     """Time erases and print a table."""
-    model, _ = kv.load_backbone()
-    eraser = shipped_eraser(model)
-    lengths = (1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 8192, 32768)
+    model, _ = kv.load_backbone(model_name)
+    eraser = trained_eraser(model, folder)
+    methods = [method for method in METHODS if eraser is not None or not method.startswith(TRAINED)]
+    lengths = tuple(only or ((1024, 2048, 4096, 8192, 16384, 32768) if full else (1024, 8192, 32768)))
     shapes = [(64, "quarter")]
     if full:
         shapes += [(16, "quarter"), (256, "quarter"), (64, "early"), (64, "middle"), (64, "late")]
@@ -88,7 +105,7 @@ def main(
         for length in lengths:
             start = min(int(length * PLACES[place]), length - size - 64)
             span = kv.Span(start, start + size)
-            for method in (*METHODS, EXACT):
+            for method in (*methods, EXACT):
                 run = erasing(model, *caches[length], span, method, eraser)
                 if method not in (EXACT, SLOW) or length < LONG:
                     cases[method, length] = run

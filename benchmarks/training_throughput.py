@@ -28,10 +28,10 @@ from kveraser.model.attention import for_packing
 from kveraser.model.view import finish
 from kveraser.readers import calibrate
 from kveraser.tasks import Filler, as_task, read_passages, tasks
-from kveraser.training.cases import prefill
-from kveraser.training.distill import judge, pack, pack_tokens, teach
+from kveraser.training.distill import judge
 from kveraser.training.lessons import Erase, Lesson, LessonPlan
 from kveraser.training.losses import distillation_loss
+from kveraser.training.prepared import prepare
 from kveraser.training.rereading import Repairing
 
 WINDOW, REPAIR = (4, 512), 64
@@ -74,9 +74,8 @@ def main(
     def learn(lessons: list[Lesson]) -> float:
         finish(model.device)
         started = time.perf_counter()
-        for group in pack(lessons, pack_tokens(model.device)):
-            prefilled = prefill(base, group)
-            judged = judge(base, steering, prefilled, teach(base, prefilled), window=WINDOW, repairing=repairing)
+        for lesson in lessons:
+            judged = judge(base, steering, prepare(base, [lesson], repairing), window=WINDOW)
             distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
         finish(model.device)
         return time.perf_counter() - started

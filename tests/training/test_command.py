@@ -63,6 +63,16 @@ def test_json_and_the_stages_one_by_one(tmp_path, small, corpus):
         assert (tmp_path / "out" / stage / "best").is_dir()
 
 
+def test_lessons_of_several_epochs_are_kept_where_it_is_said_and_what_has_no_room_is_refused(tmp_path, small, corpus):
+    options = ("-o", tmp_path / "out", "--config", small, "--text", corpus, "--json", "--set", "finetune.epochs=2")
+    result = run("finetune", *options, "--store", tmp_path / "kept", "--store-limit", 0.00001)
+    assert result.exit_code == 2
+    assert "Raise --store-limit" in json.loads(result.stdout)["error"]["message"]
+    result = run("finetune", *options, "--store", tmp_path / "kept")
+    assert json.loads(result.stdout)["store"] == str(tmp_path / "kept")
+    assert list((tmp_path / "kept" / "finetune").glob("train-000000-states.safetensors"))
+
+
 def test_the_result_is_pushed_to_the_hub_when_asked(tmp_path, small, corpus, monkeypatch):
     monkeypatch.setattr(kv.KVEraser, "push_to_hub", lambda self, repo, folder=None: f"https://hub/{repo}")
     result = run("pretrain", "-o", tmp_path / "out", "--config", small, "--text", corpus, "--push-to-hub", "me/mine")

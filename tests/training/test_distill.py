@@ -14,9 +14,11 @@ from kveraser.evaluation import kl_divergence
 from kveraser.model.attention import for_packing, grouped_attention
 from kveraser.readers import calibrate
 from kveraser.training.cases import prefill as prefill_lessons
-from kveraser.training.distill import judge, pack, teach
+from kveraser.training.distill import judge
+from kveraser.training.draws import Drawn, pack
 from kveraser.training.lessons import Erase, Lesson, Probe
 from kveraser.training.losses import distillation_loss
+from kveraser.training.prepared import prepare, teach
 from kveraser.training.rereading import Repairing
 
 QUESTIONS = ((80, 81, 82), (83, 84, 85, 86))
@@ -69,11 +71,10 @@ def test_the_loss_is_the_distance_that_real_erasing_has(window, acts_on, repair)
     lessons = [lesson(), lesson(shift=7)]
     repairing = Repairing(repair, eraser.calibration, eraser.steers_readers) if repair else None
     with torch.no_grad():
-        prefilled = prefill_lessons(model, lessons)
-        teacher = teach(model, prefilled)
-        judged = judge(model, eraser.attached(model), prefilled, teacher, window=window, repairing=repairing)
+        prepared = prepare(model, lessons, repairing)
+        judged = judge(model, eraser.attached(model), prepared, window=window)
     at = 0
-    for case in prefilled.cases:
+    for case in prepared.prefilled.cases:
         for probe in case.probes:
             own = slice(at, at + len(probe.targets))
             at = own.stop
@@ -98,8 +99,7 @@ def test_gradients_reach_the_eraser_and_nothing_else():
     model = build(make_config("llama"))
     eraser = kv.KVEraser.new(model, rank=2).train()
     base = for_packing(model)
-    prefilled = prefill_lessons(base, [lesson()])
-    judged = judge(base, eraser.attached(base), prefilled, teach(base, prefilled), window=None)
+    judged = judge(base, eraser.attached(base), prepare(base, [lesson()]), window=None)
     distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -130,7 +130,12 @@ def test_grouped_attention_is_attention():
 
 
 def test_lessons_are_packed_in_order_and_a_long_one_stands_alone():
-    lessons = [Lesson((1,) * length, (), ()) for length in (100, 200, 900, 50, 300)]
+    lessons = [Drawn(Lesson((1,) * length, (), ())) for length in (100, 200, 900, 50, 300)]
     groups = list(pack(lessons, 640))
-    assert [len(one.ids) for group in groups for one in group] == [100, 200, 900, 50, 300]
+    assert [len(one.lesson.ids) for group in groups for one in group] == [100, 200, 900, 50, 300]
     assert [len(group) for group in groups] == [2, 1, 2]
+
+
+def test_lessons_are_packed_with_those_of_the_same_repair():
+    drawn = [Drawn(Lesson((1,) * 100, (), ()), number=number, repair=(0, 64)[number % 2]) for number in range(6)]
+    assert [[one.number for one in group] for group in pack(drawn, 250)] == [[0, 2], [4], [1, 3], [5]]

@@ -20,7 +20,7 @@ from kveraser.cli.common import (
     stderr,
     stdout,
 )
-from kveraser.training import PRESETS, STAGES, StageName, read_config, train_eraser
+from kveraser.training import LIMIT, PRESETS, STAGES, StageName, read_config, train_eraser
 from kveraser.training import Progress as Step
 
 app = typer.Typer(
@@ -45,13 +45,21 @@ SeedOption = Annotated[int | None, typer.Option(help="Of the LoRA's start and of
 StartOption = Annotated[Path | None, typer.Option(help="An eraser to start from, instead of a new one.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start anew; without it a run goes on from its checkpoint.")]
 CpuOption = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where Accelerate would take a GPU.")]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep what never changes of the lessons (states, readers, teacher) here, also for other runs; default "
+        "OUTPUT/lessons where a stage has several epochs."
+    ),
+]
+LimitOption = Annotated[float, typer.Option(help="Gigabytes that the store may have.")]
 HubOption = Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the result as this repo.")]
 
 
 def _train(
     stages: tuple[StageName, ...], output: Path, model: str, config: Path | None, preset: str,
     changes: list[str] | None, text: str | None, seed: int | None, start: Path | None, fresh: bool, cpu: bool,
-    dtype: str | None, push_to_hub: str | None, as_json: bool,
+    dtype: str | None, push_to_hub: str | None, store: Path | None, store_limit: float, as_json: bool,
 ) -> None:  # fmt: skip
     from accelerate import Accelerator
 
@@ -76,16 +84,17 @@ def _train(
 
             eraser = train_eraser(
                 backbone, tokenizer, settings, output, stages=stages, start=start, fresh=fresh,
-                accelerator=accelerator, report=report,
+                accelerator=accelerator, report=report, store=store, store_limit=int(store_limit * 1e9),
             )  # fmt: skip
         if not main:
             return
         folder = output / "eraser"
         url = eraser.push_to_hub(push_to_hub, folder=folder) if push_to_hub else None
         if as_json:
-            print_json(
-                {"eraser": str(folder), "best_validation_kl": {k: v.best for k, v in history.items()}, "url": url}
-            )
+            kept = store or output / "lessons"
+            best = {name: step.best for name, step in history.items()}
+            lessons = str(kept) if kept.is_dir() else None
+            print_json({"eraser": str(folder), "best_validation_kl": best, "url": url, "store": lessons})
             return
         for name, step in history.items():
             stdout.print(f"{name}: best validation KL {step.best:.4f} nats per answer token")
@@ -127,10 +136,11 @@ def _register(name: str, stages: tuple[StageName, ...], about: str) -> None:
         output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
         preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
         start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
-        push_to_hub: HubOption = None, as_json: JsonOption = False,
+        push_to_hub: HubOption = None, store: StoreOption = None, store_limit: LimitOption = LIMIT / 1e9,
+        as_json: JsonOption = False,
     ) -> None:  # fmt: skip
         _train(stages, output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
-               as_json)  # fmt: skip
+               store, store_limit, as_json)  # fmt: skip
 
 
 for _name, (_stages, _about) in _COMMANDS.items():

@@ -1,7 +1,8 @@
 """Training an eraser by self-distillation from full recomputation, in two stages.
 
-`config` says what a run depends on, `run` runs it, `stage` is one stage. `lessons` are what is learnt from, `cases` these with
-their states, `rereading` computes what an erase recomputes, `distill` turns all of it into a loss.
+`config` says what a run depends on, `run` runs it, `stage` is one stage. `lessons` are what is learnt from, `draws` says in which
+order, `cases` are these with their states, `rereading` computes what an erase recomputes. `prepared` is all that never changes of
+lessons, `store` keeps it on disk in `pieces`, `distill` turns it into a loss.
 
 Knows: erasers, tasks, teachers, optimisers. Does not know about servers, engines, or how an eraser is used later.
 """
@@ -9,8 +10,10 @@ Knows: erasers, tasks, teachers, optimisers. Does not know about servers, engine
 from kveraser.training.config import PRESETS, STAGES, EraserOptions, Stage, StageName, TrainConfig, read_config
 from kveraser.training.progress import Progress, Validation
 from kveraser.training.run import train_eraser
+from kveraser.training.store import LIMIT
 
 __all__ = [
+    "LIMIT",
     "PRESETS",
     "STAGES",
     "EraserOptions",

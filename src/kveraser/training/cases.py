@@ -55,6 +55,20 @@ class Prefilled:
     context: tuple[Span, ...]
     asked: tuple[tuple[Tensor, ...], ...]
 
+    @classmethod
+    def of(cls, lessons: Sequence[Lesson], states: States) -> Prefilled:
+        """Lessons with their states as `prefill` lays them out: each one's context, then its questions."""
+        at, context, asked = 0, [], []
+        for lesson in lessons:
+            context.append(Span(at, at + len(lesson.ids)))
+            at = context[-1].end
+            found = []
+            for question in lesson.questions:
+                found.append(slot_range(at, at + len(question) - 1))
+                at += len(question) - 1
+            asked.append(tuple(found))
+        return cls(tuple(lessons), states, tuple(context), tuple(asked))
+
     @property
     def slots(self) -> int:
         """How many there are."""
@@ -84,18 +98,10 @@ class Prefilled:
 def prefill(model: nn.Module, lessons: Sequence[Lesson]) -> Prefilled:
     """Run the contexts, and behind them every question, through the frozen model."""
     row: list[Segment] = []
-    at, context = 0, list[Span]()
-    asked: list[list[Tensor]] = []
+    at = 0
     for lesson in lessons:
-        context.append(Span(at, at + len(lesson.ids)))
         row.append(Segment.run(lesson.ids, 0, slot_range(0, 0)))
-        at = context[-1].end
-        asked.append([])
-        own = slot_range(context[-1].start, at)
-        for question in lesson.questions:
-            if len(question) > 1:
-                row.append(Segment.run(question[:-1], len(lesson.ids), own))
-            asked[-1].append(slot_range(at, at + len(question) - 1))
-            at += len(question) - 1
-    _, states = run_row(model, row, [])
-    return Prefilled(tuple(lessons), states, tuple(context), tuple(map(tuple, asked)))
+        own = slot_range(at, at + len(lesson.ids))
+        row += [Segment.run(asked[:-1], len(lesson.ids), own) for asked in lesson.questions if len(asked) > 1]
+        at = sum(map(len, row))
+    return Prefilled.of(lessons, run_row(model, row, [])[1])

@@ -70,17 +70,23 @@ def load_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
         state = Checkpoint(**torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises pickle's, zip's and its own errors
         raise TrainingError(f"cannot read {file}: {error}; delete it to start the stage anew") from error
-    for key in run.keys() | state.run.keys():
-        if run.get(key) != state.run.get(key):
-            raise TrainingError(
-                f"{file} is of another run: {_difference(key, state.run.get(key), run.get(key))}. "
-                "Choose another output folder, give the same options again, or start anew with --fresh"
-            )
+    found = difference(state.run, run)
+    if found is not None:
+        raise TrainingError(
+            f"{file} is of another run: {found}. Choose another output folder, give the same options again, or start anew "
+            "with --fresh"
+        )
     return state
 
 
-def _difference(key: str, old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = next(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-        return _difference(f"{key}.{inner}", old.get(inner), new.get(inner))
-    return f"{key} was {old}, now it is {new}"
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first entry that is not the same in what a run depends on, in words; None when there is none."""
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = difference(before, now)
+            if inner is not None:
+                return f"{key}.{inner}"
+        elif before != now:
+            return f"{key} was {before}, now it is {now}"
+    return None

@@ -68,12 +68,13 @@ class Stage:
         tasks: names of data tasks, drawn with equal chance.
         steps: optimiser steps.
         contexts: contexts per step, over all processes; each holds several spans.
+        epochs: how often each context is learnt from; their number is steps x contexts / epochs.
         tokens: length of a context, `(least, most)`, on a logarithmic scale.
         spacing: tokens of context per span, roughly.
         spans: spans of a context at most.
         together: chance that the spans of a context are erased all at once (one teacher serves them all).
-        repair: readers of each span that are recomputed in training, one of the numbers after the other; empty takes the
-            eraser's own.
+        repair: readers of each span that are recomputed in training, one of the numbers for each context in turn; empty
+            takes the eraser's own.
         weights: of the tokens that are judged: the span's question asked after the erase or before it, another
             span's question, the continuation of the text, the span-neighbor cue. Zero turns a term off.
         chat: write the contexts and questions by the model's chat template (see `tasks/chat.py`).
@@ -92,6 +93,7 @@ class Stage:
     tasks: tuple[str, ...] = ()
     steps: int = 300
     contexts: int = 6
+    epochs: int = 1
     tokens: tuple[int, int] = (64, 448)
     spacing: int = 150
     spans: int = 8
@@ -114,6 +116,7 @@ class Stage:
         for name in (
             "steps",
             "contexts",
+            "epochs",
             "spacing",
             "spans",
             "validate_every",
@@ -161,6 +164,11 @@ class TrainConfig:
     )
     text: str | None = None
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in STAGES if self.eraser.acts_on == "readers" else ():
+            repair = self.stage(name).repair
+            _require(0 not in repair, f"acts_on=readers needs readers: {name}.repair={list(repair)} has a 0")
 
     def stage(self, name: StageName) -> Stage:
         """One of the stages by name."""

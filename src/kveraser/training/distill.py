@@ -11,39 +11,19 @@ into the same forwards, since a short one alone cannot keep a processor busy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kveraser.cache import Window, slots_of, window_spans
-from kveraser.model.view import causal_lm, model_device
-from kveraser.spans import gaps
+from kveraser.model.view import causal_lm
 from kveraser.training.cases import Case, Prefilled
-from kveraser.training.lessons import Lesson, Probe, Weights
-from kveraser.training.rereading import Repairing, Reread, reread
+from kveraser.training.lessons import Probe, Weights
+from kveraser.training.prepared import Prepared, target_states
+from kveraser.training.rereading import Reread, reread
 from kveraser.training.rows import Segment, States, places_of, run_row, slot_range
-
-_PACK_TOKENS = {"cpu": 640}
-_PACK_TOKENS_ELSEWHERE = 4096
-
-
-def pack_tokens(device: torch.device) -> int:
-    """Tokens per forward that packing aims at: more of them make attention between strangers dearer than it saves."""
-    return _PACK_TOKENS.get(device.type, _PACK_TOKENS_ELSEWHERE)
-
-
-def pack(lessons: Sequence[Lesson], most: int) -> Iterator[list[Lesson]]:
-    """Lessons in groups that fit one forward of `most` tokens, in order."""
-    group: list[Lesson] = []
-    for lesson in lessons:
-        if group and sum(len(other.ids) for other in (*group, lesson)) > most:
-            yield group
-            group = []
-        group.append(lesson)
-    if group:
-        yield group
 
 
 @dataclass(frozen=True)
@@ -70,59 +50,6 @@ class Judgement:
         )
 
 
-def _target_logits(model: nn.Module, hidden: Tensor, ends: Sequence[int], probes: Sequence[Probe]) -> Tensor:
-    """Logits of the target tokens of probes that end at these places of a row."""
-    wanted = [hidden[end - len(probe.targets) : end] for end, probe in zip(ends, probes, strict=True)]
-    logits: Tensor = causal_lm(model).get_output_embeddings()(torch.cat(wanted))
-    return logits
-
-
-def _whole(lesson: Lesson, probe: Probe) -> Probe:
-    """The probe with its question, as one that is asked when nothing stands behind the context."""
-    if probe.cached is None:
-        return Probe(probe.ids, probe.targets)
-    return Probe((*lesson.questions[probe.cached][:-1], *probe.ids), probe.targets)
-
-
-@torch.no_grad()
-def teach(model: nn.Module, prefilled: Prefilled) -> Tensor:
-    """Logits of full recomputation over all target tokens of the lessons, `(tokens, vocab)`, case by case."""
-    most, slots = pack_tokens(model_device(model)), prefilled.slots
-    row: list[Segment] = []
-    waiting: list[tuple[int, Probe, int]] = []  # erase, probe, where in the row its segment is
-    answers: dict[tuple[int, Probe], Tensor] = {}
-
-    def run() -> None:
-        hidden, _ = run_row(model, row, [prefilled.states])
-        places = places_of(row)
-        probes = [probe for _, probe, _ in waiting]
-        logits = _target_logits(model, hidden, [places[index].end for _, _, index in waiting], probes)
-        parts = logits.split([len(probe.targets) for probe in probes])
-        answers.update({(number, probe): part for (number, probe, _), part in zip(waiting, parts, strict=True)})
-        row.clear()
-        waiting.clear()
-
-    for number, (index, erase) in enumerate(prefilled.erases):
-        lesson, context = prefilled.lessons[index], prefilled.context[index]
-        start = erase.spans[0].start
-        rest = [token for kept in gaps(erase.spans, len(lesson.ids), start) for token in lesson.ids[kept.slice]]
-        tokens = sum(map(len, row))
-        if row and tokens + len(rest) > most:
-            run()
-            tokens = 0
-        seen = slot_range(context.start, context.start + start)
-        if rest:
-            row.append(Segment.run(rest, start, seen))
-            seen = torch.cat([seen, slot_range(slots + tokens, slots + tokens + len(rest))])
-        for probe in dict.fromkeys(_whole(lesson, probe) for probe in erase.probes):  # one answer in both protocols
-            waiting.append((number, probe, len(row)))
-            row.append(Segment.run(probe.ids, start + len(rest), seen))
-    run()
-    return torch.cat(
-        [answers[case.number, _whole(case.lesson, probe)] for case in prefilled.cases for probe in case.probes]
-    )
-
-
 @dataclass(frozen=True)
 class Variant:
     """Other ways to steer, for ablations; erasing itself does not offer them.
@@ -140,11 +67,9 @@ class Variant:
 def judge(
     model: nn.Module,
     steering_model: nn.Module,
-    prefilled: Prefilled,
-    teacher: Tensor,
+    prepared: Prepared,
     *,
     window: Window | None,
-    repairing: Repairing | None = None,
     variant: Variant = Variant(),
 ) -> Judgement:
     """Erase what the lessons say and compare what the model then says with the teacher.
@@ -152,18 +77,16 @@ def judge(
     Args:
         model: the frozen backbone.
         steering_model: a view of it with the eraser attached.
-        teacher: from `teach`.
+        prepared: the lessons; where the eraser computes their readers, the spans are hidden and not steered.
         window: what of the context before them the spans attend to.
-        repairing: which readers are computed again, and by which of the models; None for none. Where the eraser computes them,
-            the spans are hidden and not steered.
         variant: another way to steer.
     """
-    cases = prefilled.cases
-    again = None if repairing is None else reread(model, steering_model, prefilled, cases, repairing)
-    if again is not None and repairing is not None and repairing.learned:
-        erased = _hidden(prefilled, cases, again)
+    cases = prepared.prefilled.cases
+    if prepared.repairs is not None and prepared.learned:
+        again = reread(steering_model, prepared.prefilled, cases, prepared.repairs)
+        erased = _hidden(prepared.prefilled, cases, again)
     else:
-        erased = _steered(model, steering_model, prefilled, cases, again, window, variant)
+        erased = _steered(steering_model, prepared, cases, window, variant)
     asked = [
         Segment.run(probe.ids, start, sees)
         for case, start, sees in zip(cases, erased.ends, erased.sees, strict=True)
@@ -171,7 +94,10 @@ def judge(
     ]
     hidden, _ = run_row(model, asked, erased.past)
     probes = tuple(probe for case in cases for probe in case.probes)
-    student = _target_logits(model, hidden, [place.end for place in places_of(asked)], probes)
+    head = causal_lm(model).get_output_embeddings()
+    with torch.no_grad():
+        teacher = head(prepared.teacher)
+    student = head(target_states(hidden, [place.end for place in places_of(asked)], probes))
     return Judgement(
         teacher,
         student,
@@ -210,18 +136,17 @@ def _hidden(prefilled: Prefilled, cases: Sequence[Case], again: Reread) -> _Eras
 
 
 def _steered(
-    model: nn.Module, steering_model: nn.Module, prefilled: Prefilled, cases: Sequence[Case], again: Reread | None,
-    window: Window | None, variant: Variant,
-) -> _Erased:  # fmt: skip
+    steering_model: nn.Module, prepared: Prepared, cases: Sequence[Case], window: Window | None, variant: Variant
+) -> _Erased:
     """Steering states in the spans' slots; nothing moves."""
     now = [case.slots.clone() for case in cases]  # the slots that hold the states of each case as they are by now
-    past, slots = [prefilled.states], prefilled.slots
-    if again is not None:
-        past.append(again.opened(model))
-        for own, places in zip(now, again.readers, strict=True):
-            own[places] = slot_range(slots, slots + len(places))
-            slots += len(places)
-    groups = _alike(cases, again is not None)
+    past, slots = [prepared.prefilled.states], prepared.prefilled.slots
+    if prepared.repairs is not None and prepared.repaired is not None:
+        past.append(prepared.repaired)
+        for own, repair in zip(now, prepared.repairs, strict=True):
+            own[repair.slots] = slot_range(slots, slots + len(repair))
+            slots += len(repair)
+    groups = _alike(cases, prepared.repairs is not None)
     for index in range(max(len(case.erase.spans) for case in cases)):
         row = []  # from left to right: a span sees what is before it as it is by then
         for members in groups:

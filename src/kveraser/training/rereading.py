@@ -4,7 +4,7 @@ Knows: choosing, packed rows, rotary positions. Does not know about losses.
 
 A reader is computed as if no gap were before it. An erase turns its queries for that and rounds no key; here, in float32, the
 keys behind the first span are moved up in a copy, the readers run at the positions they would have, and their own keys are
-moved back. In contexts beyond 3,072 tokens an erase shows readers samples of the rest, and here all of it.
+moved back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from kveraser.cache import Marks, Tokens, TransformersBackend, can_close_gaps
+from kveraser.cache import Marks, Repair, Tokens, TransformersBackend, can_close_gaps
 from kveraser.eraser import default_eraser
 from kveraser.methods.base import Edit
 from kveraser.methods.choosing import Wish, choose_readers
@@ -35,11 +35,13 @@ class Repairing:
         tokens: readers per span.
         calibration: what tells them; None makes one from the lesson's own tokens.
         learned: whether the eraser computes them, with gradients; else the frozen model.
+        keys: how many slots each is shown at least, as of `Steering`.
     """
 
     tokens: int
     calibration: Calibration | None = None
     learned: bool = False
+    keys: int | None = 512
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,15 @@ class Reread:
         return _moved(model, self.states, torch.cat(steps))
 
 
-def reread(
-    model: nn.Module, steering_model: nn.Module, prefilled: Prefilled, cases: Sequence[Case], repairing: Repairing
-) -> Reread:
-    """Choose the readers of every case and compute them, all in one forward."""
+def reread(model: nn.Module, prefilled: Prefilled, cases: Sequence[Case], repairs: Sequence[Repair]) -> Reread:
+    """Compute the readers of every case, all in one forward.
+
+    Args:
+        model: the frozen model, or a view of it with the eraser attached, which then gets gradients.
+        repairs: of each case, from `repair_of`.
+    """
+    readers = [repair.slots for repair in repairs]
     with torch.no_grad():
-        readers = [readers_of(model, prefilled, case, repairing) for case in cases]
         closes = can_close_gaps(model)
         gone = [_gone_before(case) * closes for case in cases]
         behind = [_kept_behind(case) for case in cases]
@@ -82,21 +87,28 @@ def reread(
             torch.cat([-each[at] for each, at in zip(gone, behind, strict=True)]),
         )
         row, start = [], prefilled.slots
-        for case, chosen, rest, ahead in zip(cases, readers, behind, gone, strict=True):
-            first, old = case.erase.spans[0].start, ~torch.isin(rest, chosen)
-            sees = torch.cat([case.slots[:first], slot_range(start, start + len(rest))[old]])
-            places = torch.cat([torch.arange(first), rest[old]])
+        for case, repair, rest, ahead in zip(cases, repairs, behind, gone, strict=True):
+            first, chosen = case.erase.spans[0].start, repair.slots
+            slots = torch.cat([case.slots[:first], slot_range(start, start + len(rest))])
+            places = torch.cat([torch.arange(first), rest])
             start += len(rest)
             if len(chosen):
-                shown = places[None] < chosen[:, None]
-                row.append(Segment(case.ids[chosen].tolist(), (chosen - ahead[chosen]).tolist(), sees, shown))
-    with torch.set_grad_enabled(repairing.learned and torch.is_grad_enabled()):
-        states = run_row(steering_model if repairing.learned else model, row, [prefilled.states, closed])[1]
-    return Reread(closed, states, behind, readers, gone)
+                shown = torch.isin(places, repair.sees) & ~torch.isin(places, chosen)
+                sees, places = slots[shown], places[shown]
+                stand_for = None
+                if repair.stand_for is not None:
+                    stand_for = repair.stand_for[torch.searchsorted(repair.sees, places)]
+                earlier = places[None] < chosen[:, None]
+                ids, positions = case.ids[chosen].tolist(), (chosen - ahead[chosen]).tolist()
+                row.append(Segment(ids, positions, sees, earlier, stand_for))
+    if not row:
+        return Reread(closed, _picked(prefilled.states, slot_range(0, 0)), behind, readers, gone)
+    return Reread(closed, run_row(model, row, [prefilled.states, closed])[1], behind, readers, gone)
 
 
-def readers_of(model: nn.Module, prefilled: Prefilled, case: Case, repairing: Repairing) -> Tensor:
-    """Where in `case.slots` the tokens are that an erase would recompute, `(n,)` int64 in order."""
+@torch.no_grad()
+def repair_of(model: nn.Module, prefilled: Prefilled, case: Case, repairing: Repairing) -> Repair:
+    """What an erase would recompute of a case's tokens and let these see, on the CPU; slots are places in `case.slots`."""
     device = model_device(model)
     layers = []
     for keys, values in _picked(prefilled.states, case.slots):
@@ -107,8 +119,12 @@ def readers_of(model: nn.Module, prefilled: Prefilled, case: Case, repairing: Re
     tokens = Tokens(case.ids[None].to(device))
     backend = TransformersBackend(model, Cache(layers=layers))
     edit = Edit(backend, tokens, case.erase.spans, Marks(), lambda: default_eraser(model))
-    choice = choose_readers(edit, Wish(repairing.tokens, keys=None), repairing.calibration)
-    return choice.slots.cpu() if choice is not None else slot_range(0, 0)
+    choice = choose_readers(edit, Wish(repairing.tokens, keys=repairing.keys), repairing.calibration)
+    if choice is None:
+        return Repair(slot_range(0, 0), slot_range(0, 0), case.erase.spans)
+    found = choice.repair(case.erase.spans)
+    weights = found.stand_for
+    return Repair(found.slots.cpu(), found.sees.cpu(), found.absent, None if weights is None else weights.float().cpu())
 
 
 def _stays(case: Case) -> Tensor:

@@ -27,6 +27,10 @@ States = list[tuple[Tensor, Tensor]]
 """Per layer, keys and values `(1, kv_heads, tokens, head_dim)`."""
 
 
+_PACK_TOKENS = {"cpu": 640}
+_PACK_TOKENS_ELSEWHERE = 4096
+
+
 @dataclass(frozen=True)
 class Segment:
     """Some tokens that are computed together, and attend causally to each other.
@@ -36,12 +40,14 @@ class Segment:
         positions: of each, rising.
         sees: `(n,)` int64, slots that they attend to, of the past and of earlier segments.
         shown: `(tokens, n)` bool, which of these slots each token attends to; None: all of them.
+        stand_for: `(n,)` float32, how many slots like it each of these stands for; None: for itself alone.
     """
 
     ids: Sequence[int]
     positions: Sequence[int]
     sees: Tensor
     shown: Tensor | None = None
+    stand_for: Tensor | None = None
 
     @classmethod
     def run(cls, ids: Sequence[int], start: int, sees: Tensor) -> Segment:
@@ -55,6 +61,11 @@ class Segment:
 def slot_range(start: int, end: int) -> Tensor:
     """The slots from `start` to `end`, `(n,)` int64."""
     return torch.arange(start, max(end, start))
+
+
+def pack_tokens(device: torch.device) -> int:
+    """Tokens per forward that packing aims at: more of them make attention between strangers dearer than it saves."""
+    return _PACK_TOKENS.get(device.type, _PACK_TOKENS_ELSEWHERE)
 
 
 class _Joined(StandInLayer):
@@ -71,8 +82,9 @@ class _Joined(StandInLayer):
         return torch.cat([keys for keys, _ in pieces], -2), torch.cat([values for _, values in pieces], -2)
 
 
-def _visible(row: Sequence[Segment], places: Sequence[Span], past: int, device: torch.device) -> Tensor:
-    """`(tokens, past + tokens)` bool: what each token attends to."""
+def _mask(row: Sequence[Segment], past: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`(tokens, past + tokens)`: what is added to the scores, so that each token attends to what it should."""
+    places = places_of(row)
     width = places[-1].end
     seen = torch.zeros(width, past + width, dtype=torch.bool, device=device)
     for segment, place in zip(row, places, strict=True):
@@ -80,7 +92,11 @@ def _visible(row: Sequence[Segment], places: Sequence[Span], past: int, device: 
         own[:, segment.sees.to(device)] = True if segment.shown is None else segment.shown.to(device)
         causal = torch.ones(len(place), len(place), dtype=torch.bool, device=device).tril()
         own[:, past + place.start : past + place.end] = causal
-    return seen
+    mask = additive(seen, dtype)
+    for segment, place in zip(row, places, strict=True):
+        if segment.stand_for is not None:  # n slots of the same key and value weigh n times as much as one
+            mask[place.slice, segment.sees.to(device)] += segment.stand_for.log().to(mask)
+    return mask
 
 
 def places_of(row: Sequence[Segment]) -> list[Span]:
@@ -104,10 +120,10 @@ def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) ->
     positions = [at for segment in row for at in segment.positions]
     layers = [_Joined([piece[index] for piece in past]) for index in range(body.config.num_hidden_layers)]
     dtype = past[0][0][0].dtype if past else body.get_input_embeddings().weight.dtype
-    visible = _visible(row, places_of(row), slots, device)
+    mask = _mask(row, slots, device, dtype)
     output = evaluating(body)(
         input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-        past_key_values=Cache(layers=list(layers)), attention_mask=additive(visible, dtype)[None, None], use_cache=True,
+        past_key_values=Cache(layers=list(layers)), attention_mask=mask[None, None], use_cache=True,
     )  # fmt: skip
     added = [layer.added for layer in layers if layer.added is not None]
     return output.last_hidden_state[0], added

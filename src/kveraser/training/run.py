@@ -6,6 +6,7 @@ Knows: erasers, folders. Does not know how a stage trains.
     OUTPUT/pretrain/   checkpoint.pt  best/  train.jsonl  tensorboard/
     OUTPUT/finetune/   the same, from the best of pretrain where there is one
     OUTPUT/eraser/     the best of the last stage that was run
+    OUTPUT/lessons/    what never changes of the lessons, where there are several epochs and no other folder is given
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from kveraser.training.lessons import encoder, read_filler
 from kveraser.training.neutral import hide
 from kveraser.training.progress import Report
 from kveraser.training.stage import StageRun
+from kveraser.training.store import LIMIT, Keeping
 
 _TEXTS, _TEXT_TOKENS = 4, 256
 
@@ -41,6 +43,8 @@ def train_eraser(
     fresh: bool = False,
     accelerator: Accelerator | None = None,
     report: Report | None = None,
+    store: Path | None = None,
+    store_limit: int = LIMIT,
 ) -> KVEraser:
     """Train an eraser in the given stages. A run that was interrupted goes on from its last checkpoint.
 
@@ -50,6 +54,9 @@ def train_eraser(
             is one, else a new one.
         fresh: forget the checkpoints of these stages.
         report: called after every step, in the main process.
+        store: a folder to keep what never changes of the lessons in, also for other runs; None keeps it in `output/lessons`
+            where there are several epochs, and nothing where there are not.
+        store_limit: bytes that it may have.
 
     Returns:
         The best eraser by validation KL, which is also in `output/eraser`.
@@ -75,9 +82,11 @@ def train_eraser(
     for name in stages:
         before = start if name == stages[0] and start is not None else _stage_before(output, name)
         eraser = _first_eraser(model, tokenizer, filler, config, before)
+        folder = store or (output / "lessons" if config.stage(name).epochs > 1 else None)
         StageRun(
-            model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report, filler=filler
-        ).run()
+            model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report, filler=filler,
+            keeping=Keeping(folder, store_limit) if folder else None,
+        ).run()  # fmt: skip
         if accelerator.is_main_process:
             _publish(output / name / "best", output / "eraser")
         accelerator.wait_for_everyone()

@@ -2,8 +2,7 @@
 
 Knows: optimisers, processes (Accelerate), files. Does not know how a loss is made, or what the stages are for.
 
-Every lesson is drawn by (seed, stage, step, index) alone, so that a resumed run sees what an uninterrupted one would, and
-any number of processes share the lessons of a step. The loss of a step is normalised by the weight of all its target
+Any number of processes share the lessons of a step. The loss of a step is normalised by the weight of all its target
 tokens over all processes, and gradients are summed; so the number of processes changes nothing but the order of a sum.
 """
 
@@ -26,19 +25,24 @@ from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
 from kveraser.model.attention import for_packing
 from kveraser.readers import calibrate
-from kveraser.tasks import ChatForm, Filler, Split, as_task
+from kveraser.tasks import ChatForm, Filler, as_task
 from kveraser.training.card import write_card
-from kveraser.training.cases import prefill
 from kveraser.training.checkpoint import Checkpoint, load_checkpoint
 from kveraser.training.config import Stage, StageName, TrainConfig
-from kveraser.training.distill import Judgement, Variant, judge, pack, pack_tokens, teach
-from kveraser.training.lessons import Lesson, LessonPlan, encoder, read_filler
+from kveraser.training.distill import Judgement, Variant, judge
+from kveraser.training.draws import Drawn, Draws, pack
+from kveraser.training.lessons import LessonPlan, encoder, read_filler
 from kveraser.training.losses import distillation_loss
+from kveraser.training.prepared import prepare
 from kveraser.training.progress import Progress, Report, Sums, Validation
 from kveraser.training.rereading import Repairing
+from kveraser.training.rows import pack_tokens
 from kveraser.training.stage_log import StageLog
+from kveraser.training.store import Keeping, LessonStore
 
 _CALIBRATION_TOKENS = 2000
+_SAMPLE = 16
+"""Lessons by which the size of a store is told."""
 
 
 class StageRun:
@@ -49,10 +53,12 @@ class StageRun:
         eraser: trained in place; at the end it holds the best weights.
         folder: for `checkpoint.pt`, `best/`, `train.jsonl` and TensorBoard's files.
         filler: text around the spans; None reads the configuration's.
+        keeping: where what never changes of the lessons is kept; None computes it every time.
         variant: another way to steer, for ablations.
 
     Raises:
-        TrainingError: the folder's checkpoint is of another run or cannot be read.
+        TrainingError: the folder's checkpoint is of another run or cannot be read; the lessons that are kept are others, or
+            have no room.
         OptionError: the text cannot be read, or is too short.
     """
 
@@ -68,19 +74,24 @@ class StageRun:
         accelerator: Accelerator | None = None,
         report: Report | None = None,
         filler: Filler | None = None,
+        keeping: Keeping | None = None,
         variant: Variant = Variant(),  # noqa: B008
     ) -> None:
         self.variant = variant
         self.name, self.config, self.stage, self.folder = name, config, config.stage(name), folder
         self.accelerator = accelerator or Accelerator()
         self.report = report
-        self.encode = encoder(tokenizer)
-        self.filler = filler or read_filler(tokenizer, config.text)
-        self.plan = _lesson_plan(self.stage, tokenizer)
-        if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
-            text = self.encode(self.filler.text(random.Random(config.seed), _CALIBRATION_TOKENS, "train"))
-            eraser.calibration = calibrate(model, text[:_CALIBRATION_TOKENS])
+        encode, text = encoder(tokenizer), filler or read_filler(tokenizer, config.text)
+        plan = _lesson_plan(self.stage, tokenizer)
+        self.draws = Draws(config.seed, name, self.stage, eraser.repair, plan, text, encode)
         self.backbone = for_packing(model)
+        self.store = LessonStore(keeping, self.backbone, name, self.stage, config.seed) if keeping else None
+        if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
+            eraser.calibration = self.store.calibration(None) if self.store else None
+        if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
+            words = encode(text.text(random.Random(config.seed), _CALIBRATION_TOKENS, "train"))
+            made = calibrate(model, words[:_CALIBRATION_TOKENS])
+            eraser.calibration = self.store.calibration(made) if self.store else made
         self.most = pack_tokens(self.accelerator.device)
         self.eraser = eraser.train()
         self.eraser.to(self.accelerator.device, torch.float32)
@@ -94,7 +105,11 @@ class StageRun:
         self.run_id = _run_id(config, name, eraser)
         if (state := load_checkpoint(folder, self.run_id)) is not None:
             self._restore(state)
-        self.held_out = [self._lesson("eval", 0, index) for index in self._own(self.stage.validation_contexts)]
+        self.held_out = self.draws.held_out(self._own(self.stage.validation_contexts))
+        if self.store and self.step < self.stage.steps:
+            sample = self.draws.of_step(0, range(min(_SAMPLE, self.draws.size)))
+            count = self.draws.size + self.stage.validation_contexts
+            self.store.check_room(sample, count, eraser.steers_readers)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -108,7 +123,7 @@ class StageRun:
                 validation = self._validate_and_keep()
                 self._tell(log, Sums(), validation, 0.0)
             while self.step < self.stage.steps and not self._out_of_patience:
-                sums = self._train_step()
+                sums = self.train_step()
                 spans += sums.spans
                 last = self.step == self.stage.steps
                 validation = None
@@ -131,39 +146,38 @@ class StageRun:
         """The indices that this process takes of so many."""
         return range(self.accelerator.process_index, count, self.accelerator.num_processes)
 
-    def _lesson(self, split: Split, step: int, index: int) -> Lesson:
-        rng = random.Random(f"{self.config.seed}/{self.name}/{split}/{step}/{index}")
-        return self.plan.make(rng, self.filler, self.encode, split)
-
-    def _judge(self, lessons: Sequence[Lesson], repair: int) -> Judgement:
-        prefilled = prefill(self.backbone, lessons)
-        teacher = teach(self.backbone, prefilled)
+    def _judge(self, group: Sequence[Drawn]) -> Judgement:
         repairing = None
-        if repair:
-            repairing = Repairing(repair, self.eraser.calibration, self.eraser.steers_readers)
-        return judge(
-            self.backbone, self.steering, prefilled, teacher,
-            window=self.eraser.window, repairing=repairing, variant=self.variant,
-        )  # fmt: skip
+        if group[0].repair:
+            repairing = Repairing(group[0].repair, self.eraser.calibration, self.eraser.steers_readers)
+        if self.store:
+            prepared = self.store.prepared(group, repairing)
+        else:
+            prepared = prepare(self.backbone, [one.lesson for one in group], repairing)
+        return judge(self.backbone, self.steering, prepared, window=self.eraser.window, variant=self.variant)
 
-    def _train_step(self) -> Sums:
+    def train_step(self) -> Sums:
+        """Learn from the lessons of the next step.
+
+        Raises:
+            TrainingError: the loss is no number.
+        """
         for options in self.optimizer.param_groups:
             options["lr"] = self.stage.learning_rate * _schedule(self.step, self.stage)
-        lessons = [self._lesson("train", self.step, index) for index in self._own(self.stage.contexts)]
+        drawn = self.draws.of_step(self.step, self._own(self.stage.contexts))
         weights = [
-            self.stage.weights[probe.kind] for lesson in lessons for probe in lesson.probes for _ in probe.targets
+            self.stage.weights[probe.kind] for one in drawn for probe in one.lesson.probes for _ in probe.targets
         ]
         total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.accelerator.device), "sum")
-        repairs = self.stage.repair or (self.eraser.repair,)
         sums = Sums()
-        for group in pack(lessons, self.most):
-            judged = self._judge(group, repairs[self.step % len(repairs)])
+        for group in pack(drawn, self.most):
+            judged = self._judge(group)
             terms = distillation_loss(
                 judged.teacher, judged.student, judged.targets, judged.gold, self.stage.cross_entropy
             )
             loss = (terms * judged.per_token(self.stage.weights)).sum() / total
             loss.backward()
-            sums.add(group, judged, loss.item())
+            sums.add([one.lesson for one in group], judged, loss.item())
         sums = sums.over_all(self.accelerator)
         if not math.isfinite(sums.loss):
             raise TrainingError(
@@ -207,8 +221,7 @@ class StageRun:
     def _validate(self) -> Validation:
         sums = Sums()
         for group in pack(self.held_out, self.most):
-            judged = self._judge(group, self.eraser.repair)
-            sums.add(group, judged)
+            sums.add([one.lesson for one in group], self._judge(group))
         return sums.over_all(self.accelerator).validation
 
     def _validate_and_keep(self) -> Validation:

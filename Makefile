@@ -42,7 +42,7 @@ CODE = src tests docs benchmarks examples tools
 lint: $(STAMP)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=2 $(BIN)/mypy
 
 # Two processes of one thread each: the models of most tests are too small to keep more threads busy.
 # Only the plugins that are used: of any package that brings one, pytest rewrites every module, in each process anew.

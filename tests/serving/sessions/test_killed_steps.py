@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import make_tokenizer, random_eraser, text_model
 from files_helpers import counted, killing_disk, readable_bytes
 from kveraser.errors import SessionNotFoundError
+from kveraser.serving.contexts.cards import CARD, card_of, read_card
 from kveraser.serving.contexts.limits import Limits
 from kveraser.serving.contexts.store import ContextStore
 from kveraser.serving.sessions.selection import Selection
@@ -153,9 +155,7 @@ def test_a_server_that_is_killed_while_it_starts_starts_again(killer, tmp_path):
         server.sessions.delete("me", server.sessions.create("me").id)
         left = folder / "contexts" / ("f" * 32 + ".deleted")
         left.mkdir()
-        (left / "kveraser-context.json").write_bytes(
-            (folder / "contexts" / name / "kveraser-context.json").read_bytes().replace(name.encode(), b"f" * 32)
-        )
+        (left / CARD).write_bytes(card_of(replace(read_card(folder / "contexts" / name, name), id="f" * 32)))
         server.die()
         for file in Path(folder).glob("*.json"):
             file.unlink() if step % 2 else None

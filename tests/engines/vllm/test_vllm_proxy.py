@@ -37,6 +37,12 @@ MORE = [*TALK, ("assistant", "the car is blue"), ("user", "and is the car fast?"
 HTTP = httpx.Client(trust_env=False, timeout=60)
 
 
+@pytest.fixture(autouse=True)
+def _long_cooldown(monkeypatch):
+    """So that what has failed stays left alone on a slow machine, too."""
+    monkeypatch.setattr("kveraser.engines.vllm.proxy.replicas.COOLDOWN", 600.0)
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")

@@ -121,7 +121,7 @@ def test_the_demo_says_when_there_is_no_server(capsys):
 
 
 def test_only_the_connector_and_the_layout_need_vllm():
-    modules = ("client", "server.launch", "demo", "server.store", "server.states", "server.entries")
+    modules = ("client", "server.launch", "demo", "server.store", "server.states", "server.entries", "proxy.app")
     code = "import sys; sys.modules['vllm'] = None; import kveraser; "
     code += "; ".join(f"import kveraser.engines.vllm.{name}" for name in modules)
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -23,6 +23,7 @@ from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.proxy.comparing import Use, compare
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, fresh_view
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
+from kveraser.engines.vllm.proxy.passing import Attempt, open_first
 from kveraser.engines.vllm.proxy.replicas import Replicas
 from kveraser.engines.vllm.proxy.replies import Events, begins
 from kveraser.errors import OptionError
@@ -34,6 +35,12 @@ MORE = [*TALK, ("assistant", "the car is blue"), ("user", "and is the car fast?"
 
 
 HTTP = httpx.Client(trust_env=False, timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def _long_cooldown(monkeypatch):
+    """So that what has failed stays left alone on a slow machine, too."""
+    monkeypatch.setattr("kveraser.engines.vllm.proxy.replicas.COOLDOWN", 600.0)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +174,12 @@ def test_a_server_that_does_not_render_is_passed_on_to(proxy):
     ask(proxy, TALK)
     assert text_of(ask(proxy, without(MORE, 2))) == plainly(without(MORE, 2))
     assert not len(proxy.front.conversations)
+
+
+def test_conversations_with_an_adapter_are_not_edited(proxy):
+    ask(proxy, TALK, model="eraser")
+    assert report_of(ask(proxy, without(MORE, 2), model="eraser")) is None
+    assert "/v1/completions" not in proxy.ups[0].paths
 
 
 def test_an_edit_that_saves_too_little_or_does_not_fit_is_not_made(proxy, monkeypatch):
@@ -339,7 +352,7 @@ def test_a_conversation_that_only_begins_like_an_edited_one_gets_nothing_of_the_
 
 def test_what_a_template_puts_at_the_end_of_a_prompt_alone_may_be_missing():
     start, entry = frozenset([1]), Conversation(("a", "m"), fresh_view(np.array([1, 5, 6, 2, 1, 7, 8, 9])), 0)
-    for end, goes_on in ((8, True), (6, True), (5, True), (4, False), (2, False)):
+    for end, goes_on in ((8, True), (6, True), (5, True), (4, True), (3, False)):
         found = compare(entry.view.ids, [*entry.view.ids[:end], 77, 78])
         assert entry.goes_on(found, start) is goes_on
         assert entry.goes_on(found, frozenset()) is (end == 8)
@@ -429,6 +442,40 @@ def test_a_connection_that_a_server_has_closed_meanwhile_is_no_failure(monkeypat
     assert asyncio.run(replicas.json(replicas.all[0], "/v1/models")) == [7]
     assert [request.headers["authorization"] for request in sent] == ["Bearer theirs"] * 2
     assert replicas.all[0].is_up
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked", "status"),
+    [
+        ([None, 500, 503, 200], 3, 503),
+        ([None, None, None, 200], 4, 200),
+        ([500, None, 200, 200], 3, 200),
+        ([404, 200], 1, 404),
+    ],
+)
+def test_a_request_that_two_servers_fail_on_is_given_up_and_those_that_are_not_there_do_not_count(
+    answers, asked, status
+):
+    seen = []
+
+    def answer(request):
+        seen.append(request.url.host)
+        status = answers[int(request.url.host)]
+        if status is None:
+            raise httpx.ConnectError("nobody is there")
+        return httpx.Response(status, stream=httpx.ByteStream(b"{}"))
+
+    async def go():
+        replicas = Replicas([f"http://{number}" for number in range(len(answers))], key=None, timeout=1)
+        replicas._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        attempts = [Attempt(replica, b"{}") for replica in replicas.order()]
+        opened = await open_first(replicas, attempts, "POST", PATH, {}, lambda _: None)
+        await opened.close()
+        assert all(replica.in_flight == 0 for replica in replicas.all)
+        return opened.response.status_code
+
+    assert asyncio.run(go()) == status
+    assert seen == [str(number) for number in range(asked)]
 
 
 def test_where_all_servers_fail_the_last_of_them_is_heard(proxy):

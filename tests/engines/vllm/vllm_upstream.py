@@ -156,7 +156,7 @@ class Proxy:
     def __init__(self, address, front, ups):
         self.address, self.front, self.ups = address, front, ups
 
-    def wait_until(self, true, seconds=10):
+    def wait_until(self, true, seconds=60):
         deadline = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < deadline, "it did not come about"

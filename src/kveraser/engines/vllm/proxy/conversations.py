@@ -58,7 +58,7 @@ class Conversation:
         if found.kept_until == len(self.view):
             return True
         begun = np.flatnonzero(np.isin(self.view.ids, list(starts)))
-        return bool(len(begun) and found.kept_until > begun[-1])
+        return bool(len(begun) and found.kept_until >= begun[-1])
 
     @property
     def is_prefilled(self) -> bool:

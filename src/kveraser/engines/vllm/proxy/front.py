@@ -123,10 +123,13 @@ class Front:
         while True:
             try:
                 cards = (await self.replicas.json(replica, "/v1/models"))["data"]
-                lengths = [card["max_model_len"] for card in cards if card.get("max_model_len")]
-                for name in [str(card["id"]) for card in cards if not card.get("parent")]:
+                models = [str(card["id"]) for card in cards if not card.get("parent")]
+                for name in models:
                     await self.sessions.run(partial(self._try, replica.url, name))
-                replica.max_tokens = min(lengths, default=0)
+                replica.models = frozenset(models)
+                replica.max_tokens = min(
+                    (card["max_model_len"] for card in cards if card.get("max_model_len")), default=0
+                )
                 replica.down_until = 0.0
                 return
             except (KVEraserError, KeyError, TypeError) as error:
@@ -262,7 +265,7 @@ class Front:
         """Whether an edited context can answer, and saves enough."""
         assert plan.wanted is not None
         cut = len(known.view) - use.kept_until
-        if not replica.is_up or not replica.max_tokens or not (use.removals or known.session):
+        if not replica.is_up or plan.asked.model not in replica.models or not (use.removals or known.session):
             return False
         if known.changing or (known.session is not None and known.busy and (use.removals or cut)):
             return False  # what others are being answered from stays as it is

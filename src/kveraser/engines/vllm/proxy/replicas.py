@@ -32,6 +32,7 @@ class Replica:
         in_flight: requests that it is answering.
         down_until: by `time.monotonic()`; it failed and is left alone until then.
         max_tokens: of a prompt and its reply; 0 while not known.
+        models: whose conversations can be edited: no adapters; none while not known.
         refreshing: held while it prefills something in the background.
     """
 
@@ -40,6 +41,7 @@ class Replica:
     in_flight: int = 0
     down_until: float = 0.0
     max_tokens: int = 0
+    models: frozenset[str] = frozenset()
     refreshing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

@@ -36,6 +36,8 @@ def test_the_new_text_stands_where_the_old_one_stood_and_can_be_located_replaced
     assert context.text_of(receipt.replacement) == new
     assert context.locate(new) == receipt.replacement
     assert context.text_of(old) == OLD
+    assert [span for span, live in context.runs if live] == list(context.live_spans)
+    assert "".join(context.text_of(span) for span, _ in context.runs) == BEFORE + new + OLD + BEHIND
     assert len(context.token_ids) == context.backend.length
     again = context.replace(receipt.replacement, "no secret, and ", method)
     assert context.text == BEFORE + "no secret, and " + BEHIND
@@ -130,8 +132,10 @@ def test_the_end_of_a_context_is_replaced_exactly_by_every_method(kind):
     receipt = context.replace(behind, "it is fast.")
     assert receipt.exact
     assert kind.off(context) < kind.tolerance
-    context.erase(old, "full-recompute")
-    assert context.text == BEFORE + "it is fast."
+    context.erase(old)
+    context.replace(receipt.replacement, "it is slow.", "full-recompute")  # which mends what the erase left
+    assert context.exact
+    assert context.text == BEFORE + "it is slow."
 
 
 def test_a_replacement_that_is_interrupted_leaves_everything_as_it_was(kind):

@@ -122,11 +122,17 @@ class LiveContext(Talking, TokenContext):
         with self._lock:
             spans = [span for entry in several(what) for span in self._standing(entry)]
             if isinstance(new, str):
-                new = self._encode(self._between(what, new) if isinstance(what, str) and new else new)
+                new = self._encode(self.fitted(what, new) if isinstance(what, str) and new else new)
             return self.replace_spans(spans, new, method, undo=undo)
 
-    def _between(self, what: str, new: str) -> str:
-        """A new text with what else the tokens of a text or a message say before and behind it."""
+    def fitted(self, what: Span | str, new: str) -> str:
+        """A new text in the place of a text or a message, with what else the tokens of that say before and behind it.
+
+        Raises:
+            SpanError: as `locate`.
+        """
+        if isinstance(what, Span):
+            return new
         held = self.text_of(self.locate(what))
         content = next((message.content for message, _ in self._chat if message.id == what), what)
         for said in (content, content.strip()):

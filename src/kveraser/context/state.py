@@ -102,13 +102,18 @@ class ContextState:
 
     @property
     def erased(self) -> tuple[Span, ...]:
-        """Ledger spans that are erased."""
+        """Ledger spans that are erased, or were replaced, or put in and taken back."""
         return tuple(entry.span for entry in self._ledger.erased)
 
     @property
     def live_spans(self) -> tuple[Span, ...]:
-        """Ledger spans that are in the context: the maximal runs between the erased ones."""
+        """Ledger spans that are in the context: the maximal runs between the erased ones, in the order of the cache."""
         return self._ledger.live()
+
+    @property
+    def runs(self) -> tuple[tuple[Span, bool], ...]:
+        """All ledger spans with whether they are in the context, in the order of the cache: what replaced a span stands before it."""
+        return tuple((span, entry is None) for span, entry in self._ledger.runs())
 
     @property
     def receipts(self) -> tuple[EraseReceipt, ...]:

@@ -137,7 +137,9 @@ class Stage:
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be above 0")
         _require(self.clip > 0, f"clip={self.clip} must be above 0")
         for name in self.tasks:
-            as_task(name)
+            _require(
+                as_task(name).trained, f"the task {name} replaces its spans; an eraser learns from those that erase"
+            )
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ def test_a_message_is_replaced_by_its_id_as_often_as_wanted(serve):
 
 def test_a_comparison_is_with_the_old_text_and_with_the_new_one_recomputed(serve):
     server = serve()
-    at, fresh = session(server, *PARTS), session(server, *(part.replace("99", "1234567") for part in PARTS))
-    server.call("POST", f"{at}/replace", json={"text": "99", "new": "1234567"})
+    new = "no, the code is 1234567, "
+    at, fresh = session(server, *PARTS), session(server, PARTS[0], new, PARTS[2])
+    server.call("POST", f"{at}/replace", json={"text": PARTS[1], "new": new})
     question = {"prompt": "the code?", "max_tokens": 6}
     said = {
         answer["version"]: answer for answer in server.call("POST", f"{at}/compare", json=question).json()["answers"]
@@ -85,9 +86,9 @@ def test_a_comparison_is_with_the_old_text_and_with_the_new_one_recomputed(serve
         "recomputed": True,
     }
     (old,) = server.call("POST", f"{session(server, *PARTS)}/compare", json=question).json()["answers"]
-    (new,) = server.call("POST", f"{fresh}/compare", json=question).json()["answers"]
+    (wanted,) = server.call("POST", f"{fresh}/compare", json=question).json()["answers"]
     assert said["before"]["text"] == old["text"]
-    assert said["recomputed"]["text"] == new["text"]
+    assert said["recomputed"]["text"] == wanted["text"]
 
 
 @pytest.mark.parametrize(

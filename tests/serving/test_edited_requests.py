@@ -10,7 +10,6 @@ RESULTS = [f"the door {n}: the code of it is {n * 37}, the color is blue, it is 
 THOUGHT = "it may be the car, so I look at the list"
 ANSWER = "so the code of the door is 1234, the color of the car is blue and it is fast, but what else is in the list I do not know"
 ANSWER = f"{ANSWER}; {ANSWER}"
-NEXT = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": "and the car?"}]
 
 
 def openai(talk):
@@ -76,12 +75,9 @@ def fresh(make, api, talk):
 
 
 EDITS = {
-    "another time": (conversation("10:57"), [1]),
-    "a longer time": (conversation("10:41:33"), [1]),
-    "a cleared result": (conversation(results=["[old]", *RESULTS[1:]]), [1]),
-    "two cleared results": (conversation(results=["[Old tool result content cleared]", "", *RESULTS[2:]]), [2]),
-    "an edited message": (conversation(results=[RESULTS[0].replace("blue", "green"), *RESULTS[1:]]), [1]),
-    "all of it": (conversation("11:02", ["[cleared]", RESULTS[1], "[cleared]", RESULTS[3]]), [3]),
+    "a longer time": (conversation("10:41:33"), 1),
+    "two cleared results": (conversation(results=["[Old tool result content cleared]", "", *RESULTS[2:]]), 2),
+    "all of it": (conversation("11:02", ["[cleared]", RESULTS[1].replace("blue", "red"), "[cleared]", RESULTS[3]]), 4),
 }
 
 
@@ -89,14 +85,12 @@ EDITS = {
 @pytest.mark.parametrize("kind", list(EDITS))
 def test_what_a_client_has_changed_is_changed_in_place_and_all_else_is_kept(make, api, kind):
     server = make()
-    talk, counts = EDITS[kind]
+    talk, count = EDITS[kind]
     send(server, api, conversation())
     told = send(server, api, talk)["kveraser"]
     assert (told["method"], told["reason"], told["exact"]) == ("kveraser", "changed", False)
-    assert len(told["spans"]) == len(told["replacements"]) in counts
-    behind_the_system_prompt = 60
-    assert told["tokens_recomputed"] <= sum(told["replacements"]) + sum(b - a for a, b in told["spans"]) + 20
-    assert told["tokens_reused"] > behind_the_system_prompt
+    assert len(told["spans"]) == len(told["replacements"]) == count
+    assert told["tokens_recomputed"] <= sum(told["replacements"]) + sum(b - a for a, b in told["spans"]) + 5
     again = send(server, api, talk)["kveraser"]
     assert (again["method"], again["reason"], again["exact"]) == ("prefix", "continued", False)
     exact = send(server, api, talk, "exact")
@@ -105,17 +99,14 @@ def test_what_a_client_has_changed_is_changed_in_place_and_all_else_is_kept(make
 
 
 @APIS
-@pytest.mark.parametrize("kind", ["another time", "all of it"])
-def test_under_exact_an_edited_request_is_answered_as_by_a_server_that_knows_nothing(make, api, kind):
+def test_under_exact_an_edited_request_is_answered_as_by_a_server_that_knows_nothing(make, api):
     server = make()
-    talk, _ = EDITS[kind]
+    talk = EDITS["all of it"][0]
     send(server, api, conversation(), "exact")
-    reply = send(server, api, talk, "exact")
-    told = reply["kveraser"]
-    assert (told["method"], told["reason"], told["exact"], told["residual"]) == (
-        "full-recompute", "exact policy", True, 0.0)  # fmt: skip
-    assert told["spans"]
-    assert text_of(reply) == fresh(make, api, talk)
+    for asked in (talk, [*talk, *(("assistant", ANSWER), ("user", "and the car?"))]):
+        reply = send(server, api, asked, "exact")
+        assert (reply["kveraser"]["exact"], reply["kveraser"]["residual"]) == (True, 0.0)
+        assert text_of(reply) == fresh(make, api, asked)
 
 
 @APIS
@@ -153,7 +144,7 @@ def test_where_too_little_would_be_saved_it_is_read_anew_and_said_so(make, api):
     other = conversation(results=["by 1, all that was new came from 99 other places! " * 40, "so"])
     reply = send(server, api, other)
     told = reply["kveraser"]
-    assert (told["method"], told["reason"], told["exact"]) == ("full-recompute", "too little saved", True)
+    assert (told["reason"], told["exact"]) == ("too little saved", True)
     assert text_of(reply) == fresh(make, api, other)
 
 

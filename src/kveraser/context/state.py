@@ -115,6 +115,10 @@ class ContextState:
         """All ledger spans with whether they are in the context, in the order of the cache: what replaced a span stands before it."""
         return tuple((span, entry is None) for span, entry in self._ledger.runs())
 
+    def standing(self, span: Span) -> tuple[Span, ...]:
+        """What stands where a span stood: the span itself, or, where it was replaced, the runs that are live there now."""
+        return self._ledger.standing(span)
+
     @property
     def receipts(self) -> tuple[EraseReceipt, ...]:
         """Receipts of the edits that can be restored, oldest first."""

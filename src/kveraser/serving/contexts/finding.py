@@ -73,7 +73,7 @@ class ContextFinder:
             return held, reuse_exactly(held, found, reason or "exact policy")
         keep = min(found.prefix, held.exact_until)
         self.store.make_room(needed, keep=held)
-        return self.store.copy(held, keep), reuse_copy(keep)
+        return self.store.copy(held, keep), reuse_copy(keep, reason)
 
     def _why_not_in_place(self, held: HeldContext, found: Match, length: int) -> Reason | None:
         """Why a conversation is not to be changed in place for a request of so many tokens, reply included; None if it can be."""

@@ -61,9 +61,9 @@ def reuse_exactly(held: HeldContext, found: Match, reason: Reason) -> Reuse:
     return _plain(keep, "continued") if as_it_is else Reuse("full-recompute", reason, *_told(found), kept=keep)
 
 
-def reuse_copy(keep: int) -> Reuse:
-    """A copy of the first ids of a conversation that stays as it is."""
-    return _plain(keep, "branch")
+def reuse_copy(keep: int, reason: Reason | None) -> Reuse:
+    """A copy of the first ids of a conversation that stays as it is; `reason` as of `reuse_exactly`, if there is any but the policy."""
+    return _plain(keep, "branch" if reason is None or reason == "exact policy" else reason)
 
 
 def _plain(keep: int, reason: Reason) -> Reuse:

@@ -128,3 +128,56 @@ def test_a_union_has_every_position_once_and_in_order(bounds):
     joined = union_spans(spans)
     assert [position for span in joined for position in span] == sorted({p for span in spans for p in span})
     assert all(left.end < right.start for left, right in pairwise(joined))
+
+
+@given(
+    st.integers(4, 20),
+    st.lists(
+        st.tuples(st.integers(0, 60), st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans()), max_size=8
+    ),
+)
+def test_a_ledger_with_replaced_spans_is_in_the_order_of_the_cache(length, operations):
+    """A plain list of `[position, slot?, live?]` in the order of the cache says what is right."""
+    ledger, plain = SpanLedger(length), [[position, True, True] for position in range(length)]
+    undo = []
+    for start, size, new, stays, back in operations:
+        if back and undo:
+            ledger, plain = undo.pop()
+            continue
+        span = Span(start, start + size)
+        inside = [entry for entry in plain if entry[0] in span and entry[2]]
+        if start + size > ledger.length or len(inside) < size:
+            continue
+        for part in ledger.parts(span):
+            run = [entry for entry in plain if entry[0] in part]
+            at = plain.index(run[0])
+            assert plain[at : at + len(part)] == run
+        part = ledger.parts(span)[0]
+        undo.append((ledger.copy(), [list(entry) for entry in plain]))
+        taken = min(new, len(part)) if stays else 0
+        at = next(index for index, entry in enumerate(plain) if entry[0] == part.start)
+        for offset in range(len(part)):
+            plain[at + offset] = [part.start + offset, stays and offset >= taken, False]
+        ledger.mark(part, in_cache=stays and taken < len(part), taken=taken)
+        placed = ledger.append(new)
+        ledger.place(placed, part.start)
+        plain[at:at] = [[position, True, True] for position in placed]
+        assert ledger.standing(part) == (placed,)
+        slots = [entry for entry in plain if entry[1]]
+        assert ledger.cache_length == len(slots)
+        assert [p for run in ledger.live() for p in run] == [p for p, _, live in plain if live]
+        assert [p for run in ledger.from_cache(Span(0, len(slots))) for p in run] == [p for p, _, _ in slots]
+        for slot, (position, _, live) in enumerate(slots):
+            assert not live or ledger.to_cache(position) == slot
+
+
+def test_what_was_put_in_and_withdrawn_leaves_the_order_as_it_was():
+    ledger = SpanLedger(10)
+    ledger.mark(Span(3, 6), in_cache=True, taken=2)
+    ledger.place(ledger.append(2), 3)
+    assert ledger.live() == (Span(0, 3), Span(10, 12), Span(6, 10))
+    ledger.append(4)
+    ledger.unmark(Span(3, 6))
+    ledger.withdraw(Span(10, 12))
+    assert ledger.live() == (Span(0, 10), Span(12, 16))
+    assert ledger.to_cache(12) == 10

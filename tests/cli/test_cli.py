@@ -94,6 +94,27 @@ def test_erase_takes_methods_with_options(tiny_backbone, context_file, eraser_fo
     assert [row["tokens_recomputed"] for row in data["results"]] == [5, 3]
 
 
+def test_erase_replaces_what_is_to_say_something_else(tiny_backbone, context_file, eraser_folder):
+    common = [
+        "erase",
+        "-c",
+        context_file,
+        "-s",
+        "the code is 1234.",
+        "-r",
+        "it is 9.",
+        "-a",
+        "what?",
+        "--eraser",
+        eraser_folder,
+    ]
+    data = json.loads(run(*common, "-M", "full-recompute", "-M", "kveraser", "--json").stdout)
+    assert data["replaced_by"].strip() == "it is 9."
+    assert [row["method"] for row in data["results"]] == ["full-recompute", "kveraser"]
+    table = run(*common, "-M", "kveraser")
+    assert "replaced [" in table.output
+
+
 def test_erase_prints_a_table_with_the_neutral_eraser_where_none_is_given(tiny_backbone, context_file):
     result = run("erase", "-c", context_file, "-s", "2:5", "-a", "what?", "--cached")
     assert result.exit_code == 0, result.output
@@ -116,6 +137,7 @@ def test_erase_reads_standard_input(tiny_backbone):
         (["-s", "7:3"], "SpanError"),
         (["-s", "blue"], "SpanError"),
         (["-s", "0:2", "-M", "forget"], "OptionError"),
+        (["-s", "0:2", "-r", ""], "OptionError"),
         (["-s", "0:2", "-M", "local-suffix-repair:tokens=0"], "OptionError"),
         (["-s", "0:2", "-M", "kveraser:coverage=2.0"], "OptionError"),
         (["-s", "0:2", "--eraser", "./nothing"], "EraserMismatchError"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, same, states, text_model
 from kveraser.evaluation import Errata, Erratum, compare_methods, read_parts
-from kveraser.evaluation.erratum import as_compared
+from kveraser.evaluation.erratum import DeleteAndErratum, Line, as_compared
 from kveraser.methods import as_method
+from kveraser.tasks import EraseExample
 
 PARTS = [
     ("the door is blue and ", False),
@@ -107,14 +110,14 @@ def test_auto_says_what_it_used_and_each_result_is_reported_at_once():
 def test_an_erratum_reads_its_line_behind_the_context_and_leaves_no_trace():
     context, spans = read()
     before = states(context.cache)
-    errata = Errata(" not so. what is it", " what was it", " not so. what was it")
+    errata = Errata(" what was it", {"erratum": Line(" not so. what is it", " not so. what was it")})
     teacher, erratum = compare_methods(context, spans, " what is it", [kv.FullRecompute(), Erratum()], errata=errata)
     assert same(before, states(context.cache))
-    ids = context.encode(errata.corrected)
+    ids = context.encode(errata.lines["erratum"].corrected)
     answer = context.generate_ids(ids, max_new_tokens=16)
     assert context.decode(answer).strip().split("\n")[0] == erratum.answer
     assert erratum.tokens_recomputed == len(ids) - len(context.encode(" what is it"))
-    asked = context.generate_ids(context.encode(errata.corrected_recall), max_new_tokens=16)
+    asked = context.generate_ids(context.encode(errata.lines["erratum"].recall), max_new_tokens=16)
     assert erratum.recall == context.decode(asked).strip()
     assert teacher.recall is not None
 
@@ -140,6 +143,27 @@ def test_an_erratum_is_known_to_tables_and_is_no_method_of_the_library():
     assert "erratum" not in kv.methods()
     with pytest.raises(kv.OptionError, match="no erasing method 'erratum'"):
         as_method("erratum")
+
+
+def test_a_replacement_is_compared_with_recomputing_the_new_text_and_with_a_line_that_says_it():
+    context, spans = read()
+    before, new = states(context.cache), "the code is 99, and nobody knows why. "
+    example = EraseExample("", "the code is 1234. ", "", "what is it", "99", "1234", new=new)
+    methods = [kv.FullRecompute(), kv.Steering(), kv.NoErase(), Erratum(), DeleteAndErratum()]
+    errata = Errata.of(example, methods, cached=False)
+    assert errata.lines["delete-and-erratum"].corrected.startswith("\n\nCorrection: the code is 99")
+    assert "1234" in errata.lines["erratum"].corrected
+    found = compare_methods(context, spans, " what is it", methods, erased="1234", new=new, errata=errata)
+    assert same(before, states(context.cache))
+    by_hand = context.replace(spans, new, "full-recompute")
+    assert context.generate(" what is it", max_new_tokens=16).strip().split("\n")[0] == found[0].answer
+    assert by_hand.exact
+    assert found[2].kl > 0
+    assert found[4].tokens_recomputed == found[3].tokens_recomputed - len(
+        context.encode(errata.lines["erratum"].corrected)
+    ) + len(context.encode(errata.lines["delete-and-erratum"].corrected))
+    with pytest.raises(kv.OptionError, match="no new text"):
+        Errata.of(replace(example, new=None), methods, cached=False)
 
 
 def test_a_given_token_ends_an_answer():

@@ -127,7 +127,8 @@ def with_placeholder(messages, index, text="[cleared]"):
 def ask(service, messages, policy="exact", owner="", **sampling):
     """Send a conversation straight to an service."""
     sampling.setdefault("max_tokens", 8)
-    prompt = Prompt(owner, chat_ids(messages), policy, Sampling(**sampling))
+    wishes = {name: sampling.pop(name) for name in ("max_residual", "must_forget") if name in sampling}
+    prompt = Prompt(owner, chat_ids(messages), policy, Sampling(**sampling), **wishes)
     service.check(prompt)
     return service.submit(lambda job: service.complete(prompt, job)).future.result(30)
 
@@ -245,6 +246,11 @@ def only_context(service):
     """The one context that a service holds."""
     (held,) = service.submit(lambda job: list(service.store._held.values())).future.result(5)
     return held
+
+
+def newest_context(service):
+    """The context that a service has used last."""
+    return service.submit(lambda job: list(service.store._held.values())[-1]).future.result(5)
 
 
 def session(server, *parts, key=None):

@@ -6,10 +6,10 @@ import pytest
 from serving_helpers import NAME, servers, tool_tokenizer
 
 SYSTEM = "It is {time} now. you are kind, the car is blue and the door is fast, and all of it is in the list."
-RESULTS = [f"the door {n}: the code of it is {n * 37}, the color is blue, it is fast and it is kind" for n in range(3)]
-THOUGHT = "it may be the car or the door, so I look at the code of it, and at the list of all the colors"
-ANSWER = "so the code of the door is 1234, the color of the car is blue and it is fast"
-NEXT = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": "and the car?"}]
+RESULTS = [f"the door {n}: the code of it is {n * 37}, the color is blue, it is fast and it is kind" for n in range(4)]
+THOUGHT = "it may be the car, so I look at the list"
+ANSWER = "so the code of the door is 1234, the color of the car is blue and it is fast, but what else is in the list I do not know"
+ANSWER = f"{ANSWER}; {ANSWER}"
 
 
 def openai(talk):
@@ -75,12 +75,9 @@ def fresh(make, api, talk):
 
 
 EDITS = {
-    "another time": (conversation("10:57"), [1]),
-    "a longer time": (conversation("10:41:33"), [1]),
-    "a cleared result": (conversation(results=["[old]", *RESULTS[1:]]), [1]),
-    "two cleared results": (conversation(results=["[Old tool result content cleared]", "", RESULTS[2]]), [2]),
-    "an edited message": (conversation(results=[RESULTS[0].replace("blue", "green"), *RESULTS[1:]]), [1]),
-    "all of it": (conversation("11:02", ["[cleared]", RESULTS[1], "[cleared]"]), [2, 3]),
+    "a longer time": (conversation("10:41:33"), 1),
+    "two cleared results": (conversation(results=["[Old tool result content cleared]", "", *RESULTS[2:]]), 2),
+    "all of it": (conversation("11:02", ["[cleared]", RESULTS[1].replace("blue", "red"), "[cleared]", RESULTS[3]]), 4),
 }
 
 
@@ -88,14 +85,12 @@ EDITS = {
 @pytest.mark.parametrize("kind", list(EDITS))
 def test_what_a_client_has_changed_is_changed_in_place_and_all_else_is_kept(make, api, kind):
     server = make()
-    talk, counts = EDITS[kind]
+    talk, count = EDITS[kind]
     send(server, api, conversation())
     told = send(server, api, talk)["kveraser"]
     assert (told["method"], told["reason"], told["exact"]) == ("kveraser", "changed", False)
-    assert len(told["spans"]) == len(told["replacements"]) in counts
-    behind_the_system_prompt = 60
-    assert told["tokens_recomputed"] <= sum(told["replacements"]) + sum(b - a for a, b in told["spans"]) + 20
-    assert told["tokens_reused"] > behind_the_system_prompt
+    assert len(told["spans"]) == len(told["replacements"]) == count
+    assert told["tokens_recomputed"] <= sum(told["replacements"]) + sum(b - a for a, b in told["spans"]) + 5
     again = send(server, api, talk)["kveraser"]
     assert (again["method"], again["reason"], again["exact"]) == ("prefix", "continued", False)
     exact = send(server, api, talk, "exact")
@@ -104,34 +99,28 @@ def test_what_a_client_has_changed_is_changed_in_place_and_all_else_is_kept(make
 
 
 @APIS
-@pytest.mark.parametrize("kind", ["another time", "all of it"])
-def test_under_exact_an_edited_request_is_answered_as_by_a_server_that_knows_nothing(make, api, kind):
+def test_under_exact_an_edited_request_is_answered_as_by_a_server_that_knows_nothing(make, api):
     server = make()
-    talk, _ = EDITS[kind]
+    talk = EDITS["all of it"][0]
     send(server, api, conversation(), "exact")
-    reply = send(server, api, talk, "exact")
-    told = reply["kveraser"]
-    assert (told["method"], told["reason"], told["exact"], told["residual"]) == (
-        "full-recompute", "exact policy", True, 0.0)  # fmt: skip
-    assert told["spans"]
-    assert text_of(reply) == fresh(make, api, talk)
+    for asked in (talk, [*talk, *(("assistant", ANSWER), ("user", "and the car?"))]):
+        reply = send(server, api, asked, "exact")
+        assert (reply["kveraser"]["exact"], reply["kveraser"]["residual"]) == (True, 0.0)
+        assert text_of(reply) == fresh(make, api, asked)
 
 
 @APIS
 def test_a_thought_that_the_template_drops_is_taken_out_and_what_was_said_after_it_is_kept(make, api, say, monkeypatch):
     server = make()
     say(f"<think>\n{THOUGHT}\n</think>\n{ANSWER}")
-    send(server, api, conversation(), max_tokens=200)
+    send(server, api, conversation(), max_tokens=400)
     monkeypatch.undo()
     later = conversation(more=[("assistant", ANSWER), ("user", "and the car?")])
     told = send(server, api, later)["kveraser"]
     assert (told["method"], told["replacements"]) == ("kveraser", [0])
     (start, end), = told["spans"]  # fmt: skip
     assert end - start >= len(tool_tokenizer().encode(THOUGHT))
-    assert told["tokens_recomputed"] < 60
-    both = send(server, api, conversation("11:02", more=later[-2:]))["kveraser"]
-    assert both["replacements"] == [1] or sum(both["replacements"]) < 5
-    assert both["method"] == "kveraser"
+    assert told["tokens_recomputed"] < end - start + 40, "the thought and the new message"
     exact = send(server, api, later, "exact")
     assert text_of(exact) == fresh(make, api, later)
 
@@ -139,7 +128,7 @@ def test_a_thought_that_the_template_drops_is_taken_out_and_what_was_said_after_
 def test_a_time_a_cleared_result_and_a_thought_are_seen_in_one_request(make, say, monkeypatch):
     server = make()
     say(f"<think>\n{THOUGHT}\n</think>\n{ANSWER}")
-    send(server, anthropic, conversation(), max_tokens=200)
+    send(server, anthropic, conversation(), max_tokens=400)
     monkeypatch.undo()
     later = conversation("11:02", ["[old]", *RESULTS[1:]], [("assistant", ANSWER), ("user", "and the car?")])
     told = send(server, anthropic, later)["kveraser"]
@@ -151,12 +140,11 @@ def test_a_time_a_cleared_result_and_a_thought_are_seen_in_one_request(make, say
 @APIS
 def test_where_too_little_would_be_saved_it_is_read_anew_and_said_so(make, api):
     server = make()
-    send(server, api, conversation())
-    other = conversation("11:02", results=["what is new is in the list of the other doors. " * 12])
+    send(server, api, conversation(results=["x", "so"]))
+    other = conversation(results=["by 1, all that was new came from 99 other places! " * 40, "so"])
     reply = send(server, api, other)
     told = reply["kveraser"]
-    assert told["exact"]
-    assert told["reason"] in ("too little saved", "branch")
+    assert (told["reason"], told["exact"]) == ("too little saved", True)
     assert text_of(reply) == fresh(make, api, other)
 
 

@@ -232,6 +232,7 @@ def test_everything_can_be_done_with_the_keyboard(tiny_url, open_page):
         "context",
         "method",
         "purge",
+        "new",
         "question",
         "ask",
         "keep",
@@ -256,6 +257,39 @@ def test_a_selection_behind_a_character_of_two_units_is_the_selected_text(tiny_u
     expect(page.locator("#ledger .erased")).to_have_count(2, timeout=SECONDS)
     page.click("#forget")
     expect(page.locator("#context-section")).to_be_hidden(timeout=SECONDS)
+
+
+def test_a_selection_is_replaced_asked_about_undone_and_repaired(tiny_url, open_page):
+    page = open_page(tiny_url)
+    read(page, DOCUMENT)
+    drag_over(page, "no, the code is 99.")
+    expect(page.locator("#replace")).to_be_disabled()
+    page.fill("#new", "so the code is 77 now.")
+    page.keyboard.press("Enter")
+    said(page, "Replaced")
+    assert page.locator("#context ins").text_content().strip() == "so the code is 77 now."
+    assert page.locator("#context del").text_content().strip() == "no, the code is 99."
+    assert page.locator("#context").text_content().index("77") < page.locator("#context").text_content().index("99")
+    entry = page.locator("#erases li").text_content()
+    assert "replaced by" in entry
+    assert page.locator("#ledger .new").count() == 1
+    assert "new in their place" in page.locator("#ledger-caption").text_content()
+    expect(page.locator("#exactness")).to_have_text("approximate")
+    page.fill("#question", "the code?")
+    page.click("#ask")
+    said(page, "Answered.")
+    assert page.locator("#answers article").count() == 3
+    drag_over(page, "77")
+    page.fill("#new", "88")
+    page.click("#replace")
+    said(page, "Replaced")
+    assert "88" in "".join(page.locator("#context ins").all_text_contents())
+    page.locator("#erases button").last.click()
+    said(page, "Undone")
+    page.locator("#erases button").first.click()
+    said(page, "Undone")
+    assert page.locator("#context").text_content() == DOCUMENT
+    expect(page.locator("#context ins")).to_have_count(0)
 
 
 def test_a_chat_can_be_read_and_gone_on_with(tiny_url, open_page):

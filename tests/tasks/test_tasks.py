@@ -29,6 +29,7 @@ from kveraser.tasks import (
     needle,
     preference,
     read_passages,
+    replaced,
     tasks,
     tool_observation,
     tool_selection,
@@ -65,7 +66,7 @@ def test_the_erased_answer_is_supported_by_the_spans_alone(name, split):
     labels = name == "in-context"  # there it is a label, right elsewhere
     for example in take(name, split, 60):
         spans = [text for text, erased in example.parts if erased]
-        kept = "".join(text for text, erased in example.parts if not erased)
+        kept = "".join([*(text for text, erased in example.parts if not erased), example.new or ""])
         assert all(spans)
         assert spans[0] == example.span
         assert labels or all(example.erased in span for span in spans)
@@ -74,6 +75,17 @@ def test_the_erased_answer_is_supported_by_the_spans_alone(name, split):
             assert example.gold != example.erased
             assert labels or example.gold.split()[0] in kept
         assert example.answer
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_what_is_replaced_says_the_new_value_alone_in_texts_of_any_length(split):
+    longer = []
+    for example in take("replaced", split, 60, text=wordy()):
+        assert leaks(example.new, example.gold.split()[0])
+        assert not leaks(example.new, example.erased)
+        assert not leaks(example.prefix + example.suffix, example.erased)
+        longer.append(len(example.new.split()) - len(example.span.split()))
+    assert min(longer) < 0 < max(longer)
 
 
 def test_needles_are_sometimes_said_twice_and_both_are_erased():
@@ -201,6 +213,7 @@ def test_questions_may_begin_the_answer():
         variable_tracking,
         many_needles,
         agent_trace,
+        replaced,
     ],
 )
 def test_templates_names_and_values_of_the_two_splits_are_disjoint(source):

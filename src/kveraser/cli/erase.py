@@ -1,4 +1,4 @@
-"""`kveraser erase`: erase a span from a context in a file and ask a question, by every method side by side."""
+"""`kveraser erase`: erase or replace a span of a context in a file and ask a question, by every method side by side."""
 
 from __future__ import annotations
 
@@ -67,6 +67,10 @@ def erase_command(
     context: Annotated[str, typer.Option("--context", "-c", help="Text file with the context; - for standard input.")],
     span: Annotated[str, typer.Option("--span", "-s", help="Text that occurs once in it, or START:END in tokens.")],
     ask: Annotated[str, typer.Option("--ask", "-a", help="Question to ask behind the context.")],
+    replace: Annotated[
+        str | None,
+        typer.Option("--replace", "-r", help="Text that the span is to say instead; without it, it is erased."),
+    ] = None,
     methods: MethodsOption = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Recomputed tokens behind the span, where no methods are named.")
@@ -81,7 +85,7 @@ def erase_command(
     repeats: Annotated[int, typer.Option(min=1, help="Erases per method; the time is their median.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Erase a span from a context and ask a question, by one or several methods.
+    """Erase a span from a context (or with --replace, let it say something else) and ask a question, by one or several methods.
 
     "Left" is the receipt's own estimate: the share of the attention to the span that was not recomputed. The line of blocks
     shows who has read the span, from right behind it to the end of the context.
@@ -89,6 +93,8 @@ def erase_command(
     Example: kveraser erase --context notes.txt --span "The code is 1234." --ask "What is the code?" -M kveraser
     """
     with reported(as_json):
+        if replace == "":
+            raise OptionError("--replace has no text; leave it away to erase the span")
         text = read_context(context)
         chosen = chosen_methods(methods, tokens)  # an unknown name is an error before anything is loaded
         where = parse_span(span)
@@ -98,6 +104,7 @@ def erase_command(
         with stderr.status("reading the context ..."):
             live.append(text)
         found = live.locate(where)
+        new = None if replace is None else live.fitted(where, replace)
         question = ask if raw else framed(ask)
         if cached:
             live.append(question)
@@ -105,7 +112,7 @@ def erase_command(
             task = bar.add_task("erasing", total=len(chosen))
             results = compare_methods(
                 live, found, None if cached else question, chosen, max_new_tokens=max_new_tokens, min_new_tokens=1,
-                repeats=repeats,
+                new=new, repeats=repeats,
                 done=lambda _: bar.advance(task),
             )  # fmt: skip
         words, read = who_read(live, [found])
@@ -116,6 +123,7 @@ def erase_command(
                     "tokens": len(live),
                     "span": [found.start, found.end],
                     "erased": live.text_of(found),
+                    **({} if new is None else {"replaced_by": new}),
                     "question": ask,
                     "protocol": "query_cached" if cached else "query_after",
                     "readers": [{"text": text, "read": share} for text, share in zip(words, read, strict=True)],
@@ -123,8 +131,8 @@ def erase_command(
                 }
             )
             return
-        stdout.print(f"{len(live)} tokens; erased {found}: ", end="")
-        stdout.print(repr(live.text_of(found)), markup=False)
+        stdout.print(f"{len(live)} tokens; {'erased' if new is None else 'replaced'} {found}: ", end="")
+        stdout.print(repr(live.text_of(found)) + ("" if new is None else f" by {new!r}"), markup=False)
         stdout.print(results_table(results))
         if line := heat_line(read):
             stdout.print(f"who read it, of {len(read)} tokens behind it: [red]{line}[/]", highlight=False)

@@ -110,7 +110,8 @@ class LiveContext(Talking, TokenContext):
 
         Args:
             what: as for `erase`; of several, the first says the new text and the others are erased.
-            new: text or token ids.
+            new: text or token ids. Of the tokens of a text or a message that say more than it (such as the space before it), the
+                rest stays; a span is replaced as it is.
             method, undo: as for `erase`.
 
         Raises:
@@ -120,7 +121,25 @@ class LiveContext(Talking, TokenContext):
         """
         with self._lock:
             spans = [span for entry in several(what) for span in self._standing(entry)]
-            return self.replace_spans(spans, self._encode(new) if isinstance(new, str) else new, method, undo=undo)
+            if isinstance(new, str):
+                new = self._encode(self.fitted(what, new) if isinstance(what, str) and new else new)
+            return self.replace_spans(spans, new, method, undo=undo)
+
+    def fitted(self, what: Span | str, new: str) -> str:
+        """A new text in the place of a text or a message, with what else the tokens of that say before and behind it.
+
+        Raises:
+            SpanError: as `locate`.
+        """
+        if isinstance(what, Span):
+            return new
+        held = self.text_of(self.locate(what))
+        content = next((message.content for message, _ in self._chat if message.id == what), what)
+        for said in (content, content.strip()):
+            before, found, behind = held.partition(said)
+            if found:
+                return f"{before}{new}{behind}"
+        return new
 
     def _standing(self, what: Span | str) -> tuple[Span, ...]:
         """What `erase` takes as ledger spans; a message is what is said in its place now."""

@@ -102,13 +102,22 @@ class ContextState:
 
     @property
     def erased(self) -> tuple[Span, ...]:
-        """Ledger spans that are erased."""
+        """Ledger spans that are erased, or were replaced, or put in and taken back."""
         return tuple(entry.span for entry in self._ledger.erased)
 
     @property
     def live_spans(self) -> tuple[Span, ...]:
-        """Ledger spans that are in the context: the maximal runs between the erased ones."""
+        """Ledger spans that are in the context: the maximal runs between the erased ones, in the order of the cache."""
         return self._ledger.live()
+
+    @property
+    def runs(self) -> tuple[tuple[Span, bool], ...]:
+        """All ledger spans with whether they are in the context, in the order of the cache: what replaced a span stands before it."""
+        return tuple((span, entry is None) for span, entry in self._ledger.runs())
+
+    def standing(self, span: Span) -> tuple[Span, ...]:
+        """What stands where a span stood: the span itself, or, where it was replaced, the runs that are live there now."""
+        return self._ledger.standing(span)
 
     @property
     def receipts(self) -> tuple[EraseReceipt, ...]:

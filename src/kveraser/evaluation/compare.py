@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kveraser.context import RestoreReport, Step, says_a_line
 from kveraser.errors import OptionError
-from kveraser.evaluation.erratum import Errata, Erratum
+from kveraser.evaluation.erratum import Errata, Said
 from kveraser.evaluation.metrics import agreement, kl_divergence, log_probability
 from kveraser.methods import EraseMethod, EraseReceipt, FullRecompute, method_label
 from kveraser.model.view import finish
@@ -36,6 +36,8 @@ class Context(Interface):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def erase(self, what: Any, method: Any) -> Any: ...
+    @property
+    def replace(self) -> Callable[[Any, Any, Any], Any]: ...
     def restore(self, receipt: Any) -> RestoreReport: ...
     def logits_ids(self, ids: Any, *, from_last: bool = False) -> Tensor: ...
     @property
@@ -136,12 +138,13 @@ class _Comparison:
         answering: Answering,
         errata: Errata | None,
         repeats: int,
+        new: str | None,
     ) -> None:
         self.context, self.spans, self.answering, self.repeats = context, spans, answering, repeats
         self.question = [] if question is None else context.encode(question)
         self.erased = context.encode(f"{answering.gap}{erased}") if erased else []
         self.errata = errata
-        self.corrected = context.encode(errata.corrected) if errata else []
+        self.new = None if new is None else context.encode(new)
 
     def see(self, method: EraseMethod, answer: list[int] | None) -> _Seen:
         """Erase, ask and undo. `answer` is full recomputation's; None if this is full recomputation."""
@@ -151,28 +154,39 @@ class _Comparison:
             times.append(seconds)
             self.context.restore(receipt)
         receipt, seconds = self._erase(method)
-        question = self.corrected if isinstance(method, Erratum) else self.question
+        question = self.asked(method)
         said = self._answer(question)
         logits = self._logits(question, said if answer is None else answer)
         erased = log_probability(self._logits(question, self.erased), self.erased) if self.erased else None
         recall = None
         if self.errata:
-            asked = self.errata.corrected_recall if isinstance(method, Erratum) else self.errata.recall
+            asked = self.errata.lines[method.name].recall if isinstance(method, Said) else self.errata.recall
             recall = self.context.decode(self._answer(self.context.encode(asked))).strip()
         self.context.restore(receipt)
         return _Seen(receipt, statistics.median([*times, seconds]), said, logits, erased, recall)
 
-    @property
-    def line(self) -> list[int]:
-        """What the erratum adds to what is read anyway."""
-        return self.corrected[: len(self.corrected) - len(self.question)]
+    def asked(self, method: EraseMethod) -> list[int]:
+        """The question, with the line before it where the method adds one."""
+        if isinstance(method, Said):
+            assert self.errata is not None  # checked before
+            return self.context.encode(self.errata.lines[method.name].corrected)
+        return self.question
+
+    def line(self, method: EraseMethod) -> list[int]:
+        """What a method adds to what is read anyway."""
+        corrected = self.asked(method)
+        return corrected[: len(corrected) - len(self.question)]
 
     def _erase(self, method: EraseMethod) -> tuple[EraseReceipt, float]:
+        line = self.line(method)
         finish(self.context.device)
         started = time.perf_counter()
-        receipt = self.context.erase(self.spans, method)
-        if isinstance(method, Erratum):
-            self.context.logits_ids(self.line)
+        if self.new is None or isinstance(method, Said):
+            receipt = self.context.erase(self.spans, method)
+        else:
+            receipt = self.context.replace(self.spans, self.new, method)
+        if line:
+            self.context.logits_ids(line)
         finish(self.context.device)
         return receipt, time.perf_counter() - started
 
@@ -202,6 +216,7 @@ def compare_methods(
     min_new_tokens: int = 0,
     ends: Sequence[int] = (),
     gap: str = " ",
+    new: str | None = None,
     errata: Errata | None = None,
     repeats: int = 1,
     done: Callable[[MethodResult], None] | None = None,
@@ -214,20 +229,22 @@ def compare_methods(
             (`query_cached`: only its last token runs again).
         erased: the answer that only the spans support, for `leak_margin`.
         max_new_tokens, min_new_tokens, ends, gap: see `Answering`.
-        errata: for `Erratum`; every method is then also asked for what was taken back.
+        new: what the first of the spans is to say instead, to compare replacements; the others are erased.
+        errata: for the variants that add a line; every method is then also asked for what was taken back.
         repeats: erases per method; the time is their median.
         done: called with each method's result when it is through.
 
     Raises:
-        OptionError: an erratum is to be compared, and nothing says what it is.
+        OptionError: a variant that adds a line is to be compared, and nothing says what it is.
     """
-    if errata is None and any(isinstance(method, Erratum) for method in methods):
-        raise OptionError(
-            "erratum cannot be compared here: no line says what is taken back (compare_methods(errata=...))"
-        )
+    for method in methods:
+        if isinstance(method, Said) and (errata is None or method.name not in errata.lines):
+            raise OptionError(
+                f"{method.name} cannot be compared here: no line says what is taken back (compare_methods(errata=...))"
+            )
     answering = Answering(max_new_tokens, min_new_tokens, tuple(ends), gap)
     wanted = [spans] if isinstance(spans, Span) else spans
-    comparison = _Comparison(context, wanted, question, erased, answering, errata, repeats)
+    comparison = _Comparison(context, wanted, question, erased, answering, errata, repeats, new)
     teacher = FullRecompute()
     exact = comparison.see(teacher, None)
     results = []
@@ -240,7 +257,7 @@ def compare_methods(
             used=label if seen.receipt.method == method.name else seen.receipt.method,
             answer=context.decode(seen.said).strip(),
             exact=seen.receipt.exact,
-            tokens_recomputed=len(comparison.line) if isinstance(method, Erratum) else seen.receipt.tokens_recomputed,
+            tokens_recomputed=seen.receipt.tokens_recomputed + len(comparison.line(method)),
             residual=seen.receipt.residual,
             milliseconds=1000 * seen.seconds,
             kl=max(kl_divergence(exact.logits, seen.logits).mean().item(), 0.0),

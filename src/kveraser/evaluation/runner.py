@@ -156,7 +156,6 @@ def evaluate(
     if room is not None and max(options.lengths) > room:
         raise OptionError(f"contexts of {max(options.lengths)} tokens are too long: the model has {room} positions")
     have = {record.key for record in known}
-    taken_back = any(isinstance(method, Erratum) for method in options.methods)
     warm = False
     for drawn in examples:
         missing = {
@@ -182,7 +181,7 @@ def evaluate(
                 compare_methods(
                     context, spans, question, missing[protocol], erased=example.erased,
                     max_new_tokens=options.max_new_tokens, ends=form.ends if form else (), gap=example.gap,
-                    errata=Errata.of(example, cached=cached) if taken_back else None,
+                    new=example.new, errata=Errata.of(example, options.methods, cached=cached),
                     done=partial(_score, keep, drawn, protocol, sizes),
                 )  # fmt: skip
 

@@ -117,7 +117,7 @@ class EraseReceipt(OfSpans):
                 ids[..., put.end - 1] = given[..., -1]  # for the steered slots right behind
         for span, source in self.stand_ins:
             ids[..., span.slice] = ids[..., source, None]
-        taken = [Span(put.start, put.end) for put in self.puts if put.end > put.start]
+        taken: list[Span] = [Span(put.start, put.end) for put in self.puts if put.end > put.start]
         kept = gaps(union_spans((*self.removed, *taken)), ids.shape[-1])
         parts = [(run.start, ids[..., run.slice]) for run in kept] + [(put.start, given) for put, given in new]
         found = [part for _, part in sorted(parts, key=lambda part: part[0])]

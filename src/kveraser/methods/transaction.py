@@ -57,7 +57,9 @@ def transact(
     rest, end = (
         split_tail(edit.spans, edit.marks.steered_spans, edit.length) if method.removes else (edit.spans, edit.length)
     )
-    inner = replace(edit, spans=rest, tokens=edit.tokens.head(end), marks=edit.marks.truncate(end))
+    inner = replace(
+        edit, spans=rest, new=edit.new[: len(rest)], tokens=edit.tokens.head(end), marks=edit.marks.truncate(end)
+    )
     inner, last = place(inner, changed[: len(rest)]), changed[len(rest) :]
     if inner.blank and not (method.rebuilds or _opens(backend)):
         method = FullRecompute()

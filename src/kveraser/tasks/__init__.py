@@ -25,6 +25,7 @@ from kveraser.tasks.injection import Injection
 from kveraser.tasks.many_needles import MultiKeyNeedle, MultiValueNeedle
 from kveraser.tasks.needle import Needle
 from kveraser.tasks.preference import Preference
+from kveraser.tasks.replaced import Replaced
 from kveraser.tasks.sources import read_passages
 from kveraser.tasks.span_neighbor import SpanNeighbor
 from kveraser.tasks.splits import Split
@@ -50,6 +51,7 @@ _TASKS: tuple[type[Task], ...] = (
     MultiKeyNeedle,
     MultiValueNeedle,
     AgentTrace,
+    Replaced,
 )
 
 

@@ -56,11 +56,12 @@ class EraseExample:
     Attributes:
         prefix, span, suffix: text.
         question: text, exactly as it stands behind the context (see `ask`).
-        gold: the right answer without the span; None when the text then does not say.
+        gold: the right answer without the span, or with what is said instead; None when the text then does not say.
         erased: the answer that only the span supports; None when it has none.
         continuation: text that goes on naturally after the suffix.
         further: more spans to erase together with the first, each with the text that follows it; they stand behind
             `suffix`.
+        new: what the span is to say instead, where it is replaced; None where it is erased.
         turns: the context as a conversation, for the chat form: user and assistant in turns, the assistant last; none
             where it is one text that a user gives to read.
         request: the question as a user's message and the beginning of the reply (or nothing), for the chat form, where it is
@@ -77,6 +78,7 @@ class EraseExample:
     erased: str | None
     continuation: str = ""
     further: tuple[tuple[str, str], ...] = ()
+    new: str | None = None
     turns: tuple[Turn, ...] = ()
     request: tuple[str, str] | None = None
     gap: str = " "
@@ -175,6 +177,8 @@ class Task(ABC):
     summary: ClassVar[str]
     """One line for tables and `--help`."""
     takes_source: ClassVar[bool] = False
+    trained: ClassVar[bool] = True
+    """Whether an eraser can be trained on its examples: those in which something is erased, not replaced."""
     series: ClassVar[str] = ""
     """Tasks of one series draw the same contexts from the same seed; empty for a task of its own."""
 

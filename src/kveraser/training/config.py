@@ -137,7 +137,9 @@ class Stage:
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be above 0")
         _require(self.clip > 0, f"clip={self.clip} must be above 0")
         for name in self.tasks:
-            as_task(name)
+            _require(
+                as_task(name).trained, f"the task {name} replaces its spans; an eraser learns from those that erase"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ class TrainConfig:
 
     eraser: EraserOptions = field(default_factory=EraserOptions)
     pretrain: Stage = field(default_factory=lambda: Stage(tasks=_PRETRAINING, steps=50))
-    finetune: Stage = field(default_factory=lambda: Stage(tasks=tuple(tasks())))
+    finetune: Stage = field(
+        default_factory=lambda: Stage(tasks=tuple(name for name, task in tasks().items() if task.trained))
+    )
     text: str | None = None
     seed: int = 42
 

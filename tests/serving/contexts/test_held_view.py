@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from serving_helpers import TALK, ask, chat_ids, only_context, settle, with_placeholder, without
+from serving_helpers import TALK, ask, chat_ids, newest_context, settle, with_placeholder, without
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
@@ -46,7 +46,7 @@ def test_a_request_makes_the_view_of_what_has_changed_only_however_many_conversa
 def test_nothing_of_a_view_can_be_changed():
     context = kv.ErasableContext(text_model(), make_tokenizer())
     context.append("the code is 1234")
-    view = View.of(context, (), ())
+    view = View.of(context)
     with pytest.raises(ValueError, match="read-only"):
         view.ids[0] = 5
     with pytest.raises(ValueError, match="read-only"):
@@ -55,10 +55,10 @@ def test_nothing_of_a_view_can_be_changed():
 
 def test_after_every_kind_of_change_the_view_is_that_of_the_context_as_it_is():
     context = kv.ErasableContext(text_model(), make_tokenizer(), random_eraser(text_model()))
-    held = HeldContext("a", "", False, context, placeholder=(7, 8))
+    held = HeldContext("a", "", False, context)
 
     def check():
-        fresh = View.of(held.context, held.placeholders, held.placeholder)
+        fresh = View.of(held.context)
         assert np.array_equal(held.view.ids, fresh.ids)
         assert np.array_equal(held.view.where, fresh.where)
         assert held.view is held.view
@@ -70,11 +70,13 @@ def test_after_every_kind_of_change_the_view_is_that_of_the_context_as_it_is():
     check()
     receipt = context.erase(first)
     check()
-    held.placeholders = (first.start,)
+    assert held.exact_until == 0
+    context.restore(receipt)
+    check()
+    receipt = context.replace(first, [7, 8])
     check()
     assert held.view.ids[:2].tolist() == [7, 8]
-    assert held.exact_until == 0
-    held.placeholders = ()
+    assert held.view.ledger_spans(0, 3) == [receipt.replacement, Span(first.end, first.end + 1)]
     context.restore(receipt)
     check()
     context.erase(Span(first.start + 1, first.end))
@@ -93,6 +95,6 @@ def test_the_view_after_an_exact_rebuild_is_what_the_client_sent(make_service):
     ask(service, TALK)
     ask(service, cleared, "auto")
     settle(service)
-    held = only_context(service)
+    held = newest_context(service)
     assert tuple(held.view.ids[: len(chat_ids(cleared))].tolist()) == chat_ids(cleared)
-    assert held.view.placeholder_starts == ()
+    assert held.exact

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from serving_helpers import TALK, ask, fresh, only_context, settle, with_placeholder, without
+from serving_helpers import TALK, ask, fresh, newest_context, settle, with_placeholder, without
 
 import kveraser as kv
 
@@ -27,7 +27,7 @@ def test_a_placeholder_is_steered_over_and_rebuilt_exactly_when_idle(make_servic
     assert (first.reuse.method, first.reuse.exact) == ("kveraser", False)
     assert first.reuse.tokens_reused > first.prompt_tokens - 25
     settle(service)
-    held = only_context(service)
+    held = newest_context(service)
     assert held.exact
     later = [*cleared, ("assistant", "blue"), ("user", "and the door?")]
     second = ask(service, later, "auto")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_helpers import TALK, ask, chat_ids, fresh, only_context, with_placeholder, without
+from serving_helpers import TALK, ask, chat_ids, fresh, newest_context, with_placeholder, without
 
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
@@ -46,7 +46,7 @@ def test_dropping_a_message_under_kveraser_keeps_nearly_all_and_says_that_it_is_
     assert reply.reuse.tokens_reused >= reply.prompt_tokens - 8
     start, end = reply.reuse.spans[0]
     assert make_tokenizer().decode(chat_ids(TALK)[start:end]) == "<s>tool\nthe code is 1234 and it is fast</s>\n"
-    held = only_context(service)
+    held = newest_context(service)
     assert tuple(held.view.ids[: len(chat_ids(shorter))].tolist()) == chat_ids(shorter)
     again = ask(service, shorter, "kveraser")
     assert (again.reuse.method, again.reuse.exact) == ("prefix", False)
@@ -75,7 +75,7 @@ def test_a_placeholder_that_is_never_repaired_is_never_called_exact(make_service
     dropped = without(twice, 2)
     reply = ask(service, dropped, "kveraser")
     assert not reply.reuse.exact
-    assert tuple(only_context(service).view.ids[: reply.prompt_tokens].tolist()) == chat_ids(dropped)
+    assert tuple(newest_context(service).view.ids[: reply.prompt_tokens].tolist()) == chat_ids(dropped)
     exact = ask(service, dropped)
     assert exact.reuse.exact
     assert exact.text == fresh(make_service, dropped).text
@@ -110,15 +110,16 @@ def test_a_model_without_a_trained_eraser_is_served_with_a_neutral_one():
         service.close()
 
 
-def test_a_placeholder_of_which_a_part_is_dropped_is_read_again(make_service):
+def test_a_placeholder_that_is_another_one_later_is_changed_again(make_service):
     service = make_service()
     ask(service, TALK)
-    cleared = with_placeholder(TALK, 2)
-    ask(service, cleared, "kveraser")
-    changed = with_placeholder(TALK, 2, "[clear")
-    reply = ask(service, changed, "kveraser")
-    assert reply.reuse.exact
-    assert reply.text == fresh(make_service, changed).text
+    for text in ("[cleared]", "[clear", "[Old tool result content cleared]", ""):
+        changed = with_placeholder(TALK, 2, text)
+        reply = ask(service, changed, "kveraser")
+        assert (reply.reuse.method, reply.reuse.exact) == ("kveraser", False)
+        assert tuple(newest_context(service).view.ids[: reply.prompt_tokens].tolist()) == chat_ids(changed)
+    exact = ask(service, changed)
+    assert exact.text == fresh(make_service, changed).text
 
 
 @settings(max_examples=12)
@@ -152,3 +153,13 @@ def test_whatever_clients_drop_the_exact_policy_equals_a_fresh_prefill(data):
     finally:
         service.close()
     assert torch.is_grad_enabled()
+
+
+def test_a_form_that_is_filled_in_otherwise_is_another_conversation(make_service):
+    service = make_service()
+    forms = [[*TALK[:1], ("user", f"{name}: {TALK[3][1]}")] for name in ("blue", "fast", "1234")]
+    for form in forms:
+        ask(service, form, "kveraser")
+    assert service.submit(lambda job: service.store.count).future.result(5) == (3, 0)
+    again = ask(service, forms[0])
+    assert (again.reuse.method, again.reuse.exact, again.reuse.tokens_recomputed) == ("prefix", True, 1)

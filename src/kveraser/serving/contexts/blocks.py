@@ -1,11 +1,10 @@
-"""Where two sequences of token ids are equal: maximal runs, found by what each of them has once.
+"""Where two sequences of token ids are equal: maximal runs, found by what both of them have equally often.
 
 Knows: integers. Does not know about models, messages, or what the runs are good for.
 
-A few ids in a row (a gram) that occur once in the one sequence and once in the other tie the two together there. A tie is verified id
-by id and followed to both sides as far as the ids are equal. Where that passes another tie, the other one lies on the same diagonal and is
-passed over, so that no id is looked at more than a few times, whatever the ids are: what is repeated again and again has no ties, and is
-found from what is beside it.
+A few ids in a row (a gram) that occur once in the one sequence and once in the other tie the two together there; those that occur a few times
+in both are taken in their order, as the markup of messages is. A tie is verified id by id and followed to both sides as far as the ids are equal. All
+that is followed has a bound that is linear in the two, so that no ids make it slow: what is left then are ties that are shorter than they could be.
 """
 
 from __future__ import annotations
@@ -22,8 +21,12 @@ GRAM = 8
 MAX_BLOCKS = 256
 """Runs that are followed, at most: the longest of those that are certain."""
 
+MAX_TIMES = 64
+"""Times that a gram may occur in each of the two."""
+
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _FIRST_STEP = 64
+_FOLLOWED, _FOLLOWED_ANYHOW = 2, 4096
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,16 @@ def equal_blocks(have: Ids, want: Ids, gram: int = GRAM, limit: int = MAX_BLOCKS
         limit: at most so many, of the longest that are certain before they are followed.
     """
     found: list[Block] = []
+    rest = _FOLLOWED * (len(have) + len(want)) + _FOLLOWED_ANYHOW
     last: dict[int, int] = {}  # where in `want` the last block of a diagonal ends
     for tie in _longest(_ties(have, want, gram), limit):
         if tie.new < last.get(tie.diagonal, 0):
             continue
         end_at, end = tie.at + tie.length, tie.new + tie.length
-        after = common_length(have[end_at:], want[end:])
-        before = common_length(have[: tie.at][::-1], want[: tie.new][::-1])
+        after = common_length(have[end_at : end_at + rest], want[end:])
+        first = max(tie.at - rest + after, 0)
+        before = common_length(have[first : tie.at][::-1], want[: tie.new][::-1])
+        rest -= before + after
         found.append(Block(tie.at - before, tie.new - before, before + tie.length + after))
         last[tie.diagonal] = end + after
     return sorted(found, key=lambda block: (block.new, block.at))
@@ -74,12 +80,15 @@ def common_length(left: Ids, right: Ids) -> int:
 
 
 def _ties(have: Ids, want: Ids, gram: int) -> list[Block]:
-    """Equal runs of which every gram occurs once in both, in the order of `want`."""
+    """Equal runs of which every gram occurs equally often in both, in the order of `want`."""
     if min(len(have), len(want)) < gram:
         return []
-    (keys, places), (others, elsewhere) = _once(have, gram), _once(want, gram)
+    (keys, times, at), (others, others_times, new) = _grams(have, gram), _grams(want, gram)
     _, first, second = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
-    at, new = places[first], elsewhere[second]
+    alike = (times[first] == others_times[second]) & (times[first] <= MAX_TIMES)
+    chosen = np.zeros(len(keys), dtype=bool), np.zeros(len(others), dtype=bool)
+    chosen[0][first[alike]], chosen[1][second[alike]] = True, True
+    at, new = at[np.repeat(chosen[0], times)], new[np.repeat(chosen[1], others_times)]
     order = np.argsort(new)
     at, new = at[order], new[order]
     same = np.ones(len(at), dtype=bool)
@@ -93,15 +102,15 @@ def _ties(have: Ids, want: Ids, gram: int) -> list[Block]:
     return [Block(*map(int, each)) for each in zip(at[begins], new[begins], lengths, strict=True)]
 
 
-def _once(ids: Ids, gram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Keys of the grams that occur once, and where."""
+def _grams(ids: Ids, gram: int) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+    """Keys of the grams in order, how often each occurs, and all their places, in the order of keys and places."""
     values = ids.astype(np.uint64)
     count = len(values) - gram + 1
     keys = np.zeros(count, dtype=np.uint64)
     for offset in range(gram):
         keys = keys * _FACTOR + values[offset : offset + count]
-    found, places, times = np.unique(keys, return_index=True, return_counts=True)
-    return found[times == 1], places[times == 1]
+    found, times = np.unique(keys, return_counts=True)
+    return found, times, np.argsort(keys, kind="stable")
 
 
 def _longest(ties: list[Block], limit: int) -> list[Block]:

@@ -58,7 +58,7 @@ class ContextFinder:
             return self.store.new(owner, is_session=False), Reuse("prefill", "new")
         held, found = best
         self.store.make_room(max(needed - held.bytes, 0), keep=held)
-        goes_on = found.kept_until >= held.prompt_end and not held.busy
+        goes_on = _goes_on(held, found, len(wanted)) and not held.busy
         reason = self._why_not_in_place(held, found, len(ids) + max_tokens) if policy != "exact" else "exact policy"
         if reason is None and found.changes and not goes_on and held.exact_until >= found.kept_until:
             self.store.make_room(needed, keep=held)
@@ -73,7 +73,7 @@ class ContextFinder:
             return held, reuse_exactly(held, found, reason or "exact policy")
         keep = min(found.prefix, held.exact_until)
         self.store.make_room(needed, keep=held)
-        return self.store.copy(held, keep), reuse_copy(keep)
+        return self.store.copy(held, keep), reuse_copy(keep, reason)
 
     def _why_not_in_place(self, held: HeldContext, found: Match, length: int) -> Reason | None:
         """Why a conversation is not to be changed in place for a request of so many tokens, reply included; None if it can be."""
@@ -84,16 +84,28 @@ class ContextFinder:
         return None if fits else "no room"
 
     def _best(self, owner: str, wanted: Ids, in_place: bool) -> tuple[HeldContext, Match] | None:
-        """The owner's conversation that saves the most, and what of it can be used."""
-        best: tuple[int, str, Match] | None = None
+        """The owner's conversation that saves the most, of several the one that is exact the longest, and what of it can be used."""
+        best: tuple[tuple[int, int], str, Match] | None = None
         for candidate in self.store.candidates(owner):
             found = match(candidate.ids, wanted, starts=self._starts, prices=self._prices)
             can_change = in_place and not (candidate.busy and candidate.exact_until < found.kept_until)
             saved = found.gain if can_change else min(found.prefix, candidate.exact_until)
-            if saved > 0 and (best is None or saved > best[0]):
-                best = saved, candidate.id, found
+            worth = saved, candidate.exact_until
+            if saved > 0 and (best is None or worth > best[0]):
+                best = worth, candidate.id, found
         held = self.store.get(owner, best[1], is_session=False) if best else None
         return None if held is None or best is None else (held, best[2])
+
+
+def _goes_on(held: HeldContext, found: Match, length: int) -> bool:
+    """Whether a request of so many ids goes on with a conversation, maybe edited, and is not another one that shares something with it.
+
+    One that ends where the last request of the conversation ended, with other text in it, is another one: somebody fills in a form.
+    """
+    if found.kept_until < held.prompt_end:
+        return False
+    is_filled_in = any(change.added for change in found.changes)
+    return not is_filled_in or found.kept_until > held.prompt_end or found.new_from < length
 
 
 def _message_starts(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -3,25 +3,28 @@
 Knows: integers. Does not know about models, messages or caches.
 
 A request's ids are the cached ids with some runs taken out, replaced or put in, then new ids. Ids match exactly or not at all. Of the runs in
-which the two are equal (`blocks`), those are kept which save the most together: what is kept need not be run, and every change has a price. At
-most `MAX_BLOCKS` runs are weighed, so that the cost is that of finding them: linear in the context, but for one sort.
+which the two are equal (`blocks`), those are kept which save the most together: what is kept need not be run, and every change has a price. Between
+them equal runs are looked for again, so that what is said again and again (the markup of calls) is found as well. All of that is done a few times, and at most
+`MAX_BLOCKS` runs are weighed: the cost is linear in the context, but for sorting.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kveraser.serving.contexts.blocks import GRAM, Block, Ids, common_length, equal_blocks
+from kveraser.serving.contexts.blocks import GRAM, MAX_BLOCKS, Block, Ids, common_length, equal_blocks
 
 MIN_KEPT = 2
 """Ids that are kept between two changes, at least."""
 WORTH = 0.1
 """Changes are made in place where that saves at least this share of the tokens that would be run otherwise."""
 
+_ROUNDS = 3
 _IMPOSSIBLE = -(1 << 60)
 
 
@@ -105,15 +108,39 @@ def match(
     """
     have, want = np.asarray(cached, dtype=np.int64), np.asarray(wanted, dtype=np.int64)
     prefix = common_length(have, want)
-    found = equal_blocks(have[prefix:], want[prefix:], gram)
-    root = Block(0, 0, prefix)
-    blocks = [root, *(Block(block.at + prefix, block.new + prefix, block.length) for block in found)]
-    kept, gain = _best_chain(blocks, prices)
+    kept, gain = _kept(have, want, Block(0, 0, prefix), prices, gram)
     until, resumed = kept[-1].at + kept[-1].length, kept[-1].new + kept[-1].length
     changes = _changes(have, kept, starts)
     if changes and gain - prefix < worth * (len(want) - prefix):
         return Match(prefix, changes, until, resumed, prefix, worth_it=False)
     return Match(prefix, changes, until, resumed, gain)
+
+
+def _kept(have: Ids, want: Ids, root: Block, prices: Prices, gram: int) -> tuple[list[Block], int]:
+    """The blocks that save the most together, and what they save. What both have once is looked for in all, then between what was found."""
+    blocks, kept, gain = [root], [root], root.length
+    seen: set[tuple[int, int, int, int]] = set()
+    for _ in range(_ROUNDS):
+        gaps = [gap for gap in _gaps(have, want, kept) if gap not in seen]
+        seen.update(gaps)
+        new = [
+            Block(block.at + a, block.new + c, block.length)
+            for a, b, c, d in gaps
+            for block in equal_blocks(have[a:b], want[c:d], gram)
+        ]
+        if not new:
+            break
+        longest = sorted((*blocks[1:], *new), key=lambda block: -block.length)[:MAX_BLOCKS]
+        blocks = [root, *sorted(longest, key=lambda block: (block.new, block.at))]
+        kept, gain = _best_chain(blocks, prices)
+    return kept, gain
+
+
+def _gaps(have: Ids, want: Ids, kept: list[Block]) -> list[tuple[int, int, int, int]]:
+    """What stands between the blocks that are kept, and behind them: where it begins and ends in the two."""
+    ends = [(block.at + block.length, block.new + block.length) for block in kept]
+    starts = [*((block.at, block.new) for block in kept[1:]), (len(have), len(want))]
+    return [(a, b, c, d) for (a, c), (b, d) in zip(ends, starts, strict=True) if a < b and c < d]
 
 
 def _best_chain(blocks: list[Block], prices: Prices) -> tuple[list[Block], int]:
@@ -153,7 +180,7 @@ def _step(
 def _changes(have: Ids, kept: list[Block], starts: Set[int]) -> tuple[Change, ...]:
     """What stands between the blocks that are kept."""
     changes: list[Change] = []
-    for left, right in zip(kept[:-1], kept[1:], strict=True):
+    for left, right in pairwise(kept):
         change = Change(left.at + left.length, right.at, left.new + left.length, right.new)
         if change.removed == 0:  # something was put in: the id before it, or behind it, is given up with it
             step = (-1, 0) if left.length else (0, 1)

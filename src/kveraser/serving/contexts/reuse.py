@@ -61,9 +61,9 @@ def reuse_exactly(held: HeldContext, found: Match, reason: Reason) -> Reuse:
     return _plain(keep, "continued") if as_it_is else Reuse("full-recompute", reason, *_told(found), kept=keep)
 
 
-def reuse_copy(keep: int) -> Reuse:
-    """A copy of the first ids of a conversation that stays as it is."""
-    return _plain(keep, "branch")
+def reuse_copy(keep: int, reason: Reason | None) -> Reuse:
+    """A copy of the first ids of a conversation that stays as it is; `reason` as of `reuse_exactly`, if there is any but the policy."""
+    return _plain(keep, "branch" if reason is None or reason == "exact policy" else reason)
 
 
 def _plain(keep: int, reason: Reason) -> Reuse:
@@ -83,8 +83,13 @@ def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
         if held.exact:
             held.residual = 0.0
         return Reuse("prefix", "continued", kept=found.new_from)
-    receipts = []
-    for change in found.changes:
+    gone = [
+        span for change in found.changes if not change.added for span in view.ledger_spans(change.start, change.end)
+    ]
+    receipts = [context.erase_spans(gone, Steering(), undo=False)] if gone else []
+    for change in (
+        change for change in found.changes if change.added
+    ):  # from left to right: new ids see what is before them
         spans, new = view.ledger_spans(change.start, change.end), wanted[change.new_start : change.new_end]
         receipts.append(context.replace_spans(spans, new.tolist(), Steering(), undo=False))
     known = [held.residual, *(receipt.residual for receipt in receipts)]

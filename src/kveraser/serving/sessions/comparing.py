@@ -19,7 +19,6 @@ from kveraser.errors import ContextError
 from kveraser.serving.sessions.distributions import Distributions, Version, distributions
 from kveraser.serving.sessions.watching import Watcher
 from kveraser.serving.worker import Job
-from kveraser.spans import Span
 
 Event = dict[str, Any]
 
@@ -108,12 +107,10 @@ def compare(
         tell({"version": version, "answer": said.answer})
         return said
 
-    everything = context.ids_of(Span(0, len(context)))
+    everything, shared = _before(context)
     live = context.live_ids
-    if len(everything) == len(live):
+    if shared is None:
         return _compared(context, [ask("now", context, (), None)], question.top)
-    gone = [span for span in context.erased if context.ids_of(span)]
-    shared = len(context.ids_of(Span(0, gone[0].start))) if gone[0].start else 0
     known = get_marks(context.cache).approximate_from
     kept = shared if known is None else min(shared, known)
     scratch = context.prefix(kept)
@@ -127,6 +124,18 @@ def compare(
     _read(scratch, live[shared:], "recomputed", job, tell)
     recomputed = ask("recomputed", scratch, ("full-recompute",), time.perf_counter() - started)
     return _compared(context, [before, now, recomputed], question.top)
+
+
+def _before(context: ErasableContext) -> tuple[list[int], int | None]:
+    """The ids before the edits that can be undone, and how many of them are before the first of these; None where nothing was edited."""
+    new = [span for receipt in context.receipts if receipt.tokens_removed for span in receipt.replacements]
+    ids, shared = list[int](), None
+    for run, live in context.runs:
+        said, is_new = context.ids_of(run), any(run.overlaps(span) for span in new)
+        if said and (is_new or not live):
+            shared = len(ids) if shared is None else shared
+        ids += [] if is_new else said
+    return ids, shared
 
 
 def _compared(context: ErasableContext, said: list[_Said], top: int) -> Comparison:

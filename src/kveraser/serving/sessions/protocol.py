@@ -64,6 +64,13 @@ class EraseBody(SelectionBody):
     purge: bool = Field(False, description="Make it final: repaired exactly, then overwritten everywhere.")
 
 
+class ReplaceBody(SelectionBody):
+    """What to replace, by what, and how."""
+
+    new: Text = Field(description="The text that stands there from now on; an empty one erases.")
+    method: str = Field("kveraser", max_length=256, description="A name, or NAME:OPTION=VALUE,...")
+
+
 class ReceiptBody(Body):
     """Which erase is meant."""
 

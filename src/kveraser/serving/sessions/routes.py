@@ -26,6 +26,7 @@ from kveraser.serving.sessions.protocol import (
     NewMessage,
     NewText,
     ReceiptBody,
+    ReplaceBody,
     SelectionBody,
 )
 from kveraser.serving.sessions.sessions import Sessions
@@ -104,6 +105,15 @@ def session_router(service: Service) -> APIRouter:
             receipt = sessions.erase(owner, session_id, body.selection(), body.method, purge=body.purge)
             # After a purge the session is exact, whatever the erase itself was.
             return {**shown(receipt), "exact": receipt.exact or body.purge, "purged": body.purge}
+
+        return await run(service, request, stoppable(work))
+
+    @router.post("/{session_id}/replace")
+    async def replace(session_id: SessionId, body: ReplaceBody, request: Request, owner: Owner) -> dict[str, Any]:
+        """Let a text, a message, token spans or a selection say something else, as if it had always been that."""
+
+        def work(job: Job) -> dict[str, Any]:
+            return shown(sessions.replace(owner, session_id, body.selection(), body.new, body.method))
 
         return await run(service, request, stoppable(work))
 

@@ -38,14 +38,29 @@ class Selection:
             found = [span for message, span in context.messages if message.id == self.message]
             if not found:
                 raise SpanError(f"the session has no message with id {self.message!r}")
-            return tuple(found)
+            return tuple(run for span in found for run in context.standing(span))
         if self.text is None:
             return self.spans
         assert context.tokenizer is not None
         return (find_text(context.tokenizer, ((run, context.ids_of(run)) for run in context.live_spans), self.text),)
 
+    def said_instead(self, context: ErasableContext, new: str) -> str:
+        """A text for the place of what is meant, with what else the tokens of that say before and behind it.
 
-@dataclass(frozen=True, order=True)
+        Raises:
+            SpanError: as `spans_in`.
+        """
+        if not new or self.spans:
+            return new
+        if not self.characters:
+            return context.fitted(self.text or self.message or "", new)
+        spans = self.spans_in(context)
+        first, last = (characters_of(context, [span])[0] for span in (spans[0], spans[-1]))
+        whole = "".join(context.text_of(run.span) for run in runs_of(context))
+        return whole[first[0] : self.characters[0][0]] + new + whole[self.characters[-1][1] : last[1]]
+
+
+@dataclass(frozen=True)
 class Run:
     """A maximal run of the ledger that is live, or one that was erased."""
 
@@ -54,8 +69,8 @@ class Run:
 
 
 def runs_of(context: ErasableContext) -> list[Run]:
-    """All runs of a context in order."""
-    return sorted([Run(span, True) for span in context.live_spans] + [Run(span, False) for span in context.erased])
+    """All runs of a context in the order of its text: what replaced a run stands before it."""
+    return [Run(span, live) for span, live in context.runs]
 
 
 def spans_of_characters(context: ErasableContext, ranges: Sequence[tuple[int, int]]) -> tuple[Span, ...]:

@@ -75,15 +75,28 @@ class Sessions:
         held = self.get(owner, name)
         self.fit(held, 0)
         spans = selection.spans_in(held.context)
-        with self.saved(held, whole=not purge):
-            # Undoing a steering edit takes the span's states alone; other methods would keep the whole old suffix.
-            undo = method.partition(":")[0] == "kveraser" and not purge
-            receipt = held.context.erase(spans, method, undo=undo)
-            if purge:
-                held.context.purge(receipt)
-                held.receipts.clear()
-            else:
-                held.receipts[receipt.id] = receipt
+        if not purge:
+            return self._edited(held, method, lambda undo: held.context.erase(spans, method, undo=undo))
+        with self.saved(held, whole=False):
+            receipt = held.context.erase(spans, method, undo=False)
+            held.context.purge(receipt)
+            held.receipts.clear()
+            held.has_copy = False
+            return receipt
+
+    def replace(self, owner: str, name: str, selection: Selection, new: str, method: str) -> EraseReceipt:
+        """Let something say another text, as if it had always been that."""
+        held = self.get(owner, name)
+        self.fit(held, self.count_tokens(held, new))
+        spans, said = selection.spans_in(held.context), selection.said_instead(held.context, new)
+        return self._edited(held, method, lambda undo: held.context.replace(spans, said, method, undo=undo))
+
+    def _edited(self, held: HeldContext, method: str, edit: Callable[[bool], EraseReceipt]) -> EraseReceipt:
+        """An edit that can be undone. Undoing a steering edit takes the span's states alone; other methods would keep the whole old
+        suffix, and theirs are undone by recomputing."""
+        with self.saved(held):
+            receipt = edit(method.partition(":")[0] == "kveraser")
+            held.receipts[receipt.id] = receipt
             held.has_copy = False
             return receipt
 

@@ -20,21 +20,27 @@ MOST_READERS = 128
 def show(held: HeldContext) -> dict[str, Any]:
     """The ledger: messages, live and erased runs with their text, erases that can be undone."""
     context = held.context
-    erased = context.erased
+    new = [span for receipt in context.receipts if receipt.tokens_removed for span in receipt.replacements]
     return {
         "tokens": len(context),
-        "live_tokens": len(context) - sum(map(len, erased)),
+        "live_tokens": sum(map(len, context.live_spans)),
         "exact": held.exact,
         "messages": [
-            {"id": message.id, "role": message.role, "span": pair(span), "content": message.content,
-             "erased": any(span.overlaps(gone) for gone in erased)}
+            {"id": message.id, "role": message.role, "span": pair(span), **_said(context, message.content, span)}
             for message, span in context.messages
         ],
-        "runs": [{"span": pair(run.span), "state": "live" if run.live else "erased", "text": context.text_of(run.span)}
-                 for run in runs_of(context)],
+        "runs": [{"span": pair(run.span), "state": "live" if run.live else "erased", "text": context.text_of(run.span),
+                  "new": run.live and any(run.span.overlaps(span) for span in new)} for run in runs_of(context)],
         "erases": [shown(receipt) for receipt in context.receipts],
         "recomputed": [list(place) for place in characters_of(context, _live_parts(context))],
     }  # fmt: skip
+
+
+def _said(context: ErasableContext, content: str, span: Span) -> dict[str, Any]:
+    """What a message says now."""
+    runs = context.standing(span)
+    said = content if runs == (span,) else "".join(map(context.text_of, runs))
+    return {"content": said, "erased": not runs or any(run.overlaps(gone) for run in runs for gone in context.erased)}
 
 
 def show_readers(held: HeldContext, selection: Selection) -> dict[str, Any]:
@@ -77,6 +83,7 @@ def shown(receipt: EraseReceipt) -> dict[str, Any]:
         "tokens_removed": receipt.tokens_removed,
         "tokens_recomputed": receipt.tokens_recomputed,
         "recomputed": [pair(span) for span in receipt.recomputed],
+        "replacements": [pair(span) for span in receipt.replacements],
         "residual": receipt.residual,
         "eraser": receipt.eraser,
         "notes": list(receipt.notes),

@@ -10,14 +10,17 @@ function shape(name, attributes) {
 
 export function drawLedger(svg, { tokens, runs, messages }) {
   svg.setAttribute("viewBox", `0 0 ${Math.max(tokens, 1)} 10`);
+  let end = 0; // in the order of the text, which replacements change
+  const drawn = runs.map((run) => ({ ...run, x: end, width: run.span[1] - run.span[0], end: (end += run.span[1] - run.span[0]) }));
+  const place = (position) => drawn.map(({ span, x }) => (span[0] <= position && position < span[1] ? x + position - span[0] : -1)).find((x) => x >= 0) ?? 0;
   svg.replaceChildren(
-    ...runs.map(({ span: [start, end], state }) => shape("rect", { class: state, x: start, y: 0, width: end - start, height: 10 })),
-    ...messages.map(({ span: [start] }) => shape("line", { class: "message", x1: start, x2: start, y1: 0, y2: 10 })),
+    ...drawn.map(({ state, new: isNew, x, width }) => shape("rect", { class: isNew ? `${state} new` : state, x, y: 0, width, height: 10 })),
+    ...messages.map(({ span: [start] }) => shape("line", { class: "message", x1: place(start), x2: place(start), y1: 0, y2: 10 })),
   );
-  const erased = runs.filter((run) => run.state === "erased");
-  const gone = erased.reduce((sum, { span: [start, end] }) => sum + end - start, 0);
-  const places = erased.map(({ span: [start, end] }) => `${start} to ${end}`).join(", ");
-  const said = `${tokens} tokens, ${gone} erased${places ? ` (${places})` : ""}`;
+  const [erased, added] = [drawn.filter((run) => run.state === "erased"), drawn.filter((run) => run.new)];
+  const count = (parts) => parts.reduce((sum, { width }) => sum + width, 0);
+  const places = erased.map(({ x, end }) => `${x} to ${end}`).join(", ");
+  const said = `${tokens} tokens, ${count(erased)} erased${places ? ` (${places})` : ""}${added.length ? `, ${count(added)} new in their place` : ""}`;
   svg.setAttribute("aria-label", said);
   return said;
 }

@@ -42,6 +42,7 @@ function show() {
   const busy = document.body.ariaBusy === "true";
   for (const id of ["read", "forget", "ask"]) $(id).disabled = busy;
   $("erase").disabled = busy || !view.selected;
+  $("replace").disabled = busy || !view.selected || !$("new").value;
   $("repair").disabled = busy || session.shown.exact;
   $("stop").disabled = !asking;
   for (const button of $("erases").querySelectorAll("button")) button.disabled = busy;
@@ -60,7 +61,7 @@ session.addEventListener("change", () => {
   show();
 });
 
-function eraseEntry({ id, method, tokens_removed: tokens, seconds, exact, recomputed, residual, eraser }) {
+function eraseEntry({ id, method, tokens_removed: tokens, replacements, seconds, exact, recomputed, residual, eraser }) {
   const entry = document.createElement("li");
   const undo = document.createElement("button");
   undo.textContent = "Undo";
@@ -71,8 +72,10 @@ function eraseEntry({ id, method, tokens_removed: tokens, seconds, exact, recomp
       return report.bit_exact ? "Undone: every state is as it was." : `Undone: ${report.tokens_recomputed} tokens were read again.`;
     }),
   );
-  const facts = [`${method}: ${tokens} tokens in ${milliseconds(seconds)}`];
-  const again = recomputed.reduce((sum, [start, end]) => sum + end - start, 0);
+  const length = (spans) => spans.reduce((sum, [start, end]) => sum + end - start, 0);
+  const by = replacements.length ? ` replaced by ${length(replacements)}` : "";
+  const facts = [`${method}: ${tokens} tokens${by} in ${milliseconds(seconds)}`];
+  const again = length(recomputed);
   if (again) facts.push(`${again} that had read it recomputed (underlined)`);
   if (!exact && residual !== null) facts.push(`${Math.round(100 * residual)} % of the attention to it left`);
   if (eraser) facts.push(`${eraser} eraser`);
@@ -136,6 +139,17 @@ function erase() {
     return `Erased ${receipt.tokens_removed} tokens in ${milliseconds(receipt.seconds)}${receipt.purged ? ", for good" : ""}.`;
   });
 }
+
+$("new").addEventListener("input", show);
+$("replace-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (!view.selected) return;
+  doing("Replacing …", async () => {
+    const receipt = await session.replace([view.selected], $("new").value, $("method").value);
+    $("new").value = "";
+    return `Replaced ${receipt.tokens_removed} tokens in ${milliseconds(receipt.seconds)}.`;
+  });
+});
 
 $("repair").addEventListener("click", () =>
   doing("Repairing …", async () => {

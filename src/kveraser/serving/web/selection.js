@@ -52,7 +52,7 @@ export class TextView extends EventTarget {
   #render() {
     this.element.replaceChildren(
       ...this.runs.map((run) => {
-        const part = document.createElement(run.state === "erased" ? "del" : "span");
+        const part = document.createElement(run.state === "erased" ? "del" : run.new ? "ins" : "span");
         part.textContent = run.text;
         return part;
       }),

@@ -54,6 +54,13 @@ export class Session extends EventTarget {
     return receipt;
   }
 
+  /** Let ranges of characters of the text that is shown say something else; returns the receipt. */
+  async replace(characters, text, method) {
+    const receipt = await call("POST", `${this.#path}/replace`, { characters, new: text, method });
+    await this.refresh();
+    return receipt;
+  }
+
   /** Who has read ranges of characters: the tokens that attended to them most. */
   readers(characters, signal) {
     return call("POST", `${this.#path}/readers`, { characters }, signal);
@@ -76,7 +83,7 @@ export class Session extends EventTarget {
     return last.tokens_recomputed;
   }
 
-  /** The answers before the erases, now, and recomputed, as events. */
+  /** The answers before the edits, now, and recomputed, as events. */
   compare(question, signal) {
     const asked = this.isChat ? { prompt: question, max_tokens: 64 } : { prompt: asText(question), max_tokens: 32, first_line: true };
     return events(`${this.#path}/compare`, { ...asked, top: 4, stream: true }, signal);

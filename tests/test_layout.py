@@ -78,7 +78,7 @@ def test_contributing_shows_the_rooms_in_this_order():
     assert [name for name in names if name] == list(ROOMS[:-1])
 
 
-SERVING = ("beside", "exposure", "fields", "invalid", "decoding", "worker", "stopping", "contexts", "options", "completion", "service", "server", "error_forms", "errors", "chat", "waiting", "events", "access",
+SERVING = ("beside", "exposure", "fields", "invalid", "decoding", "together", "worker", "stopping", "contexts", "options", "completion", "service", "server", "error_forms", "errors", "chat", "waiting", "events", "access",
            "guarding", "metrics", "openai", "anthropic", "sessions", "page", "app")  # fmt: skip
 """The rooms and files of the server, from below to above."""
 

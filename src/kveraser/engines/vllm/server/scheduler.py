@@ -138,11 +138,9 @@ class SchedulerSide:
                 if len(demand.save) != 1 or demand.save[0].start:
                     raise EngineError("queries are kept of the beginning of a prompt")
                 admitted.queries = tuple(self._store.new_id() for _ in range(looking.of_queries))
-                size, salt = (
-                    size * (1 + len(admitted.queries)),
-                    secrets.token_hex(16),
-                )  # not a token of it may be found computed
-                _isolate(request, salt)
+                size *= 1 + len(admitted.queries)
+                self._about["learns"] = False  # it is tried once
+                _isolate(request, secrets.token_hex(16))  # every token of it has to be computed
             self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces], client=demand.client)
         if demand.compose:
             edit = self._store.compose(demand.compose, digest_ids(ids[: admitted.loads]), demand.client)

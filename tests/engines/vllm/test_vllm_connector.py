@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from kveraser.engines.vllm.protocol import KEY, Demand, Found, Look, Piece, Save
 from kveraser.engines.vllm.server.connector import EraserConnector
 from kveraser.engines.vllm.server.launch import shipped_folder
+from kveraser.engines.vllm.server.layout import WorkerCache
 from kveraser.errors import EraserMismatchError, OptionError, StoreError, UnsupportedCacheError
 from kveraser.spans import Span
 
@@ -254,6 +255,54 @@ def test_what_a_look_made_is_dropped_when_nobody_waits_for_it_any_more(tmp_path)
 def test_without_an_eraser_nobody_looks(tmp_path):
     request = ask(connector := connect(tmp_path), [0], Demand(look=LOOK))
     assert "without an eraser" in finish(connector, request)["error"]
+
+
+def observed(connector, **changes):
+    connector.scheduler._looking = SimpleNamespace(of_queries=2)
+    connector.scheduler._about["learns"] = True
+    return ask(connector, IDS, Demand(save=(Save(0, 100),), observe=True, **changes))
+
+
+def test_queries_are_kept_of_a_request_that_is_computed_whole_and_calibrating_is_tried_once(tmp_path):
+    connector = connect(tmp_path)
+    request = observed(connector)
+    assert request.cache_salt != "theirs"
+    assert connector.scheduler._about["learns"] is False
+    admitted = connector.scheduler._admitted[request.request_id]
+    for name in (*admitted.saves, *admitted.queries):
+        states = torch.randn(LAYERS, 100, HEADS, WIDTH)
+        connector.scheduler._store.write(name, 0, 0, states, states.clone())
+    admitted.written = True
+    assert finish(connector, request)["saved"] == [*admitted.saves, *admitted.queries]
+
+
+def test_queries_that_were_not_written_whole_are_no_entries_and_leave_none(tmp_path):
+    connector = connect(tmp_path)
+    request = observed(connector)
+    admitted = connector.scheduler._admitted[request.request_id]
+    states = torch.randn(LAYERS, 100, HEADS, WIDTH)
+    connector.scheduler._store.write(admitted.saves[0], 0, 0, states, states.clone())
+    admitted.written = True
+    assert "not written by all workers" in finish(connector, request)["error"]
+    assert connector.scheduler._store.ids() == []
+
+
+def test_a_worker_hears_queries_and_leaves_the_layers_as_they_were():
+    class Impl:
+        def forward(self, layer, query, key):
+            return query + key
+
+    cache = object.__new__(WorkerCache)
+    cache._modules, cache.block_size = [SimpleNamespace(impl=Impl()) for _ in range(2)], 32
+    heard = cache.listen()
+    query = torch.randn(5, 3, 4)
+    assert torch.equal(cache._modules[1].impl.forward(None, query, 1), query + 1)
+    cache.stop_listening()
+    assert torch.equal(cache._modules[0].impl.forward(None, query, 1), query + 1)
+    assert heard[0] == []
+    assert torch.equal(heard[1][0], query)
+    rows, positions = cache.positions_of(torch.tensor([70, 71, -1, 10, 64, 3]), (2, 0), 40)
+    assert (rows.tolist(), positions.tolist()) == ([0, 1, 4, 5], [6, 7, 0, 35])
 
 
 def test_loads_share_blocks_under_an_id_and_never_with_an_edit_of_that_salt(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vllm_session import WORDS, same_answer, same_states
+from test_vllm_session import WORDS, same_answer, same_states, states_of
 from vllm_stand_in import StandIn
 
 import kveraser as kv
@@ -19,6 +19,7 @@ from kveraser.context.text import any_text
 from kveraser.engines.vllm.client import session as vllm_session
 from kveraser.engines.vllm.client.passes import reader_passes
 from kveraser.engines.vllm.client.session import VLLMSession
+from kveraser.engines.vllm.client.together import erase_together
 from kveraser.engines.vllm.protocol import KEY, Demand, Look, Piece, read_demand
 from kveraser.engines.vllm.server.looking import Looking
 from kveraser.errors import EngineError
@@ -246,6 +247,26 @@ def test_with_gaps_left_open_no_key_is_moved(connect):
     assert not any(piece.move for piece in pieces)
     assert session.close_gaps is False
     assert server.store.entry(session._state.edit.id).pieces == (Piece(session._state.edit.id, 0, 240),)
+
+
+def test_sessions_that_erase_together_end_as_they_do_one_by_one_and_one_that_fails_leaves_the_others_alone(connect):
+    server, first, *_ = connect()
+    options = {"tokenizer": make_tokenizer(), "eraser": "neutral", "repair": 32}
+    sessions = [first, *(VLLMSession("http://stand-in", **options) for _ in range(3))]
+    spans: list = [some_context(session) for session in sessions]
+    spans[2] = "not there"
+    wanted = sessions[3].erase(spans[3])
+    done = erase_together(list(zip(sessions[:3], spans[:3], strict=True)))
+    for session, receipt in zip(sessions[:2], done[:2], strict=True):
+        assert (receipt.recomputed, receipt.residual) == (wanted.recomputed, wanted.residual)
+        assert receipt.edit == session._state.edit != sessions[3]._state.edit
+        for mine, theirs in zip(states_of(server, session), states_of(server, sessions[3]), strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-5)
+    assert isinstance(done[2], kv.SpanError)
+    assert sessions[2]._state.edit is None
+    with pytest.raises(kv.OptionError, match="twice"):
+        erase_together([(first, spans[0]), (first, spans[1])])
+    assert erase_together([]) == []
 
 
 def test_a_server_without_probes_calibrates_once_on_its_own_states(tmp_path, monkeypatch):

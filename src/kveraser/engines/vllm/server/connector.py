@@ -132,6 +132,13 @@ class EraserConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self.worker.register_kv_caches(kv_caches)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if (
+            self._worker is not None and self._step.observes
+        ):  # what is loaded may be loaded after the forward, so that is too late
+            self._worker.listen()
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         slots = forward_context.slot_mapping
         self.worker.load(self._step, slots if isinstance(slots, dict) else {})

@@ -6,7 +6,7 @@ Knows: requests, demands, the store. Does not know how states are moved into blo
 from __future__ import annotations
 
 import secrets
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kveraser")
 
-_PATIENCE = 0.002
-"""Seconds that a step waits for a look that is not done, so that an idle engine does not spin."""
+_PATIENCE = 0.02
+"""Seconds that a step in which nothing else is to be done waits for a look, so that an engine without other work does not spin."""
 
 
 @dataclass
@@ -138,11 +138,9 @@ class SchedulerSide:
                 if len(demand.save) != 1 or demand.save[0].start:
                     raise EngineError("queries are kept of the beginning of a prompt")
                 admitted.queries = tuple(self._store.new_id() for _ in range(looking.of_queries))
-                size, salt = (
-                    size * (1 + len(admitted.queries)),
-                    secrets.token_hex(16),
-                )  # not a token of it may be found computed
-                _isolate(request, salt)
+                size *= 1 + len(admitted.queries)
+                self._about["learns"] = False  # it is tried once
+                _isolate(request, secrets.token_hex(16))  # every token of it has to be computed
             self._store.make_room(size, keep=[piece.entry for piece in admitted.pieces], client=demand.client)
         if demand.compose:
             edit = self._store.compose(demand.compose, digest_ids(ids[: admitted.loads]), demand.client)
@@ -171,7 +169,7 @@ class SchedulerSide:
         admitted = self._admitted.get(request.request_id)
         if admitted is None:
             return 0, False
-        if admitted.looking is not None and not wait((admitted.looking,), _PATIENCE).done:
+        if admitted.looking is not None and not admitted.looking.done():
             return None, False
         last = request.num_tokens - 1  # the last token always runs: its logits are wanted
         wanted = min(admitted.loads, last) if admitted.refused is None else last
@@ -188,6 +186,9 @@ class SchedulerSide:
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Step:
         """What the workers have to do in the next step."""
         step = Step()
+        if not scheduler_output.num_scheduled_tokens:
+            looks = [each.looking for each in self._admitted.values() if each.looking is not None]
+            wait(looks, _PATIENCE, FIRST_COMPLETED)
         state = scheduler_output.kv_connector_block_state
 
         def blocks(request: str) -> tuple[int, ...]:

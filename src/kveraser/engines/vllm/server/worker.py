@@ -42,7 +42,8 @@ class WorkerSide:
         self._store, self._config, self._block_size = store, config, block_size
         self._cache: WorkerCache | None = None
         self._failed_blocks: set[int] = set()
-        self._hearing: tuple[Tensor, list[list[Tensor]]] | None = None
+        self._heard: list[list[Tensor]] | None = None
+        self._slots: Tensor | None = None
         self._queries: dict[str, Tensor] = {}
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -60,15 +61,18 @@ class WorkerSide:
             with suppress(UnsupportedCacheError):  # then readers cannot be told, and whoever asks is told so
                 write_turning(self._store, self._cache.turning)
 
+    def listen(self) -> None:
+        """Keep the queries of the step that comes."""
+        assert self._cache is not None
+        self._heard = self._cache.listen()
+
     def load(self, step: Step, slots: Mapping[str, Tensor]) -> None:
         """Put states into blocks; where that fails, note the blocks, and the request fails.
 
         Args:
             slots: by layer, where the step will put the states of its tokens.
         """
-        if step.observes and slots:
-            assert self._cache is not None
-            self._hearing = (next(iter(slots.values())), self._cache.listen())
+        self._slots = next(iter(slots.values()), None)
         for job in step.loads:
             try:
                 if job.refused is not None:
@@ -119,15 +123,17 @@ class WorkerSide:
 
     def _hear(self, step: Step) -> None:
         """Sort the queries of a step by request; write those that are complete."""
-        if self._hearing is None:
+        if self._heard is None:
             return
         assert self._cache is not None
-        cache, (slots, heard), self._hearing = self._cache, self._hearing, None
+        cache, heard, self._heard = self._cache, self._heard, None
         cache.stop_listening()
         try:
+            if self._slots is None or not all(heard):
+                raise EngineError("the attention layers of this engine cannot be listened to")
             step_queries = torch.stack([torch.cat(layer).view(-1, *layer[0].shape[-2:]) for layer in heard])
             for job in step.observes:
-                rows, positions = cache.positions_of(slots, job.blocks, job.tokens)
+                rows, positions = cache.positions_of(self._slots, job.blocks, job.tokens)
                 shape = (len(heard), job.tokens, *step_queries.shape[2:])
                 kept = self._queries.setdefault(job.request, torch.full(shape, torch.nan, dtype=step_queries.dtype))
                 kept[:, positions] = step_queries[:, rows.to(step_queries.device)].cpu()

@@ -178,6 +178,7 @@ bench-full: $(STAMP)
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --full --output $(BENCH); done
 	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
+	$(BIN)/python benchmarks/lesson_store.py --output $(BENCH)
 	$(BIN)/python benchmarks/serving.py --output $(BENCH)
 	$(FILL_BENCH)
 

@@ -180,7 +180,7 @@ bench-full: $(STAMP)
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --full --output $(BENCH); done
 	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
-	@set -e; for name in serving throughput; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
+	@set -e; for name in lesson_store serving throughput; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
 	$(FILL_BENCH)
 
 # A server under load, killed and started again now and then, by hand: its replies, its memory and its files are checked.

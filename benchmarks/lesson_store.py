@@ -40,6 +40,9 @@ def main(
     acts_on: Annotated[ActsOn, typer.Option(help="Where the eraser runs.")] = "spans",
     model_name: Annotated[str, typer.Option("--model", help="The backbone.")] = "smollm2-135m-instruct",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    packed: Annotated[
+        int | None, typer.Option("--pack", help="Tokens per forward without the store; default as with it.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for lesson_store.json.")] = None,
 ) -> None:
     """Time both and print examples per second."""
@@ -60,6 +63,7 @@ def main(
             runs[name] = StageRun(
                 model, tokenizer, config, "finetune", eraser, Path(folder) / name, filler=filler, keeping=keeping
             )
+        runs["recomputed"].most = packed or runs["recomputed"].most
         draws = runs["store"].draws
         examples = epochs * sum(
             len(one.lesson.probes) for step in range(steps) for one in draws.of_step(step, range(contexts))
@@ -91,7 +95,7 @@ def main(
             *(f"{row[key]:.2f}" for key in ("examples_per_second", "later_epochs", "ratio", "processor_ratio")),
         )
     document = {"benchmark": "lesson_store", **environment(model), **placement(model), "torch": torch.__version__,
-                "acts_on": acts_on, "repair": repair, "contexts": [least, most], "store_bytes": size,
+                "acts_on": acts_on, "repair": repair, "contexts": [least, most], "packed": packed, "store_bytes": size,
                 "losses_apart": apart, "rows": rows}  # fmt: skip
     report_table("lesson_store", document, table, output)
 

@@ -52,7 +52,7 @@ evaluate() { # backbone, name of the arm, name of the table, options
     folder=$OUTPUT/$(basename "$1")/$2 table=$3
     shift 3
     [ -z "$QUESTIONS" ] || set -- "$@" --data "$QUESTIONS"
-    [ -z "$TINY" ] || set -- --limit 1 --lengths 64 --tasks needle --max-new-tokens 4
+    [ -z "$TINY" ] || set -- --limit 1 --lengths 64 --tasks needle --methods kveraser --max-new-tokens 4
     run "$KVERASER" eval --model "$backbone" --eraser "$folder/eraser" --text "$TEXT" --chat --seed 1 "$@" --output "$folder/eval/$table"
 }
 

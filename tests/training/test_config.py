@@ -27,12 +27,19 @@ def test_a_file_changes_the_preset_and_single_keys_change_the_file(tmp_path):
     assert config.pretrain == tiny.pretrain
 
 
+def test_an_eraser_on_readers_is_never_trained_without_any():
+    assert read_config(changes=["eraser.acts_on=readers", "finetune.repair=[8, 64]"]).finetune.repair == (8, 64)
+    with pytest.raises(kv.OptionError, match=r"acts_on=readers needs readers: finetune.repair=\[0, 64\] has a 0"):
+        read_config(changes=["finetune.repair=[0, 64]", "eraser.acts_on=readers"])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ("finetune.stepz=3", "finetune.stepz"),
         ("finetune.steps=many", "finetune.steps='many'"),
         ("finetune.steps=0", "steps=0 must be at least 1"),
+        ("finetune.epochs=0", "epochs=0 must be at least 1"),
         ("finetune.tasks=[juggling]", "no task 'juggling'"),
         ("finetune.tokens=[300, 20]", "least <= most"),
         ("finetune.weights.luck=1", "weights.luck"),

@@ -27,7 +27,7 @@ States = list[tuple[Tensor, Tensor]]
 """Per layer, keys and values `(1, kv_heads, tokens, head_dim)`."""
 
 
-_PACK_TOKENS = {"cpu": 640}
+_PACK_TOKENS = {"cpu": 256}
 _PACK_TOKENS_ELSEWHERE = 4096
 
 

@@ -174,5 +174,5 @@ def _checksum(of: str, tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[key]
         total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
-            total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

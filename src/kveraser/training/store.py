@@ -174,7 +174,7 @@ def _states(tensors: dict[str, Tensor], device: torch.device) -> States:
 
 
 def _named_repairs(repairs: Sequence[Repair]) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for number, each in enumerate(repairs):
         found |= {f"slots{number}": each.slots, f"sees{number}": each.sees}
         if each.stand_for is not None:

@@ -131,7 +131,7 @@ def test_what_is_read_is_what_was_computed_to_the_bit(tmp_path, learned):
     assert first.learned == again.learned == direct.learned == learned
     for one, two, three in zip(tensors(first), tensors(again), tensors(direct), strict=True):
         assert torch.equal(one, two)
-        torch.testing.assert_close(one, three, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one, three, atol=1e-5, rtol=1e-5)
 
 
 def tensors(prepared):

@@ -53,6 +53,7 @@ def test_the_new_text_stands_where_the_old_one_stood_and_can_be_located_replaced
     assert context.text == BEFORE + OLD + BEHIND
     assert context.ids_of(receipt.replacement) == []
     assert not context.receipts
+    assert gone.span == kv.Span(behind.start, again.replacement.end)
 
 
 @pytest.mark.parametrize("method", ["kveraser", "delete-and-shift"])

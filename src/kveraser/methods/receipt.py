@@ -43,7 +43,7 @@ class OfSpans:
     @property
     def span(self) -> Span:
         """The erased span; with several, the range from the first to the last."""
-        return Span(self.spans[0].start, self.spans[-1].end)
+        return Span(min(span.start for span in self.spans), max(span.end for span in self.spans))
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class EraseReceipt(OfSpans):
 
     Attributes:
         method: name of the method.
-        spans: what was erased, sorted: cache positions before the edit from `kv.erase`, ledger positions from a context.
+        spans: what was erased, in the order of the cache: cache positions before the edit from `kv.erase`, ledger positions from a
+            context.
         exact: whether the *whole* cache now equals a fresh prefill of the tokens that remain.
         tokens_removed: number of erased tokens.
         tokens_recomputed: tokens that were run through the model.

@@ -22,7 +22,7 @@ def prompt_of(service: Service, owner: str, ids: Sequence[int], sampling: Sampli
     Raises:
         ApiError: wishes that do not fit together, or that the prompt itself makes impossible.
     """
-    given, defaults = wishes or Options(), service.options
+    given, defaults = wishes or Options(policy=None, max_residual=None, must_forget=None), service.options
     policy = given.policy or defaults.policy
     if given.max_residual is not None and policy != "auto":
         place = "kveraser.max_residual"

@@ -31,14 +31,15 @@ pytestmark = pytest.mark.parametrize("kind", EVERY_KIND)
 
 
 class ContextMachine(RuleBasedStateMachine):
-    """Random appends, erases, restores, repairs and purges against the plainest model: a list of flags."""
+    """Random appends, erases, replacements, restores, repairs and purges against the plainest model: a list of positions in the order of
+    the cache, and a flag for each."""
 
     kind: Kind
 
     @initialize(seed=st.integers(0, 5), window=st.sampled_from([None, (2, 5)]))
     def start(self, seed, window):
         self.context = self.kind.context(window=window)
-        self.ids, self.alive, self.receipts, self.purged = [], [], [], []
+        self.ids, self.alive, self.receipts, self.order = [], [], [], []
         self.append(12, seed)
 
     @rule(count=st.integers(1, 9), seed=st.integers(0, 50))
@@ -46,11 +47,24 @@ class ContextMachine(RuleBasedStateMachine):
         new = token_ids(count, seed=seed)[0]
         span = self.context.append_ids(new)
         assert span == kv.Span(len(self.ids), len(self.ids) + count)
+        self.enter(new, len(self.order))
+
+    def enter(self, new, at):
+        positions = list(range(len(self.ids), len(self.ids) + len(new)))
+        self.order[at:at] = positions
         self.ids += new.tolist()
-        self.alive += [True] * count
+        self.alive += [True] * len(new)
 
     @rule(at=st.floats(0, 1), size=st.integers(1, 6), which=st.integers(0, 50))
     def erase(self, at, size, which):
+        self.edit(at, size, which, None)
+
+    @rule(at=st.floats(0, 1), size=st.integers(1, 6), which=st.integers(0, 50), count=st.integers(1, 8))
+    def replace(self, at, size, which, count):
+        self.edit(at, size, which, token_ids(count, seed=51 + which)[0])
+
+    def edit(self, at, size, which, new):
+        """Erase what is at some place, or replace it."""
         method = self.kind.methods[which % len(self.kind.methods)]
         start = int(at * (len(self.ids) - 1))
         span = kv.Span(start, min(start + size, len(self.ids)))
@@ -60,8 +74,15 @@ class ContextMachine(RuleBasedStateMachine):
                 self.context.erase_spans(span, method)
             assert same(self.kind.states(self.context), before)
             return
-        receipt = self.context.erase_spans(span, method)
-        assert receipt.spans == (span,)
+        if new is None:
+            receipt = self.context.erase_spans(span, method)
+        elif self.ids[span.slice] == new.tolist():
+            return
+        else:
+            receipt = self.context.replace_spans(span, new, method)
+            self.enter(new, min(map(self.order.index, span)))
+            assert self.context.ids_of(receipt.replacement) == new.tolist()
+        assert sorted(position for part in receipt.spans for position in part) == list(span)
         assert receipt.exact == self.context.exact
         assert receipt.exact or receipt.method != "full-recompute"
         self.receipts.append(receipt)
@@ -70,8 +91,17 @@ class ContextMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.receipts)
     @rule(index=st.integers(0, 9))
     def restore(self, index):
-        receipt = self.receipts.pop(index % len(self.receipts))
+        receipt = self.receipts[index % len(self.receipts)]
+        put = [position for span in receipt.replacements for position in span]
+        if not all(self.alive[position] for position in put):
+            with pytest.raises(kv.RestoreError, match="restore that one first"):
+                self.context.restore(receipt)
+            return
+        self.receipts.remove(receipt)
         self.context.restore(receipt)
+        for position in put:
+            self.alive[position] = False
+            self.order.remove(position)
         for span in receipt.spans:
             self.alive[span.slice] = [True] * len(span)
         with pytest.raises(kv.RestoreError):
@@ -105,7 +135,7 @@ class ContextMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self):
         context = self.context
-        live = [token for token, alive in zip(self.ids, self.alive, strict=True) if alive]
+        live = [self.ids[position] for position in self.order if self.alive[position]]
         assert context.live_ids == live
         assert len(context) == len(self.ids)
         assert len(context.token_ids) == context.backend.length

@@ -182,19 +182,17 @@ def test_a_limit_of_the_server_holds_for_requests_that_name_none(make):
 
 
 @APIS
-@pytest.mark.parametrize(
-    ("wishes", "param"),
-    [
+def test_wishes_that_cannot_be_met_are_refused_by_their_name(make, api):
+    server = make()
+    path, body = api(conversation())
+    for wishes, param in (
         ({"policy": "kveraser", "max_residual": 0.1}, "kveraser.max_residual"),
         ({"policy": "auto", "max_residual": 1.5}, "kveraser.max_residual"),
         ({"must_forget": [""]}, "kveraser.must_forget[0]"),
         ({"must_forget": "the code"}, "kveraser.must_forget"),
         ({"must_forget": ["nowhere", "you are kind"]}, "kveraser.must_forget[1]"),
         ({"forget": True}, "kveraser.forget"),
-    ],
-)
-def test_wishes_that_cannot_be_met_are_refused_by_their_name(make, api, wishes, param):
-    path, body = api(conversation())
-    reply = make().call("POST", path, json={**body, "model": NAME, "max_tokens": 8, "kveraser": wishes})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["message"].startswith(param)
+    ):
+        reply = server.call("POST", path, json={**body, "model": NAME, "max_tokens": 8, "kveraser": wishes})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"].startswith(param)

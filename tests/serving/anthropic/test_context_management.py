@@ -70,11 +70,12 @@ def test_old_results_are_erased_from_the_cached_conversation(server):
 
 
 def test_each_turn_clears_one_more_and_keeps_the_rest(server):
-    post(server, loop(3), edit())
-    following = post(server, loop(4), edit())
+    keep_two = edit(keep={"type": "tool_uses", "value": 2})
+    post(server, loop(4), keep_two)
+    following = post(server, loop(5), keep_two)
     assert following["context_management"]["applied_edits"][0]["cleared_tool_uses"] == 3
     assert len(following["kveraser"]["spans"]) == 1, "the others are gone already"
-    new = post(server, loop(4), path="/v1/messages/count_tokens")["input_tokens"] - post(server, loop(3), path="/v1/messages/count_tokens")["input_tokens"]  # fmt: skip
+    new = post(server, loop(5), path="/v1/messages/count_tokens")["input_tokens"] - post(server, loop(4), path="/v1/messages/count_tokens")["input_tokens"]  # fmt: skip
     assert following["usage"]["input_tokens"] <= new
 
 

@@ -59,7 +59,7 @@ def connect(tmp_path_factory, monkeypatch, calibration):
     return connected
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=3, max_size=5),
     repair=st.sampled_from([0, 5, 32]),

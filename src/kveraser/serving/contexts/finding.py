@@ -16,12 +16,12 @@ from kveraser.cache import cache_length
 from kveraser.context.chat import Message, added_by
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
-from kveraser.serving.contexts.blocks import Ids
+from kveraser.serving.contexts.blocks import Ids, common_length
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.limits import Limits
 from kveraser.serving.contexts.matching import Match, Prices, match
 from kveraser.serving.contexts.reuse import Policy, Reason, Reuse, reuse_copy, reuse_exactly, reuse_in_place
-from kveraser.serving.contexts.store import ContextStore
+from kveraser.serving.contexts.store import Candidate, ContextStore
 
 _LEAST = 16
 """Tokens that a change in place has to save, at least: it is a pass of its own."""
@@ -85,16 +85,21 @@ class ContextFinder:
 
     def _best(self, owner: str, wanted: Ids, in_place: bool) -> tuple[HeldContext, Match] | None:
         """The owner's conversation that saves the most, of several the one that is exact the longest, and what of it can be used."""
-        best: tuple[tuple[int, int], str, Match] | None = None
+        best, chosen, found = (0, 0), None, None
         for candidate in self.store.candidates(owner):
-            found = match(candidate.ids, wanted, starts=self._starts, prices=self._prices)
-            can_change = in_place and not (candidate.busy and candidate.exact_until < found.kept_until)
-            saved = found.gain if can_change else min(found.prefix, candidate.exact_until)
-            worth = saved, candidate.exact_until
-            if saved > 0 and (best is None or worth > best[0]):
-                best = worth, candidate.id, found
-        held = self.store.get(owner, best[1], is_session=False) if best else None
-        return None if held is None or best is None else (held, best[2])
+            if min(len(candidate.ids), len(wanted)) < best[0]:  # it cannot save more, so it is not looked at
+                continue
+            seen = self._match(candidate, wanted) if in_place else None
+            if seen is not None and candidate.busy and candidate.exact_until < seen.kept_until:
+                seen = None  # it is not changed now, and only its exact beginning can be copied
+            saved = seen.gain if seen else min(common_length(candidate.ids, wanted), candidate.exact_until)
+            if saved > 0 and (saved, candidate.exact_until) > best:
+                best, chosen, found = (saved, candidate.exact_until), candidate, seen
+        held = self.store.get(owner, chosen.id, is_session=False) if chosen else None
+        return None if held is None or chosen is None else (held, found or self._match(chosen, wanted))
+
+    def _match(self, candidate: Candidate, wanted: Ids) -> Match:
+        return match(candidate.ids, wanted, starts=self._starts, prices=self._prices)
 
 
 def _goes_on(held: HeldContext, found: Match, length: int) -> bool:

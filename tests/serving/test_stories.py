@@ -38,7 +38,8 @@ def test_a_dropped_message_is_steered_away_and_nearly_all_else_is_reused(ask, st
     text, found, usage = ask([entry for entry in talk if entry["content"] != story.span.strip()], "kveraser")
     assert found["method"] == "kveraser"
     assert not found["exact"]
-    assert usage.prompt_tokens - found["tokens_reused"] <= 64  # at most what has read the message is run again
+    # at most what has read the message is run again, and the last token, as for every request
+    assert usage.prompt_tokens - found["tokens_reused"] <= 64 + 1
     assert usage.prompt_tokens_details.cached_tokens == found["tokens_reused"]
     assert 0 < found["residual"] < 1
     assert found["eraser"] == "neutral"

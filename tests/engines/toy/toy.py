@@ -49,7 +49,7 @@ class KeptRows(Kept):
 
 class ToyBackend(LiveBackend):
     name = "toy"
-    can = frozenset(Can) - {Can.READ, Can.TELL}
+    can = frozenset(Can) - {Can.READ, Can.TELL, Can.OPEN}
     stored_as = ("rows", ".bin")
     vocabulary = 400
     bytes_per_slot = 8 * SIZE
@@ -90,11 +90,6 @@ class ToyBackend(LiveBackend):
         for span in reversed(spans):
             self.rows = torch.cat([self.rows[: span.start], self.rows[span.end :]])
         return left, (left.length - spans[0].start) * self.bytes_per_slot
-
-    def open(self, tokens, blank, steered):
-        for room in blank:
-            self.rows = torch.cat([self.rows[: room.start], torch.zeros(len(room), SIZE), self.rows[room.start :]])
-        return 0
 
     def recompute(self, tokens, span):
         for slot in span:

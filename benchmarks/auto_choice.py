@@ -18,7 +18,7 @@ from measuring import interleaved, random_cache, random_ids, report
 from rich.table import Table
 
 import kveraser as kv
-from kveraser.eraser import shipped_eraser
+from kveraser.eraser import default_eraser
 from kveraser.methods import as_method
 
 PREFIX = 512
@@ -46,7 +46,7 @@ def main(
 ) -> None:
     """Time both choices and print what auto would have lost."""
     model, _ = kv.load_backbone()
-    eraser = shipped_eraser(model)
+    eraser = default_eraser(model)
     rows = []
     for size in (16, 64, 256):
         for suffix in (16, 48, 96, 192, 384, 1024):

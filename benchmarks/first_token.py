@@ -18,7 +18,7 @@ from rich.table import Table
 
 import kveraser as kv
 from kveraser.cache import cache_length
-from kveraser.eraser import shipped_eraser
+from kveraser.eraser import default_eraser
 from kveraser.methods import as_method
 
 METHODS = ("full-recompute", "kveraser", "kveraser:repair=0", "delete-and-shift", "local-suffix-repair")
@@ -49,7 +49,7 @@ def main(
 ) -> None:
     """Time first tokens and print a table."""
     model, _ = kv.load_backbone()
-    eraser, question = shipped_eraser(model), random_ids(model, QUESTION, seed=1)
+    eraser, question = default_eraser(model), random_ids(model, QUESTION, seed=1)
     rows = []
     for length in (1024, 4096, 8192) if full else (1024, 4096):
         cache, ids = random_cache(model, length), random_ids(model, length)

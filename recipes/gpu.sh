@@ -9,25 +9,12 @@
 # file to evaluate on; PROCESSES is the number of GPUs.
 set -eu
 
-DRY= TINY=
-while [ $# -gt 0 ]; do
-    case $1 in
-    --dry) DRY=1 ;;
-    --tiny) TINY=1 ;;
-    *) break ;;
-    esac
-    shift
-done
+. "$(dirname "$0")/common.sh"
 [ $# -ge 2 ] || { echo "usage: $0 [--dry] [--tiny] TEXT OUTPUT [BACKBONE ...]" >&2; exit 2; }
 TEXT=$1 OUTPUT=$2
 shift 2
 [ $# -gt 0 ] || set -- qwen2.5-coder-0.5b-instruct qwen2.5-coder-1.5b-instruct Qwen/Qwen3-8B
-KVERASER=${KVERASER:-kveraser} PYTHON=${PYTHON:-python} QUESTIONS=${QUESTIONS:-} PROCESSES=${PROCESSES:-1}
-
-run() {
-    echo "$@"
-    [ -n "$DRY" ] || "$@"
-}
+QUESTIONS=${QUESTIONS:-} PROCESSES=${PROCESSES:-1}
 
 launch() { # kveraser's arguments, on all GPUs
     if [ "$PROCESSES" -gt 1 ]; then

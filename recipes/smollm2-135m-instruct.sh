@@ -14,23 +14,9 @@
 # two lines of its kveraser.json, `choose: readers` and `preferred: false`, were set when readers were introduced.
 set -eu
 
-DRY= TINY=
-while [ $# -gt 0 ]; do
-    case $1 in
-    --dry) DRY=1 ;;
-    --tiny) TINY=1 ;;
-    *) break ;;
-    esac
-    shift
-done
+. "$(dirname "$0")/common.sh"
 [ $# -eq 2 ] || { echo "usage: $0 [--dry] [--tiny] TEXT OUTPUT" >&2; exit 2; }
 TEXT=$1 OUTPUT=$2
-KVERASER=${KVERASER:-kveraser} PYTHON=${PYTHON:-python}
-
-run() {
-    echo "$@"
-    [ -n "$DRY" ] || "$@"
-}
 
 train() { # stage, folder, options
     stage=$1 folder=$2

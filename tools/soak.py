@@ -413,6 +413,15 @@ def soak(minutes: float, clients: int, seed: int, restarts: int, folder: Path) -
     random_eraser(model).save_pretrained(folder / "eraser")
     needed = Limits.of(model, tokenizer, 1).bytes_for(LONGEST) * SESSIONS * clients
     server = Server(folder, needed // 4)
+    try:
+        return _soak(server, minutes, clients, seed, restarts, needed)
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.end(signal.SIGKILL)
+
+
+def _soak(server: Server, minutes: float, clients: int, seed: int, restarts: int, needed: int) -> dict[str, Any]:
+    """`soak`, on a server that somebody else ends where this does not."""
     server.start()
     begun, chance = time.monotonic(), random.Random(seed)
     end = begun + 60 * minutes
@@ -440,7 +449,7 @@ def soak(minutes: float, clients: int, seed: int, restarts: int, folder: Path) -
                 f"{thread.name}, after {sum(thread.done.values())} operations: {thread.error}"
             ) from thread.error
     server.end(signal.SIGTERM)
-    files = [file for file in (folder / "state").rglob("*") if file.is_file()]
+    files = [file for file in (server.folder / "state").rglob("*") if file.is_file()]
     left = readable_bytes(files)
     purged = [text for thread in threads for text in thread.purged]
     found = [text for text in purged if text.encode() in left]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -70,11 +70,11 @@ def local_names(host: str, keys: Sequence[str]) -> tuple[str, ...]:
     return () if keys else ("localhost", "127.0.0.1", "[::1]", host)
 
 
-def listen(app: Any, host: str, port: int, stop_soon: Callable[[], None] = lambda: None, grace: float = 20) -> None:
-    """Serve an application until it is stopped, without a log of requests; `stop_soon` and `grace` as of `Server`."""
+def listen(app: Any, host: str, port: int, **stopping: Any) -> None:
+    """Serve an application until it is stopped, without a log of requests; `stopping` as of `Server`."""
     from kveraser.serving.server import Server
 
-    server = Server(app, stop_soon, grace, host=host.strip("[]"), port=port, log_level="warning", access_log=False)
+    server = Server(app, host=host.strip("[]"), port=port, log_level="warning", access_log=False, **stopping)
     with suppress(KeyboardInterrupt):  # it has stopped as it should, and passes the signal on
         server.run()
     if not server.started:

@@ -83,4 +83,4 @@ def serve_command(
         app = create_app(service, AppOptions(name, keys, limit, hosts=local_names(host, keys)))
         at = f"http://{host}:{port}"
         stderr.print(f"serving {name!r} at {at}/v1 (policy {policy}), the page at {at}/; Ctrl-C stops", highlight=False)
-        listen(app, host, port, service.stop_soon, options.grace)
+        listen(app, host, port, stop_soon=service.stop_soon, grace=options.grace)

@@ -13,7 +13,6 @@ from typing import Any
 
 import uvicorn
 
-GRACE = 20.0
 _TO_ANSWER = 10
 """Seconds beyond the grace in which the last replies are sent."""
 
@@ -29,7 +28,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: Any, stop_soon: Callable[[], None] = lambda: None, grace: float = GRACE, **settings: Any
+        self, app: Any, stop_soon: Callable[[], None] = lambda: None, grace: float = 20.0, **settings: Any
     ) -> None:
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=int(grace) + _TO_ANSWER, **settings))
         self._stop_soon = stop_soon

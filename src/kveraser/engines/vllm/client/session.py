@@ -6,13 +6,11 @@ only token ids, and the id of the edited context they go with.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kveraser.cache import Window
@@ -22,20 +20,16 @@ from kveraser.context.talking import Talking
 from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
-from kveraser.engines.vllm.protocol import Demand, Learn, Save
-from kveraser.eraser.config import CHOICES, Choose
-from kveraser.eraser.eraser import NEUTRAL_REPAIR
-from kveraser.errors import ContextError, EngineError, OptionError, RestoreError
-from kveraser.methods.choosing import RUN, Wish
+from kveraser.engines.vllm.client.settings import NEUTRAL, Settings
+from kveraser.engines.vllm.client.teaching import teach
+from kveraser.engines.vllm.protocol import Demand
+from kveraser.eraser.config import Choose
+from kveraser.errors import ContextError, EngineError, RestoreError
+from kveraser.methods.choosing import RUN
 from kveraser.methods.receipt import OfSpans
-from kveraser.readers import LEAST_TOKENS, MOST_TOKENS, lesson
 from kveraser.spans import Span, SpanLedger, merge_spans
 
 What = Span | str | Iterable[Span | str]
-
-log = logging.getLogger(__name__)
-
-_ADAPTER, _NEUTRAL = "eraser", "neutral"
 
 _PROBE = "The café's 3rd door:\n\t{x} = 1,024"
 
@@ -112,7 +106,7 @@ class VLLMSession(Talking):
         self._client = VLLMClient(base_url, api_key=api_key, timeout=timeout)
         served = {entry["id"]: entry for entry in self._client.models()}
         self.model = model or next(name for name, entry in served.items() if not entry.get("parent"))
-        wanted = [] if eraser in (None, _NEUTRAL) else [str(eraser)]
+        wanted = [] if eraser in (None, NEUTRAL) else [str(eraser)]
         for name in (self.model, *wanted):
             if name not in served:
                 raise EngineError(f"the server offers {', '.join(served)}, not {name!r}; start it with --lora-modules")
@@ -126,32 +120,14 @@ class VLLMSession(Talking):
                 "`python -m kveraser.engines.vllm.server`"
             )
         if about.get("learns") and choose != "next":
-            self._teach(about["max_tokens"])
+            teach(self._client, self.model, self._encode(any_text()), about["max_tokens"])
             about = self._about() or about
-        tells = "choose" in about  # else nobody there can tell readers, or hide a span
-        if eraser is None:
-            eraser = _ADAPTER if _ADAPTER in served and (about.get("preferred") or not tells) else _NEUTRAL
-        if eraser == _NEUTRAL and not tells:
-            raise EngineError(
-                "the server has neither the adapter of an eraser nor probes of its model, so nothing can be erased; start it "
-                "with --lora-modules, or with an eraser's folder that holds readers.safetensors"
-            )
-        self.eraser = eraser
-        default: Choose = about["choose"] if tells and eraser != _NEUTRAL else "readers" if tells else "next"
-        self.choose: Choose = default if choose is None else choose
-        self.block, self.coverage = block, coverage
-        self.close_gaps = about.get("dtype") == "float32" if close_gaps is None else close_gaps
-        if self.choose not in CHOICES or (self.choose == "readers") < (eraser == _NEUTRAL):
-            raise OptionError(
-                f"choose={self.choose!r} is none of {', '.join(CHOICES)}, or no choice with the {eraser} eraser"
-            )
-        if self.choose == "readers" and not tells:
-            raise OptionError("choose='readers' cannot be done by this server, which has no probes; use choose='next'")
-        trained = None if about["window"] is None else (about["window"][0], about["window"][1])
-        self.window = trained if window is None else _checked_window(window)
-        own = about["repair"] if self.choose == "next" else NEUTRAL_REPAIR if eraser == _NEUTRAL else about["readers"]
-        self.repair: int = own if repair is None else repair
-        Wish(self.repair, coverage, min(block, self.repair or block), None)
+        found = Settings.of(
+            about, served, eraser=eraser, window=window, repair=repair, choose=choose, block=block, coverage=coverage,
+            close_gaps=close_gaps,
+        )  # fmt: skip
+        self.eraser, self.window, self.repair = found.eraser, found.window, found.repair
+        self.choose, self.block, self.coverage, self.close_gaps = found.choose, block, coverage, found.close_gaps
         self._special = set(self.tokenizer.all_special_ids)
         self._state = State((), SpanLedger(), None)
         self._chat = Conversation()
@@ -220,7 +196,7 @@ class VLLMSession(Talking):
                 work.recomputed,
                 work.requests,
                 after.edit,
-                eraser="neutral" if self.eraser == _NEUTRAL else "trained",
+                eraser="neutral" if self.eraser == NEUTRAL else "trained",
                 recomputed=tuple(
                     part for run in (found.runs if found else ()) for part in before.ledger.from_cache(run)
                 ),
@@ -338,7 +314,7 @@ class VLLMSession(Talking):
         return Served(
             self._client,
             self.model,
-            None if self.eraser == _NEUTRAL else self.eraser,
+            None if self.eraser == NEUTRAL else self.eraser,
             self.window,
             self.repair,
             len(self.tokenizer),
@@ -355,23 +331,6 @@ class VLLMSession(Talking):
             self.model, [0], max_tokens=1, demand=Demand(about=True)
         ).said.get("about")
         return found
-
-    def _teach(self, most: int) -> None:
-        """Have the server find out, once for its model, what tells readers: it reads any text, twice."""
-        ids = self._encode(any_text())[: min(MOST_TOKENS, most - 1)]
-        if len(ids) < LEAST_TOKENS:
-            return
-        text, gone = lesson(torch.tensor([ids]))
-        kept: list[str] = []
-        try:
-            for part, observe in ((text[0], True), (text[0, ~gone], False)):
-                demand = Demand(save=(Save(0, len(part)),), observe=observe)
-                kept += self._client.complete(self.model, part.tolist(), max_tokens=1, demand=demand).said["saved"]
-            learn = Learn(len(ids), tuple(kept[:-1]), kept[-1])
-            self._client.complete(self.model, [0], max_tokens=1, demand=Demand(learn=learn, drop=tuple(kept)))
-        except (EngineError, KeyError) as error:
-            self._client.forget(self.model, kept)
-            log.warning("readers cannot be told by this server, the next tokens are recomputed instead: %s", error)
 
     def _encode(self, text: str, first: bool = False) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=first))
@@ -392,14 +351,6 @@ class VLLMSession(Talking):
         self.append(done.ids)
         if closing:
             self.append(self._encode(closing))
-
-
-def _checked_window(window: Window | str) -> Window | None:
-    if window == "full":
-        return None
-    if isinstance(window, str) or len(window) != 2 or min(window) < 0:
-        raise OptionError(f"window={window!r} must be two counts (sink, local) of at least 0, or 'full'")
-    return window
 
 
 def _load_tokenizer(served: dict[str, Any]) -> PreTrainedTokenizerBase:

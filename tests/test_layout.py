@@ -79,7 +79,7 @@ def test_contributing_shows_the_rooms_in_this_order():
 
 
 SERVING = ("beside", "exposure", "fields", "invalid", "decoding", "together", "worker", "stopping", "contexts", "options", "completion", "service", "server", "error_forms", "errors", "chat", "waiting", "events", "access",
-           "guarding", "metrics", "openai", "anthropic", "sessions", "page", "app")  # fmt: skip
+           "guarding", "gauges", "metrics", "openai", "anthropic", "sessions", "page", "app")  # fmt: skip
 """The rooms and files of the server, from below to above."""
 
 

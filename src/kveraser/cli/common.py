@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -20,25 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser, default_eraser
-from kveraser.errors import KVEraserError, UnsupportedCacheError
+from kveraser.errors import KVEraserError, OptionError, UnsupportedCacheError
 from kveraser.model.backbone import DEFAULT_BACKBONE, load_backbone
 
 # A pipe or a file has no width; tables need some.
 stdout = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140)
 stderr = Console(stderr=True)
-
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="Embedded default, hub id, folder or .gguf file.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default CUDA where there is one.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 where the device computes in it.")
-]
-EraserOption = Annotated[str | None, typer.Option(help="Folder or hub id of an eraser; default the one that ships.")]
-MethodsOption = Annotated[
-    list[str] | None,
-    typer.Option("--methods", "-M", help="Method, or NAME:OPTION=VALUE,...; repeatable; see `kveraser methods`."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-DEFAULT_MODEL = DEFAULT_BACKBONE
 
 
 @contextmanager
@@ -58,6 +45,19 @@ def reported(as_json: bool = False) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Import what only an extra of the package brings.
+
+    Raises:
+        OptionError: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[{extra}]'") from error
+
+
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
@@ -68,7 +68,7 @@ def load(
     model: str, device: str | None, dtype: str | None, quiet: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a backbone, saying so."""
-    note = " (the first time its weights are converted, up to a minute)" if model == DEFAULT_MODEL else ""
+    note = " (the first time its weights are converted, up to a minute)" if model == DEFAULT_BACKBONE else ""
     with stderr.status(f"loading {model}{note} ..."):
         loaded = load_backbone(model, device=device, dtype=dtype)
     if not quiet:

@@ -13,19 +13,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
-from kveraser.cli.common import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    EraserOption,
-    JsonOption,
-    ModelOption,
-    load,
-    print_json,
-    progress_bar,
-    reported,
-    stdout,
-)
+from kveraser.cli import options as opt
+from kveraser.cli.common import load, print_json, progress_bar, reported, stdout
 from kveraser.cli.tables import heat_line, results_table, top_readers
 from kveraser.context import ErasableContext
 from kveraser.demo.latency import SUFFIXES, measure_latency
@@ -51,15 +40,15 @@ class Engine(StrEnum):
 
 
 def demo_command(
-    model: ModelOption = DEFAULT_MODEL,
-    eraser: EraserOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    eraser: opt.Eraser = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
     engine: Annotated[
         Engine, typer.Option(help="What computes; llama-cpp takes GGUF files only.")
     ] = Engine.TRANSFORMERS,
     latency: Annotated[bool, typer.Option(help="Also measure how the cost grows with the suffix.")] = True,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Erase spans from what a model has already read: four stories, every method, two ways to ask.
 
@@ -128,9 +117,9 @@ def _llama_cpp(model: str, eraser: str | None, device: str | None, dtype: str | 
 
     if device or dtype:
         raise OptionError("--device and --dtype are for transformers; llama.cpp computes as its GGUF file says")
-    if model != DEFAULT_MODEL and not model.endswith(".gguf"):
+    if model != opt.DEFAULT_MODEL and not model.endswith(".gguf"):
         raise OptionError(f"llama.cpp loads GGUF files, and {model!r} is none; give a .gguf file")
-    loaded = LlamaCppModel(None if model == DEFAULT_MODEL else Path(model))
+    loaded = LlamaCppModel(None if model == opt.DEFAULT_MODEL else Path(model))
     tool = loaded.find_eraser(eraser) if eraser else loaded.default_eraser()
     return lambda length: LlamaCppContext(loaded, tool, length=length), [kind() for kind in METHODS]
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from kveraser import __version__
 from kveraser.cache import check_model
-from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
+from kveraser.cli import options as opt
+from kveraser.cli.common import print_json, reported, stderr, stdout
 from kveraser.eraser import default_eraser, shipped_erasers
 from kveraser.errors import BackboneError, UnsupportedCacheError
 from kveraser.files import cache_folder
@@ -118,7 +119,7 @@ def largest_key_bias(model: PreTrainedModel) -> float:
 
 def doctor_command(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Also load this model and say what works.")] = None,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Show versions, device, caches, which named backbones are there, and which methods work for a model.
 

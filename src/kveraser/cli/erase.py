@@ -10,22 +10,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kveraser.cli.common import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    EraserOption,
-    JsonOption,
-    MethodsOption,
-    ModelOption,
-    find_eraser,
-    load,
-    print_json,
-    progress_bar,
-    reported,
-    stderr,
-    stdout,
-)
+from kveraser.cli import options as opt
+from kveraser.cli.common import find_eraser, load, print_json, progress_bar, reported, stderr, stdout
 from kveraser.cli.tables import heat_line, results_table, top_readers
 from kveraser.context import ErasableContext
 from kveraser.demo.tell import who_read
@@ -71,19 +57,19 @@ def erase_command(
         str | None,
         typer.Option("--replace", "-r", help="Text that the span is to say instead; without it, it is erased."),
     ] = None,
-    methods: MethodsOption = None,
+    methods: opt.Methods = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Recomputed tokens behind the span, where no methods are named.")
     ] = DEFAULT_BUDGET,
-    model: ModelOption = DEFAULT_MODEL,
-    eraser: EraserOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    eraser: opt.Eraser = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
     cached: Annotated[bool, typer.Option(help="The question is in the cache already when the span is erased.")] = False,
     raw: Annotated[bool, typer.Option(help="Put the question as it is, not as 'Question: ... Answer:'.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
     repeats: Annotated[int, typer.Option(min=1, help="Erases per method; the time is their median.")] = 3,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Erase a span from a context (or with --replace, let it say something else) and ask a question, by one or several methods.
 

@@ -9,22 +9,8 @@ from typing import Annotated, Any, cast
 import typer
 from transformers import PreTrainedModel
 
-from kveraser.cli.common import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    EraserOption,
-    JsonOption,
-    MethodsOption,
-    ModelOption,
-    find_eraser,
-    load,
-    print_json,
-    progress_bar,
-    reported,
-    stderr,
-    stdout,
-)
+from kveraser.cli import options as opt
+from kveraser.cli.common import find_eraser, load, print_json, progress_bar, reported, stderr, stdout
 from kveraser.cli.tables import summary_table
 from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
@@ -49,7 +35,7 @@ def eval_command(
     protocols: Annotated[
         list[str] | None, typer.Option(help="query_after or query_cached, repeatable; default both.")
     ] = None,
-    methods: MethodsOption = None,
+    methods: opt.Methods = None,
     tokens: Annotated[
         list[int] | None,
         typer.Option(
@@ -75,11 +61,11 @@ def eval_command(
         typer.Option(help="Make only this part of the examples, such as 2/4, beside other processes; needs --output."),
     ] = None,
     per_task: Annotated[bool, typer.Option("--per-task", help="Also print a table for every task.")] = False,
-    model: ModelOption = DEFAULT_MODEL,
-    eraser: EraserOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    as_json: JsonOption = False,
+    model: opt.Model = opt.DEFAULT_MODEL,
+    eraser: opt.Eraser = None,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare methods on the same held-out examples, asked after the erase and with the question cached.
 

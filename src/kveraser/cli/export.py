@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kveraser.cli.common import JsonOption, print_json, reported, stderr, stdout
+from kveraser.cli import options as opt
+from kveraser.cli.common import print_json, reported, stderr, stdout
 from kveraser.eraser import shipped_erasers
 from kveraser.errors import BackboneError
 from kveraser.export import write_gguf_backbone, write_gguf_eraser, write_peft_folder
@@ -41,7 +42,7 @@ def gguf_command(
     output: Annotated[Path, typer.Argument(help="File to write.")],
     eraser: EraserFolder = None,
     dtype: Annotated[Float, typer.Option(help="Of the matrices.")] = Float.F32,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write an eraser as a GGUF LoRA adapter for llama.cpp, and check it by reading it back.
 
@@ -78,7 +79,7 @@ def gguf_command(
 def peft_command(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     eraser: EraserFolder = None,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write an eraser as a plain PEFT folder, and check it by reading it back. The weights are copied byte for byte.
 
@@ -99,7 +100,7 @@ def backbone_command(
         str, typer.Option("--model", "-m", help="A .gguf file, or the embedded default.")
     ] = DEFAULT_BACKBONE,
     dtype: Annotated[Float, typer.Option(help="Of the matrices; vectors stay f32.")] = Float.F16,
-    as_json: JsonOption = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write a GGUF file with the de-quantised weights of another one: those that transformers computes with.
 

@@ -1,4 +1,4 @@
-"""What the commands share that listen for requests: their options, who is let in, and serving.
+"""What the commands share that listen for requests: who is let in, and serving.
 
 Knows: addresses, keys, sizes, uvicorn. Does not know what is served.
 """
@@ -9,21 +9,12 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from kveraser.errors import OptionError
 from kveraser.serving.exposure import check_exposure, check_keys
-
-HostOption = Annotated[str, typer.Option(help="Address to listen on; others than loopback need an API key.")]
-PortOption = Annotated[int, typer.Option(min=1, max=65535)]
-PolicyOption = Annotated[str, typer.Option(help="exact, kveraser or auto, for requests that name none.")]
-ApiKeyOption = Annotated[
-    list[str] | None,
-    typer.Option(help="Let this key in; repeatable. Better: KVERASER_API_KEYS=key1,key2, which `ps` does not show."),
-]
-BodyLimitOption = Annotated[str, typer.Option(help="Longest request.")]
 
 _NOT_STARTED = 3
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from kveraser.cli.common import JsonOption, print_json, stdout
+from kveraser.cli import options as opt
+from kveraser.cli.common import print_json, stdout
 from kveraser.methods import EraseMethod, methods, text_options, write_value
 
 
@@ -12,7 +13,7 @@ def _options(method: type[EraseMethod]) -> dict[str, str]:
     return {name: write_value(default) for name, default in text_options(method).items()}
 
 
-def methods_command(as_json: JsonOption = False) -> None:
+def methods_command(as_json: opt.Json = False) -> None:
     """List the erasing methods.
 
     Wherever a method is named, options can be given: local-suffix-repair:tokens=64, kveraser:window=4,128,repair=32.

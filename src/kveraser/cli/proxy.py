@@ -7,39 +7,30 @@ from typing import Annotated
 
 import typer
 
-from kveraser.cli.common import reported, stderr
-from kveraser.cli.listening import (
-    ApiKeyOption,
-    BodyLimitOption,
-    HostOption,
-    PolicyOption,
-    PortOption,
-    checked_keys,
-    listen,
-    local_names,
-    parse_bytes,
-)
-from kveraser.errors import EngineError, OptionError
+from kveraser.cli import options as opt
+from kveraser.cli.common import needing, reported, stderr
+from kveraser.cli.listening import checked_keys, listen, local_names, parse_bytes
+from kveraser.errors import EngineError
 
 
 def proxy_command(
     upstream: Annotated[
         list[str], typer.Option(help="Address of a vLLM server with kveraser's connector; repeatable.")
     ],
-    host: HostOption = "127.0.0.1",
-    port: PortOption = 8000,
-    policy: PolicyOption = "kveraser",
+    host: opt.Host = "127.0.0.1",
+    port: opt.Port = 8000,
+    policy: opt.Policy = "kveraser",
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: where the servers say that the model is.")
     ] = None,
     min_saved: Annotated[int, typer.Option(min=0, help="Tokens that an edit has to save to be made.")] = 256,
     conversations: Annotated[int, typer.Option(min=1, help="Conversations that are remembered.")] = 1024,
     tokens: Annotated[str, typer.Option(help="Token ids of them that are remembered, such as 8M.")] = "8M",
-    api_key: ApiKeyOption = None,
+    api_key: opt.ApiKey = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a byte after which a server failed.")
     ] = 600.0,
-    body_limit: BodyLimitOption = "32M",
+    body_limit: opt.BodyLimit = "32M",
 ) -> None:
     """Pass requests on to vLLM servers, and erase there what clients drop from their conversations.
 
@@ -48,11 +39,9 @@ def proxy_command(
     Example: kveraser proxy --upstream http://127.0.0.1:8001 --upstream http://127.0.0.1:8002 --policy auto
     """
     with reported():
-        try:
+        with needing("serve"):
             from kveraser.engines.vllm.proxy.app import ProxyAppOptions, create_proxy
             from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
-        except ImportError as error:
-            raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
         keys = checked_keys(host, policy, api_key)
         options = ProxyOptions(
             policy=policy,  # type: ignore[arg-type]

@@ -7,39 +7,19 @@ from typing import Annotated
 
 import typer
 
-from kveraser.cli.common import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    EraserOption,
-    ModelOption,
-    find_eraser,
-    load,
-    reported,
-    stderr,
-)
-from kveraser.cli.listening import (
-    ApiKeyOption,
-    BodyLimitOption,
-    HostOption,
-    PolicyOption,
-    PortOption,
-    checked_keys,
-    listen,
-    local_names,
-    parse_bytes,
-)
-from kveraser.errors import OptionError
+from kveraser.cli import options as opt
+from kveraser.cli.common import find_eraser, load, needing, reported, stderr
+from kveraser.cli.listening import checked_keys, listen, local_names, parse_bytes
 
 
 def serve_command(
-    model: ModelOption = DEFAULT_MODEL,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    eraser: EraserOption = None,
-    host: HostOption = "127.0.0.1",
-    port: PortOption = 8000,
-    policy: PolicyOption = "exact",
+    model: opt.Model = opt.DEFAULT_MODEL,
+    device: opt.Device = None,
+    dtype: opt.Dtype = None,
+    eraser: opt.Eraser = None,
+    host: opt.Host = "127.0.0.1",
+    port: opt.Port = 8000,
+    policy: opt.Policy = "exact",
     max_residual: Annotated[
         float | None, typer.Option(help="Under auto: recompute at once where edits leave more behind, such as 0.1.")
     ] = None,
@@ -47,7 +27,7 @@ def serve_command(
     state_dir: Annotated[
         Path | None, typer.Option(help="Keep sessions here; default: they end with the server.")
     ] = None,
-    api_key: ApiKeyOption = None,
+    api_key: opt.ApiKey = None,
     served_name: Annotated[str | None, typer.Option(help="The model's name in requests; default: --model.")] = None,
     queue_size: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are answered with 429.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request, waiting included.")] = 300.0,
@@ -57,18 +37,16 @@ def serve_command(
             min=1, help="Replies made at the same time; 1 makes them one after the other, with the very bits."
         ),
     ] = 16,
-    body_limit: BodyLimitOption = "8M",
+    body_limit: opt.BodyLimit = "8M",
 ) -> None:
     """Serve a model with OpenAI's and Anthropic's API, reusing what is cached also after clients drop or clear messages.
 
     Example: kveraser serve --policy auto --state-dir state
     """
     with reported():
-        try:
+        with needing("serve"):
             from kveraser.serving.app import AppOptions, create_app
             from kveraser.serving.service import Service, ServiceOptions
-        except ImportError as error:
-            raise OptionError(f"{error.name} is missing; install it with: pip install 'kveraser[serve]'") from error
         keys = checked_keys(host, policy, api_key)
         options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]

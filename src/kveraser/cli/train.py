@@ -8,18 +8,8 @@ from typing import Annotated
 
 import typer
 
-from kveraser.cli.common import (
-    DEFAULT_MODEL,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    load,
-    print_json,
-    progress_bar,
-    reported,
-    stderr,
-    stdout,
-)
+from kveraser.cli import options as opt
+from kveraser.cli.common import load, print_json, progress_bar, reported, stderr, stdout
 from kveraser.training import LIMIT, PRESETS, STAGES, StageName, read_config, train_eraser
 from kveraser.training import Progress as Step
 
@@ -133,11 +123,11 @@ def _register(name: str, stages: tuple[StageName, ...], about: str) -> None:
 
     @app.command(name, help=about)
     def command(
-        output: OutputOption, model: ModelOption = DEFAULT_MODEL, config: ConfigOption = None,
+        output: OutputOption, model: opt.Model = opt.DEFAULT_MODEL, config: ConfigOption = None,
         preset: PresetOption = "cpu", changes: SetOption = None, text: TextOption = None, seed: SeedOption = None,
-        start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: DtypeOption = None,
+        start: StartOption = None, fresh: FreshOption = False, cpu: CpuOption = False, dtype: opt.Dtype = None,
         push_to_hub: HubOption = None, store: StoreOption = None, store_limit: LimitOption = LIMIT / 1e9,
-        as_json: JsonOption = False,
+        as_json: opt.Json = False,
     ) -> None:  # fmt: skip
         _train(stages, output, model, config, preset, changes, text, seed, start, fresh, cpu, dtype, push_to_hub,
                store, store_limit, as_json)  # fmt: skip

@@ -3,8 +3,8 @@
 Knows: backends, spans, token ids. Does not know about text, ledgers, undoing, or how any method works.
 
 A method is one small frozen dataclass. It says beforehand which slots it will overwrite (`plan`), and then overwrites
-them (`apply`). What all of them share is around them: checks, undo, roll-back and the receipt (`transaction.py`). What tables
-and plots want to know of one is in `comparing.py`.
+them (`apply`). What all of them share is around them: checks, undo, roll-back and the receipt (`transaction.py`). Where slots lie
+is in `lying.py`, what tables and plots want to know of a method in `comparing.py`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from kveraser.cache import Backend, Can, Eraser, Marks, Tokens
 from kveraser.methods.choice import Choice
 from kveraser.methods.comparing import Compared
-from kveraser.methods.slots import neighbors, with_slots
+from kveraser.methods.lying import Lying
 from kveraser.readers import Text
 from kveraser.spans import Span
 
 
 @dataclass(frozen=True)
-class Edit:
-    """An erase to be done.
+class Edit(Lying):
+    """An erase to be done. Which slots stay, go or are free is told by `Lying`.
 
     Attributes:
         backend: the cache, `tokens.length` slots, and what runs its tokens; edited in place.
@@ -49,55 +46,6 @@ class Edit:
     text: Text | None = None
     new: tuple[int, ...] = ()
     blank: tuple[Span, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """Number of slots before the edit."""
-        return self.tokens.length
-
-    @property
-    def kept(self) -> Tensor:
-        """The slots with tokens that stay, `(n,)` int64: neither steered nor to be erased."""
-        stays = torch.ones(self.length, dtype=torch.bool, device=self.tokens.ids.device)
-        for span in (*self.spans, *self.marks.steered_spans):
-            stays[span.slice] = False
-        return stays.nonzero()[:, 0]
-
-    @property
-    def fresh(self) -> tuple[Span, ...]:
-        """The slots of the new tokens."""
-        return tuple(
-            Span(span.start, span.start + count) for span, count in zip(self.spans, self.new, strict=False) if count
-        )
-
-    @property
-    def spare(self) -> tuple[Span, ...]:
-        """The slots of the spans that no new token takes: to be dropped or hidden. In an erase, the spans."""
-        counts = self.new or (0,) * len(self.spans)
-        return tuple(Span(s.start + n, s.end) for s, n in zip(self.spans, counts, strict=True) if n < len(s))
-
-    @property
-    def growth(self) -> int:
-        """For how many new tokens the spans have no slots."""
-        return sum(max(count - len(span), 0) for span, count in zip(self.spans, self.new, strict=False))
-
-    @property
-    def after(self) -> Tensor:
-        """The slots that hold tokens after the edit, `(n,)` int64: what stays and what is new, as they lie now."""
-        return with_slots(self.kept, self.fresh)
-
-    @property
-    def absent(self) -> tuple[Span, ...]:
-        """The slots that nobody is to see any more, in order: what of the spans is dropped or hidden, and what was hidden before."""
-        return tuple(sorted((*self.spare, *self.marks.steered_spans)))
-
-    def neighbors(self, count: int) -> list[tuple[Span, tuple[Span, ...]]]:
-        """For each of the spans, the first `count` live slots behind it (none beyond the next one), as disjoint runs."""
-        return neighbors(self.spans, self.marks.steered_spans, self.length, count)
-
-    def runs_behind(self, count: int) -> tuple[Span, ...]:
-        """The first `count` live slots behind each of the spans, as disjoint runs in order."""
-        return tuple(run for _, runs in self.neighbors(count) for run in runs)
 
 
 @dataclass(frozen=True)

@@ -127,9 +127,7 @@ def blockwise_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def told_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
+def told_attention(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
     """Attention as the keys say: they come from a pass that knows what each token sees, and carry its `attend`.
 
     Raises:

@@ -52,15 +52,13 @@ class Observed:
 _observed: ContextVar[Observed | None] = ContextVar("observed", default=None)
 
 
-def _observing_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
+def _observing_attention(module: nn.Module, query: Tensor, *seen_by: Any, **options: Any) -> tuple[Tensor, None]:
     seen = _observed.get()
     if seen is not None:
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         seen.layers[int(module.layer_idx)] = Layer(query[0].detach(), scaling)  # type: ignore[arg-type]
-    result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    result: tuple[Tensor, None] = sdpa_attention_forward(module, query, *seen_by, **options)
     return result
 
 

@@ -51,9 +51,9 @@ class Source(ABC):
     def turning(self) -> Turning:
         """How the model rotates keys and queries."""
 
-    @abstractmethod
     def norm(self, layer: int) -> tuple[Norm | None, tuple[int, ...]]:
-        """The query norm of a layer, and the shape of what goes into it for one token."""
+        """The query norm of a layer, and the shape of what goes into it for one token; None where there is none, as here."""
+        return None, ()
 
     @abstractmethod
     def observe(self, ids: Tensor, gone: Tensor | None = None) -> Observed:

@@ -2,7 +2,7 @@
 
 Knows: HTTP, conversations, sessions, on top of live contexts. Does not know how an erase is done.
 
-    app         the application: routes, health                    access, errors, events, guarding, metrics, page, web/: its parts
+    app         the application: routes, health                    access, errors, events, guarding, gauges, metrics, page, web/: its parts
     openai/, anthropic/   the endpoints of their APIs              sessions/: the endpoints of explicit erase sessions
     chat/       conversations with tools, as both APIs have them   error_forms: how errors are written; options: the field `kveraser`
     service     the model and its contexts; answers a prompt       completion: prompts and replies; decoding: logits to text

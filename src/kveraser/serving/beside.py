@@ -1,4 +1,4 @@
-"""Work that needs no context, such as tokenising, beside the event loop and beside the worker.
+"""Work in threads beside the event loop: what needs no context, such as tokenising, and waiting for other servers.
 
 Knows: threads, asyncio. Does not know what the work is.
 """
@@ -13,19 +13,20 @@ from typing import TypeVar
 from kveraser.errors import QueueFullError
 
 T = TypeVar("T")
-_THREADS = 2
 
 
 class Beside:
-    """A few threads for short work.
+    """A few threads; `run` is for the event loop, the executor `threads` for everybody else.
 
     Args:
-        capacity: pieces of work that may be there at once, running or waiting.
+        capacity: pieces of work that may wait; None for any number.
+        threads: how many work at the same time.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kveraser-beside")
-        self._capacity, self._count = capacity + _THREADS, 0
+    def __init__(self, capacity: int | None, threads: int = 2, name: str = "kveraser-beside") -> None:
+        self.threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._capacity = None if capacity is None else capacity + threads
+        self._count = 0
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of some work; the event loop goes on meanwhile. To be called from the event loop's thread.
@@ -34,10 +35,10 @@ class Beside:
             QueueFullError: too much is waiting.
             whatever the work raises.
         """
-        if self._count >= self._capacity:
+        if self._capacity is not None and self._count >= self._capacity:
             raise QueueFullError(self._count, 1)
         self._count += 1
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        future = asyncio.get_running_loop().run_in_executor(self.threads, work)
         future.add_done_callback(self._done)  # also where nobody waits any more
         return await asyncio.shield(future)
 
@@ -48,4 +49,4 @@ class Beside:
 
     def stop(self) -> None:
         """Take no more work."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)

@@ -5,13 +5,10 @@ Knows: the service's numbers. Does not know about requests' contents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from kveraser.serving.completion import Reply
+from kveraser.serving.gauges import Gauge, Gauges
 from kveraser.serving.service import Service
 
 
@@ -31,7 +28,7 @@ class Metrics:
         self.prompt_seconds = Histogram(
             "kveraser_prompt_seconds", "Until the first token could be sampled.", registry=registry
         )
-        self.registry.register(_Gauges(service))
+        self.registry.register(Gauges(lambda: _numbers(service)))
 
     def count(self, reply: Reply) -> None:
         """Enter an answered request."""
@@ -42,20 +39,14 @@ class Metrics:
         self.prompt_seconds.observe(reply.reuse.seconds)
 
 
-class _Gauges(Collector):
-    """The last numbers that the service has published."""
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
-
-    def collect(self) -> Iterator[Metric]:
-        numbers = self.service.numbers  # the store itself belongs to the worker's thread
-        for name, text, value in (
-            ("kveraser_queue_waiting", "Requests that wait.", self.service.worker.waiting),
-            ("kveraser_replies_in_the_making", "Replies that take turns.", self.service.worker.taking_turns),
-            ("kveraser_cache_bytes", "Keys and values in memory.", numbers.bytes),
-            ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", numbers.budget),
-            ("kveraser_contexts_in_memory", "Contexts in memory.", numbers.in_memory),
-            ("kveraser_contexts_on_disk", "Contexts on disk only.", numbers.on_disk),
-        ):
-            yield GaugeMetricFamily(name, text, value)
+def _numbers(service: Service) -> list[Gauge]:
+    """The last ones that the service has published."""
+    numbers = service.numbers  # the store itself belongs to the worker's thread
+    return [
+        ("kveraser_queue_waiting", "Requests that wait.", service.worker.waiting),
+        ("kveraser_replies_in_the_making", "Replies that take turns.", service.worker.taking_turns),
+        ("kveraser_cache_bytes", "Keys and values in memory.", numbers.bytes),
+        ("kveraser_cache_budget_bytes", "Keys and values that may be in memory.", numbers.budget),
+        ("kveraser_contexts_in_memory", "Contexts in memory.", numbers.in_memory),
+        ("kveraser_contexts_on_disk", "Contexts on disk only.", numbers.on_disk),
+    ]

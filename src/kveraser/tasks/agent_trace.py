@@ -6,12 +6,9 @@ The turns that used the result speak of it without its value, or (then they are 
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, Turn, ask, halves, in_fields, transcript
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, Turn, ask, halves, in_fields, transcript
 from kveraser.tasks.facts import NEIGHBOR, draw_words
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
 
 _CALLS = halves(
     [
@@ -60,8 +57,8 @@ _DONE = halves(["Thank you, I have it.", "Understood.", "Good, that is all I nee
 class AgentTrace(Task):
     """The erased span is the tool's first result (and what repeats it); a later call gave the right one, or none did."""
 
-    name: ClassVar[str] = "agent-trace"
-    summary: ClassVar[str] = "a tool loop of several turns that worked with a wrong result"
+    name = "agent-trace"
+    summary = "a tool loop of several turns that worked with a wrong result"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         call, result, question, lead, kind = rng.choice(_CALLS(split)).split("|")

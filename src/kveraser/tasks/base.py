@@ -2,7 +2,8 @@
 
 Knows: text, random numbers. Does not know about models, caches, training or metrics.
 
-Templates, names and values of the two splits are disjoint: an eraser is never judged on a sentence it has seen.
+Templates, names and values of the two splits are disjoint: an eraser is never judged on a sentence it has seen. An author of a task
+needs nothing but this module and, where they help, `facts` and `words`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,22 @@ from typing import Any, ClassVar, Literal
 from kveraser.errors import OptionError
 from kveraser.tasks.filler import Filler
 from kveraser.tasks.splits import Split
+
+__all__ = [
+    "EraseExample",
+    "Filler",
+    "Markup",
+    "Piece",
+    "Sizes",
+    "Split",
+    "Task",
+    "Turn",
+    "ask",
+    "asked",
+    "halves",
+    "in_fields",
+    "transcript",
+]
 
 Piece = tuple[str, bool]
 """A text of the context, with whether it is to be erased."""

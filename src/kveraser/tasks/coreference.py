@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
 from kveraser.tasks import words
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.facts import NEIGHBOR
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
+from kveraser.tasks.facts import stale
 
 _INTRODUCTIONS = halves(
     [
@@ -56,8 +53,8 @@ _CORRECTIONS = halves(
 class Coreference(Task):
     """The erased span introduces a person; the suffix speaks of them, and sometimes says who it really was."""
 
-    name: ClassVar[str] = "coreference"
-    summary: ClassVar[str] = "what the following text keeps referring to"
+    name = "coreference"
+    summary = "what the following text keeps referring to"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         kinds = {"person": words.PEOPLE, "job": words.JOBS, "place": words.PLACES}
@@ -70,12 +67,10 @@ class Coreference(Task):
         sentences = rng.sample(list(_REFERENCES(split)), 3)
         if corrected:
             sentences.insert(rng.randint(1, 3), rng.choice(_CORRECTIONS(split)).format(**right))
-        return EraseExample(
-            prefix=f"{filler.text(rng, before, split)} ",
-            span=f"{rng.choice(_INTRODUCTIONS(split)).format(**wrong)} ",
-            suffix=f"{' '.join(sentences)} {filler.text(rng, behind, split)}",
-            question=ask(question, lead),
-            gold=right[kind] if corrected else None,
-            erased=wrong[kind],
-            continuation=" " + filler.text(rng, NEIGHBOR, split),
+        texts = (
+            f"{filler.text(rng, before, split)} ",
+            f"{rng.choice(_INTRODUCTIONS(split)).format(**wrong)} ",
+            f"{' '.join(sentences)} {filler.text(rng, behind, split)}",
         )
+        gold = right[kind] if corrected else None
+        return stale(rng, filler, split, texts, ask(question, lead), wrong[kind], gold)

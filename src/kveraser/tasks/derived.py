@@ -8,12 +8,9 @@ that sentence when it read it, and in no text but the span's. Two tasks on the v
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.facts import NEIGHBOR, NOTES, draw_words
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
+from kveraser.tasks.facts import NEIGHBOR, NOTES, draw_words, stale
 
 _RULES = halves(
     [
@@ -38,10 +35,10 @@ DISTANCES = (0, 250, 1500)
 class Derived(Task):
     """The erased span is a wrong fact; the right one stands elsewhere, or nowhere. Asks for what follows from it."""
 
-    name: ClassVar[str] = "derived"
-    summary: ClassVar[str] = "what follows from a stale fact, said 0, 250 or 1,500 tokens behind it"
-    series: ClassVar[str] = "derived"
-    direct: ClassVar[bool] = False
+    name = "derived"
+    summary = "what follows from a stale fact, said 0, 250 or 1,500 tokens behind it"
+    series = "derived"
+    direct = False
     """Whether the question is about the fact itself."""
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
@@ -61,20 +58,14 @@ class Derived(Task):
             else:
                 rest = [filler.text(rng, NEIGHBOR, split), said, *rest]
         question, lead = questions[2:] if self.direct else questions[:2]
-        return EraseExample(
-            prefix=f"{prefix} ",
-            span=f"{note}{fact.format(**names, value=wrong)} ",
-            suffix=" ".join([*between, conclusion.format(**names), *rest]),
-            question=ask(question.format(**names), lead.format(**names)),
-            gold=right if known else None,
-            erased=wrong,
-            continuation=" " + filler.text(rng, NEIGHBOR, split),
-        )
+        span, suffix = note + fact.format(**names, value=wrong), " ".join([*between, conclusion.format(**names), *rest])
+        asking = ask(question.format(**names), lead.format(**names))
+        return stale(rng, filler, split, (f"{prefix} ", f"{span} ", suffix), asking, wrong, right if known else None)
 
 
 class DerivedDirect(Derived):
     """The mate of `derived`: the same contexts, asked for the fact itself."""
 
-    name: ClassVar[str] = "derived-direct"
-    summary: ClassVar[str] = "the stale fact itself, in the contexts of `derived`"
-    direct: ClassVar[bool] = True
+    name = "derived-direct"
+    summary = "the stale fact itself, in the contexts of `derived`"
+    direct = True

@@ -12,12 +12,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from kveraser.errors import OptionError
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
 
 _VALUE = re.compile(r"(?<=[a-z,] )(\d{2,4}|(?!The |An? )(?:[A-Z][a-z]+ ?){1,3}(?<! ))(?=[ ,.])")
 _QUESTIONS = halves(
@@ -68,9 +66,9 @@ def _document(entry: dict[str, Any]) -> Document:
 class DocumentQA(Task):
     """The erased span is a passage that says the wrong thing; the right one stays in the documents."""
 
-    name: ClassVar[str] = "document-qa"
-    summary: ClassVar[str] = "long documents with a passage that states a wrong answer"
-    takes_source: ClassVar[bool] = True
+    name = "document-qa"
+    summary = "long documents with a passage that states a wrong answer"
+    takes_source = True
 
     def __init__(self, source: Path | None = None) -> None:
         super().__init__(source)

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kveraser.tasks import words
-from kveraser.tasks.base import Sizes, ask, halves
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, ask, halves
 
 NOTES = halves(
     ["", "Note: ", "", "", "Update: ", "According to the handbook, ", "Please remember: ", "", "As of today, "]
@@ -105,6 +103,24 @@ def surround(rng: random.Random, filler: Filler, sizes: Sizes, split: Split, rig
         else:
             suffix = f"{filler.text(rng, NEIGHBOR, split)} {right} {suffix}"
     return Surroundings(f"{prefix} ", suffix, " " + filler.text(rng, NEIGHBOR, split))
+
+
+def stale(
+    rng: random.Random,
+    filler: Filler,
+    split: Split,
+    texts: tuple[str, str, str],
+    question: str,
+    wrong: str,
+    right: str | None,
+) -> EraseExample:
+    """The example in which a wrong value is erased.
+
+    Args:
+        texts: prefix, span and suffix.
+        right: the value that is said elsewhere; None where none is.
+    """
+    return EraseExample(*texts, question, right, wrong, " " + filler.text(rng, NEIGHBOR, split))
 
 
 def scatter(rng: random.Random, text: str, sentences: Sequence[str]) -> str:

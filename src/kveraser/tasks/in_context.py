@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, halves
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, halves
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ _NAMES = halves(["", "Here are some examples.\n", "Examples:\n"])
 class InContext(Task):
     """The erased span is a block of demonstrations with exchanged labels, right ones follow."""
 
-    name: ClassVar[str] = "in-context"
-    summary: ClassVar[str] = "mislabelled demonstrations before right ones"
+    name = "in-context"
+    summary = "mislabelled demonstrations before right ones"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         labelling = rng.choice(_LABELLINGS[split])

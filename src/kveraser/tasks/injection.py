@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
 from kveraser.tasks import words
-from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, halves
 from kveraser.tasks.facts import make_fact, surround
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
 
 _ORDERS = halves(
     [
@@ -68,8 +65,8 @@ class Injection(Task):
     The question is about a fact that stays. Planted pairs are what small models follow most.
     """
 
-    name: ClassVar[str] = "injection"
-    summary: ClassVar[str] = "instructions or planted answers hidden in a retrieved document"
+    name = "injection"
+    summary = "instructions or planted answers hidden in a retrieved document"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _FACTS, split, lead=0.5)

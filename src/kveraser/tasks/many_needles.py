@@ -6,12 +6,9 @@ In the form of RULER's multi-key and multi-value needles (arXiv 2404.06654), wit
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.facts import NEIGHBOR, scatter
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
+from kveraser.tasks.facts import scatter, stale
 
 _SENTENCES = halves(
     [
@@ -33,8 +30,8 @@ class MultiKeyNeedle(Task):
     """Every key has one number. The erased span is a wrong one for the key that is asked about; the right one stands elsewhere, or
     nowhere."""
 
-    name: ClassVar[str] = "needle-multikey"
-    summary: ClassVar[str] = "a stale number among numbers for many other keys"
+    name = "needle-multikey"
+    summary = "a stale number among numbers for many other keys"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         before, behind = sizes.draw(rng)
@@ -47,22 +44,18 @@ class MultiKeyNeedle(Task):
         if known:
             needles.insert(rng.randint(0, count), sentence.format(key=key, value=right))
         cut = round(len(needles) * before / max(before + behind, 1))
-        return EraseExample(
-            prefix=scatter(rng, filler.text(rng, before, split), needles[:cut]) + " ",
-            span=sentence.format(key=key, value=wrong) + " ",
-            suffix=scatter(rng, filler.text(rng, behind, split), needles[cut:]),
-            question=ask(f"What is the {what} of {key}?", f"The {what} of {key} is"),
-            gold=right if known else None,
-            erased=wrong,
-            continuation=" " + filler.text(rng, NEIGHBOR, split),
-        )
+        prefix = scatter(rng, filler.text(rng, before, split), needles[:cut])
+        suffix = scatter(rng, filler.text(rng, behind, split), needles[cut:])
+        asking = ask(f"What is the {what} of {key}?", f"The {what} of {key} is")
+        texts = (f"{prefix} ", f"{sentence.format(key=key, value=wrong)} ", suffix)
+        return stale(rng, filler, split, texts, asking, wrong, right if known else None)
 
 
 class MultiValueNeedle(Task):
     """One key has several numbers, and all are asked for. The erased span says one that it does not have."""
 
-    name: ClassVar[str] = "needle-multivalue"
-    summary: ClassVar[str] = "a wrong number among all that one key has"
+    name = "needle-multivalue"
+    summary = "a wrong number among all that one key has"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         before, behind = sizes.draw(rng)
@@ -71,15 +64,10 @@ class MultiValueNeedle(Task):
         wrong, *values = rng.sample(list(_VALUES(split)), rng.randint(3, 4))
         cut = rng.randint(0, len(values))
         needles = [sentence.format(key=key, value=value) for value in values]
-        return EraseExample(
-            prefix=scatter(rng, filler.text(rng, before, split), needles[:cut]) + " ",
-            span=sentence.format(key=key, value=wrong) + " ",
-            suffix=scatter(rng, filler.text(rng, behind, split), needles[cut:]),
-            question=ask(
-                f"Which {what}s are said of {key}? Name all, in the order of the text, with the word and between them.",
-                f"The {what}s of {key} are",
-            ),
-            gold=" and ".join(values),
-            erased=wrong,
-            continuation=" " + filler.text(rng, NEIGHBOR, split),
+        prefix = scatter(rng, filler.text(rng, before, split), needles[:cut])
+        suffix = scatter(rng, filler.text(rng, behind, split), needles[cut:])
+        question = (
+            f"Which {what}s are said of {key}? Name all, in the order of the text, with the word and between them."
         )
+        texts = (f"{prefix} ", f"{sentence.format(key=key, value=wrong)} ", suffix)
+        return stale(rng, filler, split, texts, ask(question, f"The {what}s of {key} are"), wrong, " and ".join(values))

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, halves
 from kveraser.tasks.facts import make_fact, surround
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
 
 _FACTS = halves(
     [
@@ -46,8 +43,8 @@ class Needle(Task):
     One time in four the wrong fact was said twice, and both places are erased.
     """
 
-    name: ClassVar[str] = "needle"
-    summary: ClassVar[str] = "a stale fact in running text, said once or twice"
+    name = "needle"
+    summary = "a stale fact in running text, said once or twice"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _FACTS, split)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, halves
 from kveraser.tasks.facts import make_fact, surround
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
 
 _PREFERENCES = halves(
     [
@@ -34,8 +31,8 @@ _PREFERENCES = halves(
 class Preference(Task):
     """The erased span is the old preference; a new one stands elsewhere, or none."""
 
-    name: ClassVar[str] = "preference"
-    summary: ClassVar[str] = "a user's preference that was taken back"
+    name = "preference"
+    summary = "a user's preference that was taken back"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _PREFERENCES, split)

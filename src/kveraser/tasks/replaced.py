@@ -7,12 +7,9 @@ sentences are as long as the old one (about), the others say when or why it was 
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, halves
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, halves
 from kveraser.tasks.facts import make_fact, surround
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
 
 _FACTS = halves(
     [
@@ -48,9 +45,9 @@ _REASONS = halves(
 class Replaced(Task):
     """The span says the old value; replaced, it says the new one."""
 
-    name: ClassVar[str] = "replaced"
-    summary: ClassVar[str] = "a fact that was updated: the span is replaced, not erased"
-    trained: ClassVar[bool] = False
+    name = "replaced"
+    summary = "a fact that was updated: the span is replaced, not erased"
+    trained = False
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _FACTS, split)

@@ -7,11 +7,8 @@ it would had the span never been there (KVEraser, arXiv 2606.17034, names the st
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task
 
 _CUE, _GOAL = 10, 12
 _SPANS = (8, 384)
@@ -22,8 +19,8 @@ class SpanNeighbor(Task):
     """Any text: neighbors are cut apart at a sentence's border or in the middle of a sentence. Lengths in tokens of the
     span: about 8 to 384, on a logarithmic scale, at most half of what surrounds it."""
 
-    name: ClassVar[str] = "span-neighbor"
-    summary: ClassVar[str] = "an unrelated span between neighbors in generic text"
+    name = "span-neighbor"
+    summary = "an unrelated span between neighbors in generic text"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         before, behind = sizes.draw(rng)

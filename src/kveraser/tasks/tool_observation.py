@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
 from kveraser.tasks import words
-from kveraser.tasks.base import EraseExample, Sizes, Task, Turn, halves
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, Turn, halves
 from kveraser.tasks.facts import NEIGHBOR, make_fact
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
 
 _RESULTS = halves(
     [
@@ -40,8 +37,8 @@ _AGAIN = halves(
 class ToolObservation(Task):
     """The erased span is the first, wrong result; with or without a second one."""
 
-    name: ClassVar[str] = "tool-observation"
-    summary: ClassVar[str] = "a wrong tool result in an agent's transcript"
+    name = "tool-observation"
+    summary = "a wrong tool result in an agent's transcript"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         fact = make_fact(rng, _RESULTS, split, notes=False)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
 
 _SKILLS = halves(
     [
@@ -51,8 +48,8 @@ _BAD = halves(
 class ToolSelection(Task):
     """The erased span is the malicious skill's file; the request needs one of the others."""
 
-    name: ClassVar[str] = "tool-selection"
-    summary: ClassVar[str] = "a malicious file in a list of skills"
+    name = "tool-selection"
+    summary = "a malicious file in a list of skills"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         skills = [entry.split("|") for entry in rng.sample(list(_SKILLS(split)), 5)]

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import ClassVar
 
-from kveraser.tasks.base import EraseExample, Sizes, Task, ask, halves
-from kveraser.tasks.facts import NEIGHBOR, scatter
-from kveraser.tasks.filler import Filler
-from kveraser.tasks.splits import Split
+from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
+from kveraser.tasks.facts import scatter, stale
 
 _NAMES = halves([f"{a}{b}{c}{d}" for a, c in ("BK", "DR", "FL", "GM", "HS", "JT", "MV", "PN", "QW", "TZ", "WX", "ZD")
                  for b in "AEIOU" for d in "KNRX"])  # fmt: skip
@@ -25,8 +22,8 @@ _TOKENS_PER_LINK, _LINKS = 100, (1, 4)
 class VariableTracking(Task):
     """The erased span is a wrong assignment to the chain's first variable; the right one stands elsewhere, or nowhere."""
 
-    name: ClassVar[str] = "variable-tracking"
-    summary: ClassVar[str] = "a chain of assignments whose first value was wrong"
+    name = "variable-tracking"
+    summary = "a chain of assignments whose first value was wrong"
 
     def make(self, rng: random.Random, filler: Filler, sizes: Sizes, split: Split) -> EraseExample:
         before, behind = sizes.draw(rng)
@@ -46,15 +43,9 @@ class VariableTracking(Task):
         prefix = scatter(rng, filler.text(rng, before, split), [assignment] if early else [])
         others = [f"VAR {other[0]} = {third}.", *steps(other)] if behind >= _TOKENS_PER_LINK else []
         suffix = scatter(rng, filler.text(rng, behind, split), [*late, *_merged(rng, steps(chain), others)])
-        return EraseExample(
-            prefix=f"{prefix} ",
-            span=f"VAR {chain[0]} = {wrong}. ",
-            suffix=suffix,
-            question=ask(f"Which number is the value of VAR {chain[-1]}?", f"The value of VAR {chain[-1]} is"),
-            gold=right if known else None,
-            erased=wrong,
-            continuation=" " + filler.text(rng, NEIGHBOR, split),
-        )
+        question = ask(f"Which number is the value of VAR {chain[-1]}?", f"The value of VAR {chain[-1]} is")
+        texts = (f"{prefix} ", f"VAR {chain[0]} = {wrong}. ", suffix)
+        return stale(rng, filler, split, texts, question, wrong, right if known else None)
 
 
 def _merged(rng: random.Random, one: list[str], other: list[str]) -> list[str]:

@@ -6,13 +6,10 @@ proxy, or which conversation is used.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -21,10 +18,10 @@ from kveraser.engines.vllm.client import VLLMReceipt, VLLMSession
 from kveraser.engines.vllm.proxy.comparing import Ids, Use
 from kveraser.engines.vllm.proxy.conversations import fresh_view
 from kveraser.errors import KVEraserError
+from kveraser.serving.beside import Beside
 from kveraser.serving.contexts.finding import message_starts
 from kveraser.serving.contexts.view import View
 
-T = TypeVar("T")
 _THREADS = 8
 _IDLE = 16  # sessions for each server that wait for the next conversation
 
@@ -54,18 +51,13 @@ class Sessions:
 
     def __init__(self, key: str | None, timeout: float, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._key, self._timeout, self._tokenizer = key, timeout, tokenizer
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="kveraser-sessions")
+        self._beside = Beside(None, _THREADS, "kveraser-sessions")
+        self.run = self._beside.run
         self._idle: dict[tuple[str, str], list[VLLMSession]] = {}
         self._places: dict[int, tuple[str, str]] = {}
         self._lock = Lock()
         self.starts: frozenset[int] = frozenset()
         """Ids that begin a message, once a server has been seen."""
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """The result of work with sessions; it goes on when nobody waits any more."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it
-        return await asyncio.shield(future)
 
     def open(self, url: str, model: str) -> VLLMSession:
         """An empty session on a server. In a thread of `run`, as all that follows.
@@ -109,11 +101,11 @@ class Sessions:
     def dispose(self, session: VLLMSession, *, tell: bool = True) -> None:
         """Close a session, without waiting for it."""
         with suppress(RuntimeError):  # stopped
-            self._threads.submit(self.close, session, tell=tell)
+            self._beside.threads.submit(self.close, session, tell=tell)
 
     def stop(self) -> None:
         """Finish what is begun, and take nothing more."""
-        self._threads.shutdown(wait=True)
+        self._beside.threads.shutdown(wait=True)
 
     # -- edits -------------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,11 @@ Knows: counts. Does not know what requests say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from kveraser.engines.vllm.proxy.conversations import Conversations
 from kveraser.engines.vllm.proxy.replicas import Replicas
+from kveraser.serving.gauges import Gauge, Gauges
 
 
 class ProxyMetrics:
@@ -31,20 +28,15 @@ class ProxyMetrics:
         self.refreshed = Counter(
             "kveraser_proxy_refreshed", "Edited contexts that were replaced by exact ones.", registry=registry
         )
-        registry.register(_Gauges(conversations, replicas))
+        registry.register(Gauges(lambda: _numbers(conversations, replicas)))
 
 
-class _Gauges(Collector):
-    def __init__(self, conversations: Conversations, replicas: Replicas) -> None:
-        self.conversations, self.replicas = conversations, replicas
-
-    def collect(self) -> Iterator[Metric]:
-        edited = sum(entry.session is not None for entry in self.conversations)
-        for name, text, value in (
-            ("kveraser_proxy_conversations", "Conversations that are remembered.", len(self.conversations)),
-            ("kveraser_proxy_remembered_tokens", "Token ids of them.", self.conversations.size),
-            ("kveraser_proxy_edited", "Conversations with an edited context.", edited),
-            ("kveraser_proxy_upstreams_up", "Servers that answer.", sum(each.is_up for each in self.replicas.all)),
-            ("kveraser_proxy_in_flight", "Requests on the servers.", sum(each.in_flight for each in self.replicas.all)),
-        ):
-            yield GaugeMetricFamily(name, text, value)
+def _numbers(conversations: Conversations, replicas: Replicas) -> list[Gauge]:
+    edited = sum(entry.session is not None for entry in conversations)
+    return [
+        ("kveraser_proxy_conversations", "Conversations that are remembered.", len(conversations)),
+        ("kveraser_proxy_remembered_tokens", "Token ids of them.", conversations.size),
+        ("kveraser_proxy_edited", "Conversations with an edited context.", edited),
+        ("kveraser_proxy_upstreams_up", "Servers that answer.", sum(each.is_up for each in replicas.all)),
+        ("kveraser_proxy_in_flight", "Requests on the servers.", sum(each.in_flight for each in replicas.all)),
+    ]

@@ -44,7 +44,6 @@ from kveraser.readers import (
 )
 from kveraser.readers.known import KEPT_FROM
 from kveraser.readers.observing import Layer, Observed
-from kveraser.readers.source import Norm
 from kveraser.spans import Span
 
 
@@ -192,9 +191,6 @@ class StoredSource(Source):
             torch.cat(states, 1).transpose(1, 2)[:, None].contiguous() for states in zip(*parts, strict=True)
         )
         return {layer: _Layer(keys[layer - layers.start], values[layer - layers.start]) for layer in wanted}
-
-    def norm(self, layer: int) -> tuple[Norm | None, tuple[int, ...]]:
-        return None, ()
 
     def observe(self, ids: Tensor, gone: Tensor | None = None) -> Observed:
         raise CalibrationError("a stored context cannot be listened to")

@@ -14,8 +14,9 @@ from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.protocol import KEY, read_demand
 from kveraser.engines.vllm.server.entries import Geometry, digest_ids
-from kveraser.engines.vllm.server.looking import Looking, about_readers, write_turning
+from kveraser.engines.vllm.server.looking import Looking, about_readers
 from kveraser.engines.vllm.server.store import EditStore
+from kveraser.engines.vllm.server.turning import write_turning
 from kveraser.errors import EngineError
 from kveraser.model.rope import frequencies, rotate
 from kveraser.readers import Turning

@@ -6,6 +6,6 @@ Knows: vLLM's interfaces, files. Does not know about text, sessions or why state
     scheduler      its side in the process that admits requests
     worker         its side in every process that holds a part of the model; `layout`: how that one's cache lies in memory
     store          the folder that all of them share: `entries` say what is in it, `states` go into its files and out of them
-    looking        who has read a span, told from the store beside the scheduler
-    launch         starts vLLM, and does not import it; nor do the three of the store, or `looking`
+    looking        who has read a span, told beside the scheduler from `stored` contexts; `turning`: how the model rotates keys
+    launch         starts vLLM, and does not import it; nor do the three of the store, or those of `looking`
 """

@@ -15,9 +15,9 @@ from vllm.logger import init_logger
 
 from kveraser.engines.vllm.protocol import Save
 from kveraser.engines.vllm.server.layout import WorkerCache
-from kveraser.engines.vllm.server.looking import write_turning
 from kveraser.engines.vllm.server.step import Load, Step
 from kveraser.engines.vllm.server.store import EditStore
+from kveraser.engines.vllm.server.turning import write_turning
 from kveraser.errors import EngineError, KVEraserError, UnsupportedCacheError
 
 if TYPE_CHECKING:

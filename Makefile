@@ -167,8 +167,10 @@ in-domain: $(STAMP)
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench
 QUICK = on_paper readers memory first_token auto_choice decode latency
-FILL_BENCH = $(if $(filter docs/bench,$(BENCH)),$(BIN)/python docs/fill_bench.py $(BENCH) docs/performance.md)
-.PHONY: bench bench-full
+BENCH_PAGES = docs/performance.md docs/serving.md docs/engines.md
+FILL_BENCH = $(BIN)/python benchmarks/distances.py $(BENCH) > /dev/null \
+	$(if $(filter docs/bench,$(BENCH)),&& $(BIN)/python docs/fill_bench.py $(BENCH) $(BENCH_PAGES))
+.PHONY: bench bench-full bench-pages
 bench: $(STAMP)
 	@set -e; for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
 	$(FILL_BENCH)
@@ -181,6 +183,10 @@ bench-full: $(STAMP)
 	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
 	@set -e; for name in lesson_store serving throughput; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
+	$(FILL_BENCH)
+
+# Only the pages, after a benchmark that is run by itself: serving with many conversations, agent_loop, and those of the engines.
+bench-pages: $(STAMP)
 	$(FILL_BENCH)
 
 # A server under load, killed and started again now and then, by hand: its replies, its memory and its files are checked.

@@ -17,6 +17,7 @@ help:
 	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work); PART=1/8: one of eight processes"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
+	@echo "make bench-pages   copy what the benchmarks wrote into the pages (after one that was run by itself)"
 	@echo "make backbones     get the Qwen backbones (1.6 GB to download, 11 GB on the disk); NAMES=: only these"
 	@echo "make test-backbones   the tests that need them"
 	@echo "make test-oldest   the tests with the oldest supported transformers"

@@ -20,6 +20,8 @@ import typer
 from measuring import report_table, write_json
 from rich.table import Table
 
+from kveraser.evaluation.runner import Drawn
+
 Record = Mapping[str, Any]
 """`environment`, and `rows`, one for each context and protocol: `task`, `length`, `index`, `protocol`, `tokens`, and `methods` with `kl` and `ms`
 of each; in some engines also `same`, `leak` and `recomputed`."""
@@ -32,6 +34,12 @@ def earlier(output: Path | None, name: str) -> list[dict[str, Any]]:
         return []
     rows: list[dict[str, Any]] = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def of_context(rows: Sequence[dict[str, Any]], drawn: Drawn, protocol: str) -> dict[str, Any]:
+    """The row of a context and protocol, or a new one; what its `methods` lacks is still to be measured."""
+    key = {"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol}
+    return next((row for row in rows if key.items() <= row.items()), {**key, "methods": {}})
 
 
 def record(name: str, rows: Sequence[Record], environment: Mapping[str, Any], output: Path | None) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from distances import earlier, record, summarise
+from distances import earlier, of_context, record, summarise
 from measuring import engine_environment, report_table, write_json
 from rich.table import Table
 
@@ -137,8 +137,7 @@ def quality(
     rows = earlier(output, file)
     for drawn in draw(options, filler):
         for protocol in PROTOCOLS:
-            key = {"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol}
-            row = next((row for row in rows if key.items() <= row.items()), {**key, "methods": {}})
+            row = of_context(rows, drawn, protocol)
             missing = [each for each, label in zip(chosen, labels, strict=True) if label not in row["methods"]]
             if not missing:
                 continue
@@ -216,10 +215,10 @@ def latency(
         for length, at in found.items() for method, seconds in at.items()
     ]  # fmt: skip
     table = Table("method", title=f"a span of {span_tokens} tokens, medians")
-    for title in ("context", "measured", "seconds", "growth", "behind / it"):
+    for title in ("context", "runs", "seconds", "growth", "behind / it"):
         table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(row["method"], str(row["context"]), f"{row['measured']} times", f"{row['seconds']:.3f}", f"{row['growth']:.2f}",
+        table.add_row(row["method"], str(row["context"]), str(row["measured"]), f"{row['seconds']:.3f}", f"{row['growth']:.2f}",
                       f"{row['times_behind']:.1f}")  # fmt: skip
     clocked = {"clock": "CPU" if threads == 1 else "wall", **facts(loaded, kind)}
     report_table(

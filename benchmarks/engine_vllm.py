@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from distances import earlier, record, summarise
+from distances import earlier, of_context, record, summarise
 from measuring import engine_environment, report_table, write_json
 from rich.table import Table
 
@@ -157,19 +157,22 @@ def quality(
         filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         for drawn in draw(options, filler):
             for protocol in PROTOCOLS:
-                key = {"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol}
-                if any(key.items() <= row.items() for row in rows):
+                row = of_context(rows, drawn, protocol)
+                missing = {name: options for name, options in ways.items() if name not in row["methods"]}
+                if not missing:
                     continue
-                rows.append(key | _distances(address, tokenizer, drawn.example, protocol, answer, ways))
-                print(rows[-1], flush=True)
+                row["tokens"], found = _distances(address, tokenizer, drawn.example, protocol, answer, missing)
+                row["methods"] |= found
+                rows += [] if row in rows else [row]
+                print(row, flush=True)
                 record(file, rows, environment, output)
     summarise(file, {"rows": rows, "environment": environment}, output)
 
 
 def _distances(
     address: str, tokenizer: Any, example: Any, protocol: str, answer: int, ways: dict[str, dict[str, Any] | None]
-) -> dict[str, Any]:
-    """One example: the distance that every way leaves, and the milliseconds that it takes."""
+) -> tuple[int, dict[str, dict[str, float]]]:
+    """One example: its tokens; the distance that every way leaves, and the milliseconds that it takes."""
 
     def context(**options: Any) -> tuple[VLLMSession, Span, list[int]]:
         session, span = VLLMSession(address, tokenizer=tokenizer, **options), None
@@ -205,7 +208,7 @@ def _distances(
         distances = (divergence(each, ask([*question, *said[:count]])) for count, each in enumerate(wanted))
         found[way] = {"kl": round(statistics.mean(distances), 6), "ms": round(1000 * spent)}
         session.close()
-    return {"tokens": len(ids), "methods": found}
+    return len(ids), found
 
 
 @app.command()
@@ -265,12 +268,12 @@ def sessions(
             print(rows[-1], flush=True)
             write_json("vllm_sessions", {**document, "rows": rows}, output)
     table = Table("sessions", title=f"contexts of {tokens} tokens, a span of {span_tokens}, medians")
-    for title in ("measured", "together, ms per erase", "one by one, ms per erase", "ratio"):
+    for title in ("runs", "together, ms per erase", "one by one, ms per erase", "ratio"):
         table.add_column(title, justify="right")
     for row in rows:
         table.add_row(
             str(row["sessions"]),
-            f"{repeats} times",
+            str(row["repeats"]),
             f"{row['together_ms']:.0f}",
             f"{row['one_by_one_ms']:.0f}",
             f"{row['ratio']:.2f}",

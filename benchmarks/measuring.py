@@ -129,7 +129,8 @@ def report_table(
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        Console().print(table)
+        here = Console()
+        Console(width=here.width if here.is_terminal else 140).print(table)
     write_json(name, document, output)
     if output is not None:
         (output / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")

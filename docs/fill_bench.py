@@ -13,14 +13,15 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 MARKED = re.compile(r"(<!-- bench ([\w.-]+)((?: [^>]*?)?) -->).*?(<!-- /bench -->)", re.DOTALL)
 
 
-def made(document: dict[str, object]) -> str:
+def made(document: dict[str, Any]) -> str:
     """What a benchmark was made with; nothing for what is only computed."""
     if "environment" in document:  # of another engine
-        facts = {**document["environment"]}  # type: ignore[dict-item]
+        facts = dict(document["environment"])
         if isinstance(facts["model"], dict):
             facts["model"] = f"{facts['model']['name']} ({facts['model']['model']})"
         return f"\nMade with: {', '.join(f'{name} {fact}' for name, fact in facts.items())}.\n"
@@ -32,12 +33,12 @@ def made(document: dict[str, object]) -> str:
     )
 
 
-def number(document: dict[str, object], wanted: str) -> str:
+def number(document: dict[str, Any], wanted: str) -> str:
     """One number of one row."""
     field, *conditions = wanted.split()
     name, _, digits = field.partition(":")
     pairs = [condition.split("=", 1) for condition in conditions]
-    rows = [row for row in document["rows"] if all(str(row[key]) == value.replace("_", " ") for key, value in pairs)]  # type: ignore[attr-defined]
+    rows = [row for row in document["rows"] if all(str(row[key]) == value.replace("_", " ") for key, value in pairs)]
     if len(rows) != 1 or rows[0].get(name) is None:
         raise SystemExit(f"a page wants {wanted!r} of {document['benchmark']}: {len(rows)} rows are so")
     percent = digits.endswith("%")

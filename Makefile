@@ -17,6 +17,7 @@ help:
 	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work); PART=1/8: one of eight processes"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
+	@echo "make bench-pages   copy what the benchmarks wrote into the pages (after one that was run by itself)"
 	@echo "make backbones     get the Qwen backbones (1.6 GB to download, 11 GB on the disk); NAMES=: only these"
 	@echo "make test-backbones   the tests that need them"
 	@echo "make test-oldest   the tests with the oldest supported transformers"
@@ -167,8 +168,10 @@ in-domain: $(STAMP)
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench
 QUICK = on_paper readers memory first_token auto_choice decode latency
-FILL_BENCH = $(if $(filter docs/bench,$(BENCH)),$(BIN)/python docs/fill_bench.py $(BENCH) docs/performance.md)
-.PHONY: bench bench-full
+BENCH_PAGES = docs/performance.md docs/serving.md docs/engines.md
+FILL_BENCH = $(BIN)/python benchmarks/distances.py $(BENCH) > /dev/null \
+	$(if $(filter docs/bench,$(BENCH)),&& $(BIN)/python docs/fill_bench.py $(BENCH) $(BENCH_PAGES))
+.PHONY: bench bench-full bench-pages
 bench: $(STAMP)
 	@set -e; for name in $(QUICK); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
 	$(FILL_BENCH)
@@ -181,6 +184,10 @@ bench-full: $(STAMP)
 	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
 	@set -e; for name in lesson_store serving throughput; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
+	$(FILL_BENCH)
+
+# Only the pages, after a benchmark that is run by itself: serving with many conversations, agent_loop, and those of the engines.
+bench-pages: $(STAMP)
 	$(FILL_BENCH)
 
 # A server under load, killed and started again now and then, by hand: its replies, its memory and its files are checked.

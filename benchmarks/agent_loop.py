@@ -204,8 +204,15 @@ def main(
         rows = measure(service, name, Transcript(calls, words), api or list(APIS), keep, tokens)
     finally:
         service.close()
-    table = Table("API", "policy", title=f"{calls} calls of tools, the last {keep} results kept")
+    facts = {"model": name, "calls": calls, "keep": keep, "words": words}
+    report("agent_loop", model, rows, shown(rows), None, output, as_json, facts)
+
+
+def shown(rows: list[dict[str, Any]]) -> Table:
+    """What each API and policy cost."""
+    table = Table("API", "policy")
     for title in (
+        "calls",
         "prompt tokens",
         "processed",
         "times fewer",
@@ -216,9 +223,10 @@ def main(
     ):
         table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(row["api"], row["policy"], str(row["prompt_tokens"]), str(row["tokens_processed"]), f"{row['times_fewer']:.2f}",
-                      str(row["read_again"]), f"{row['first_token_seconds']:.1f}", f"{row['seconds']:.1f}", f"{row['same_calls']:.2f}")  # fmt: skip
-    report("agent_loop", model, rows, table, None, output, as_json)
+        table.add_row(row["api"], row["policy"], str(row["calls"]), str(row["prompt_tokens"]), str(row["tokens_processed"]),
+                      f"{row['times_fewer']:.2f}", str(row["read_again"]), f"{row['first_token_seconds']:.1f}", f"{row['seconds']:.1f}",
+                      f"{row['same_calls']:.2f}")  # fmt: skip
+    return table
 
 
 if __name__ == "__main__":

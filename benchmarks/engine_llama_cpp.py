@@ -5,25 +5,23 @@
     python benchmarks/engine_llama_cpp.py latency [--lengths 1024 --lengths 8192] [--repeats 5] [--model FILE] [--output FOLDER]
 
 `choice`: the embedded model in float32, here and in transformers: whether both choose the same runs. `quality`: held-out examples of the tasks, question asked after the erase / already cached; KL(full recomputation || method)
-in nats per token of full recomputation's answer. `latency`: medians of interleaved runs, a 64-token span at a quarter of
+in nats per token of full recomputation's answer; what each context gave is kept as it comes, and summed up as in `distances.py`. `latency`: medians of interleaved runs, a 64-token span at a quarter of
 the context, CPU seconds where there is one thread; "behind" is the recomputation of everything behind the span, "all" the
 reading of the whole context.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from distances import earlier, of_context, record, summarise
+from measuring import engine_environment, report_table, write_json
 from rich.table import Table
 
 import kveraser as kv
@@ -58,13 +56,11 @@ Type = Annotated[str, typer.Option(help="Type of the cached keys and values.")]
 Output = Annotated[Path | None, typer.Option(help="Folder for the JSON file.")]
 
 
-def report(name: str, found: dict[str, Any], model: LlamaCppModel, kind: str, output: Path | None) -> None:
-    """Write a benchmark's JSON file."""
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        facts = {"model": model.identity(), "llama-cpp-python": VERSION, "threads": model.threads, "cache": kind,
-                 "machine": platform.machine(), "python": platform.python_version(), "kveraser": kv.__version__}  # fmt: skip
-        (output / f"{name}.json").write_text(json.dumps({**found, "environment": facts}) + "\n")
+def facts(model: LlamaCppModel, kind: str) -> dict[str, Any]:
+    """What a benchmark was made with."""
+    return engine_environment(
+        model=model.identity(), **{"llama-cpp-python": VERSION}, threads=model.threads, cache=kind
+    )
 
 
 @app.command()
@@ -87,7 +83,8 @@ def choice(
         tuple(task or _own_tasks()), tuple(lengths or (1024,)), PROTOCOLS, (as_method("kveraser"),), limit
     )
     filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-    rows = _earlier(output, "llama_cpp_choice")
+    rows = earlier(output, "llama_cpp_choice")
+    document = {"benchmark": "llama_cpp_choice", "environment": facts(loaded, "f32"), "rows": rows}
     for drawn in draw(options, filler):
         key = {"task": drawn.task, "length": drawn.length, "index": drawn.index}
         if any(key.items() <= row.items() for row in rows):
@@ -103,9 +100,15 @@ def choice(
         rows.append({**key, "tokens": len(ours), "equal": wanted.recomputed == found.recomputed, "same": same,
                      "of": wanted.tokens_recomputed, "residuals": [wanted.residual, found.residual]})  # fmt: skip
         ours.close()
-        report("llama_cpp_choice", {"rows": rows}, loaded, "f32", output)
+        write_json("llama_cpp_choice", document, output)
         print(rows[-1])
-    print(f"the same runs in {sum(row['equal'] for row in rows)} of {len(rows)}")
+    table = Table("task", title=f"the same runs in {sum(row['equal'] for row in rows)} of {len(rows)}")
+    for title in ("tokens", "recomputed", "of them here as well", "residual", "here"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        residuals = ("" if residual is None else f"{residual:.6f}" for residual in row["residuals"])
+        table.add_row(row["task"], str(row["tokens"]), str(row["of"]), str(row["same"]), *residuals)
+    report_table("llama_cpp_choice", document, table, output)
 
 
 def _own_tasks() -> tuple[str, ...]:
@@ -127,14 +130,14 @@ def quality(
     loaded = LlamaCppModel(model, threads=threads)
     chosen = [as_method(name) for name in method or METHODS]
     labels = [method_label(each) for each in chosen]
+    environment = facts(loaded, kind)
     options = EvalOptions(tuple(task or _own_tasks()), tuple(lengths or (256,)), PROTOCOLS, tuple(chosen), limit)
     filler = Filler(read_passages(), lambda text: len(loaded.tokenizer.encode(text, add_special_tokens=False)))
     file = f"llama_cpp_quality_{loaded.file.stem}_{kind}"
-    rows = _earlier(output, file)
+    rows = earlier(output, file)
     for drawn in draw(options, filler):
         for protocol in PROTOCOLS:
-            key = {"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol}
-            row = next((row for row in rows if key.items() <= row.items()), {**key, "methods": {}})
+            row = of_context(rows, drawn, protocol)
             missing = [each for each, label in zip(chosen, labels, strict=True) if label not in row["methods"]]
             if not missing:
                 continue
@@ -157,38 +160,8 @@ def quality(
             row["tokens"] = len(context)
             rows += [] if row in rows else [row]
             context.close()
-            report(file, {"rows": rows}, loaded, kind, output)
-    _show_quality(rows, labels, options.lengths)
-
-
-def _earlier(output: Path | None, name: str) -> list[dict[str, Any]]:
-    """The rows of an earlier run."""
-    if output is None or not (output / f"{name}.json").exists():
-        return []
-    rows: list[dict[str, Any]] = json.loads((output / f"{name}.json").read_text())["rows"]
-    return rows
-
-
-def _show_quality(rows: list[dict[str, Any]], labels: Sequence[str], lengths: Sequence[int]) -> None:
-    heads = [f"KL at {length}, mean; median" for length in lengths]
-    table = Table("method", *heads, "same answer", "leaks", "ms", "tokens", box=None)
-    for label in labels:
-        mine = [(row, row["methods"][label]) for row in rows if label in row["methods"]]
-
-        def shown(length: int, mine: list[Any] = mine) -> str:
-            by = [
-                [m["kl"] for row, m in mine if (row["length"], row["protocol"]) == (length, each)] for each in PROTOCOLS
-            ]
-            means, medians = ([f"{of(kls):.4f}" for kls in by] for of in (statistics.mean, statistics.median))
-            return f"{' / '.join(means)}; {' / '.join(medians)}"
-
-        count = len(mine)
-        table.add_row(
-            label, *map(shown, lengths), f"{sum(m['same'] for _, m in mine)} of {count}",
-            f"{sum(m['leak'] for _, m in mine)} of {count}", f"{statistics.median(m['ms'] for _, m in mine):.0f}",
-            f"{statistics.mean(m['recomputed'] for _, m in mine):.0f}",
-        )  # fmt: skip
-    Console(width=140).print(table)
+            record(file, rows, environment, output)
+    summarise(file, {"rows": rows, "environment": environment}, output)
 
 
 @app.command()
@@ -235,14 +208,22 @@ def latency(
         context.restore(receipt)
     for (length, method), seconds in times.items():
         found[length][method] = statistics.median(seconds)
-    report("llama_cpp_latency", {"seconds": found, "span": span_tokens}, loaded, kind, output)
-    table = Table("method", *(f"{length} tokens, s" for length in found), "growth", "behind / erase", box=None)
-    first, last = min(found), max(found)
-    for name in ("kveraser", "kveraser:repair=0", "delete-and-shift", "behind", "all"):
-        row = [found[length][name] for length in found]
-        ratio = found[last]["behind"] / found[last][name]
-        table.add_row(name, *(f"{s:.3f}" for s in row), f"{found[last][name] / found[first][name]:.2f}", f"{ratio:.1f}")
-    Console(width=110).print(table)
+    first = min(found)
+    rows = [
+        {"method": method, "context": length, "span": span_tokens, "measured": repeats if (length, method) in times else 1,
+         "seconds": seconds, "growth": seconds / found[first][method], "times_behind": at["behind"] / seconds}
+        for length, at in found.items() for method, seconds in at.items()
+    ]  # fmt: skip
+    table = Table("method", title=f"a span of {span_tokens} tokens, medians")
+    for title in ("context", "runs", "seconds", "growth", "behind / it"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(row["method"], str(row["context"]), str(row["measured"]), f"{row['seconds']:.3f}", f"{row['growth']:.2f}",
+                      f"{row['times_behind']:.1f}")  # fmt: skip
+    clocked = {"clock": "CPU" if threads == 1 else "wall", **facts(loaded, kind)}
+    report_table(
+        "llama_cpp_latency", {"benchmark": "llama_cpp_latency", "environment": clocked, "rows": rows}, table, output
+    )
 
 
 if __name__ == "__main__":

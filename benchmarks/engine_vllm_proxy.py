@@ -9,7 +9,7 @@ engines say they ran (`vllm:iteration_tokens`), the erase's own passes included;
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import statistics
 import tempfile
@@ -25,7 +25,8 @@ from typing import Annotated, Any
 import openai
 import typer
 import uvicorn
-from rich.console import Console
+from engine_vllm import facts
+from measuring import report_table
 from rich.table import Table
 
 from kveraser.demo.stories import pages
@@ -207,27 +208,57 @@ def main(
             print("starting two vLLM servers ...", flush=True)
             servers = list(pool.map(start, range(2), (first, second)))
             found = measure(servers, [first.close, second.close], tokens, repeat)
-    show(found)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "vllm_proxy.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    rows = summary(found)
+    environment = {
+        **facts(dtype),
+        "threads": os.environ.get("OMP_NUM_THREADS") if upstream else ENVIRONMENT["OMP_NUM_THREADS"],
+    }
+    report_table(
+        "vllm_proxy", {"benchmark": "vllm_proxy", "environment": environment, "rows": rows}, show(rows), output
+    )
 
 
-def show(found: dict[str, Any]) -> None:
-    """A table for each turn."""
-    console = Console(width=150)
-    for turn in ("the whole conversation", "a message dropped", "the next turn", "the turn after it"):
-        table = Table(turn, "tokens processed", "first token, s", "in all, s", "method", "answer", box=None)
-        for name, runs in found.items():
+TURNS = ("the whole conversation", "a message dropped", "the next turn", "the turn after it")
+
+
+def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each turn and way, medians over the conversations."""
+    rows = []
+    for turn in TURNS:
+        for way, runs in found.items():
             some = [run[turn] for run in runs if turn in run]
             if some:
-                numbers = (
-                    f"{statistics.median(run[key] for run in some):g}"
-                    for key in ("processed", "seconds_to_first_token", "seconds_in_all")
-                )
-                method = (some[0]["kveraser"] or {}).get("method", "passed on")
-                table.add_row(name, *numbers, method, some[0]["answer"])
-        console.print(table, "")
+                said = [run["kveraser"] or {} for run in some]
+                numbers = {
+                    name: statistics.median(run[name] for run in some)
+                    for name in ("processed", "seconds_to_first_token", "seconds_in_all")
+                }
+                rows.append({
+                    "turn": turn, "way": way, "conversations": len(some), **numbers,
+                    "method": said[0].get("method", "passed on"), "exact": all(each.get("exact", True) for each in said),
+                    "erase_seconds": statistics.median(each.get("erase_seconds") or 0 for each in said),
+                    "answers": [run["answer"] for run in some],
+                })  # fmt: skip
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> Table:
+    """Tokens and seconds of each turn."""
+    table = Table("turn", "way")
+    for title in (
+        "conversations",
+        "tokens processed",
+        "first token, s",
+        "of it the erase, s",
+        "in all, s",
+        "method",
+        "exact",
+    ):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(row["turn"], row["way"], str(row["conversations"]), f"{row['processed']:g}", f"{row['seconds_to_first_token']:.1f}",
+                      f"{row['erase_seconds']:.1f}", f"{row['seconds_in_all']:.1f}", row["method"], "yes" if row["exact"] else "no")  # fmt: skip
+    return table
 
 
 if __name__ == "__main__":

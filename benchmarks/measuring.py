@@ -7,6 +7,7 @@ that what disturbs one disturbs all; the median is reported.
 from __future__ import annotations
 
 import json
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +24,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.cache_utils import Cache, DynamicCache
 
+from kveraser import __version__
 from kveraser.cache import growable_cache
-from kveraser.evaluation.provenance import environment, placement
+from kveraser.evaluation.provenance import commit, environment, placement
 from kveraser.evaluation.report import markdown_table
 from kveraser.model.view import decoder, finish, kv_shape, model_device, model_dtype, text_config
 
@@ -107,9 +109,14 @@ def report(
     figure: Figure | None,
     output: Path | None,
     as_json: bool,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Print a table, or JSON; write `NAME.json`, `NAME.md` and `NAME.png` where a folder is given."""
-    document = {"benchmark": name, **environment(model), **placement(model), "rows": list(rows)}
+    """Print a table, or JSON; write `NAME.json`, `NAME.md` and `NAME.png` where a folder is given.
+
+    Args:
+        facts: what else the document has, such as the model's name where it is not the embedded one.
+    """
+    document = {"benchmark": name, **environment(model), **placement(model), **(facts or {}), "rows": list(rows)}
     report_table(name, document, table, output, as_json)
     if output is not None and figure is not None:
         FigureCanvasAgg(figure).print_png(output / f"{name}.png")
@@ -122,11 +129,29 @@ def report_table(
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        Console().print(table)
+        here = Console()
+        Console(width=here.width if here.is_terminal else 140).print(table)
+    write_json(name, document, output)
+    if output is not None:
+        (output / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
+
+
+def write_json(name: str, document: Mapping[str, Any], output: Path | None) -> None:
+    """Write `NAME.json` where a folder is given."""
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        (output / f"{name}.md").write_text(_markdown(table) + "\n", encoding="utf-8")
+
+
+def engine_environment(**facts: Any) -> dict[str, Any]:
+    """What a benchmark of another engine was made with: the engine's own facts, then machine and versions."""
+    return {
+        **facts,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "kveraser": __version__,
+        "commit": commit(),
+    }
 
 
 def _markdown(table: Table) -> str:

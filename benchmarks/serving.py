@@ -4,12 +4,11 @@
 
 One conversation is cached, a message at its beginning is dropped, and the shorter conversation is asked again: by reading
 it afresh, under `exact` and under `kveraser`. Then conversations whose system prompt tells the time are asked again a minute later: how much is reused,
-how soon the first token comes, and whether the answers are those of `exact`. The service is called without HTTP around it.
+how soon the first token comes, and whether the answers are those of `exact` (`serving_changed_line`, medians). The service is called without HTTP around it.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import asdict
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from measuring import report
 from rich.table import Table
 
 import kveraser as kv
-from kveraser.evaluation.provenance import environment
 from kveraser.model.backbone import DEFAULT_BACKBONE
 from kveraser.serving.completion import Prompt
 from kveraser.serving.contexts.reuse import Policy
@@ -61,7 +59,40 @@ def ask(service: Service, owner: str, talk: list[dict[str, str]], policy: Policy
             "text": reply.text}  # fmt: skip
 
 
-def a_minute_later(service: Service, tokens: int, conversations: int, answer: int) -> dict[str, Any]:
+def a_message_dropped(service: Service, tokens: int, dropped: int) -> dict[str, dict[str, Any]]:
+    """A conversation without a message of its beginning: read afresh, and where it is cached with that message."""
+    found = {}
+    for how, policy in (("read afresh", "exact"), ("exact", "exact"), ("kveraser", "kveraser")):
+        talk = conversation(service, how, dropped, tokens)
+        if how != "read afresh":
+            ask(service, how, talk, "exact")
+        del talk[2]
+        found[how] = ask(service, how, talk, policy)  # type: ignore[arg-type]
+    return found
+
+
+def dropped_rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each way."""
+    slowest = found["read afresh"]["seconds_to_first_token"]
+    return [
+        {"how": how, "conversations": 1, "share_reused": row["tokens_reused"] / row["prompt_tokens"],
+         "times_sooner": slowest / row["seconds_to_first_token"], **row}
+        for how, row in found.items()
+    ]  # fmt: skip
+
+
+def dropped_table(rows: list[dict[str, Any]]) -> Table:
+    """What a dropped message costs."""
+    table = Table("a message dropped")
+    for title in ("conversations", "prompt tokens", "reused", "run", "exact", "first token, s", "times sooner"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(row["how"], str(row["conversations"]), str(row["prompt_tokens"]), f"{row['share_reused']:.1%}", str(row["tokens_recomputed"]),
+                      "yes" if row["exact"] else "no", f"{row['seconds_to_first_token']:.2f}", f"{row['times_sooner']:.1f}")  # fmt: skip
+    return table
+
+
+def a_minute_later(service: Service, tokens: int, conversations: int, answer: int) -> list[dict[str, Any]]:
     """Conversations whose system prompt tells the time, asked again with another time under `kveraser`, and read afresh."""
     found: list[dict[str, Any]] = []
     for number in range(conversations):
@@ -83,8 +114,42 @@ def a_minute_later(service: Service, tokens: int, conversations: int, answer: in
             "times_sooner": fresh["seconds_to_first_token"] / changed["seconds_to_first_token"],
             "same": changed["text"] == fresh["text"], "texts": [changed["text"], fresh["text"]],
         })  # fmt: skip
-    means = {name: statistics.median(row[name] for row in found) for name in ("reused", "first_token", "times_sooner")}
-    return {**means, "same_answers": sum(row["same"] for row in found), "conversations": found}
+    return found
+
+
+def changed_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each way, medians over the conversations."""
+
+    def typical(name: str) -> float:
+        return statistics.median(row[name] for row in found)
+
+    same = {"conversations": len(found), "prompt_tokens": typical("prompt_tokens")}
+    return [
+        {"how": "read afresh", **same, "share_reused": 0.0, "tokens_recomputed": typical("prompt_tokens"),
+         "first_token_seconds": typical("first_token_afresh"), "times_sooner": 1.0, "same_answers": len(found)},
+        {"how": "kveraser", **same, "share_reused": typical("reused"), "tokens_recomputed": typical("tokens_recomputed"),
+         "first_token_seconds": typical("first_token"), "times_sooner": typical("times_sooner"),
+         "same_answers": sum(row["same"] for row in found)},
+    ]  # fmt: skip
+
+
+def changed_table(rows: list[dict[str, Any]]) -> Table:
+    """What a line that changes costs."""
+    table = Table("a line changed")
+    for title in (
+        "conversations",
+        "prompt tokens",
+        "reused",
+        "run",
+        "first token, s",
+        "times sooner",
+        "answers the same",
+    ):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(row["how"], str(row["conversations"]), f"{row['prompt_tokens']:.0f}", f"{row['share_reused']:.1%}", f"{row['tokens_recomputed']:.0f}",
+                      f"{row['first_token_seconds']:.2f}", f"{row['times_sooner']:.1f}", f"{row['same_answers']} of {row['conversations']}")  # fmt: skip
+    return table
 
 
 def main(
@@ -93,38 +158,25 @@ def main(
     conversations: Annotated[int, typer.Option(help="Conversations that tell the time; 0 leaves this out.")] = 1,
     answer: Annotated[int, typer.Option(help="Tokens of their answers.")] = 16,
     name: Annotated[str, typer.Option("--model", help="The model.")] = DEFAULT_BACKBONE,
-    output: Annotated[Path | None, typer.Option(help="Folder for serving.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for serving.json and serving_changed_line.json.")] = None,
 ) -> None:
     """Time it and print what was found."""
     model, tokenizer = kv.load_backbone(name)
     service = Service(model, tokenizer, options=ServiceOptions(cache_budget=8 << 30, timeout=3600))
-    found: dict[str, Any] = {"drop": {}, "timestamp": {}}
+    later: list[dict[str, Any]] = []
     try:
-        for how, policy in (("read afresh", "exact"), ("exact", "exact"), ("kveraser", "kveraser")):
-            talk = conversation(service, how, dropped, tokens)
-            if how != "read afresh":
-                ask(service, how, talk, "exact")
-            del talk[2]
-            found["drop"][how] = ask(service, how, talk, policy)
-
+        dropped_now = a_message_dropped(service, tokens, dropped)
         if conversations:
-            found["timestamp"] = a_minute_later(service, tokens, conversations, answer)
+            later = a_minute_later(service, tokens, conversations, answer)
     finally:
         service.close()
-    table = Table("how", "prompt tokens", "reused", "run", "exact", "first token, s", "times faster", box=None)
-    slowest = found["drop"]["read afresh"]["seconds_to_first_token"]
-    for how, row in found["drop"].items():
-        first = row["seconds_to_first_token"]
-        table.add_row(how, str(row["prompt_tokens"]), str(row["tokens_reused"]), str(row["tokens_recomputed"]),
-                      "yes" if row["exact"] else "no", f"{first:.2f}", f"{slowest / first:.1f}")  # fmt: skip
-    Console(width=110).print(table)
-    if conversations:
-        changed = found["timestamp"]
-        print(f"{conversations} conversations a minute later: {changed['reused']:.1%} reused, first token {changed['first_token']:.2f} s, "
-              f"{changed['times_sooner']:.1f} times sooner than read afresh; {changed['same_answers']} answers the same")  # fmt: skip
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "serving.json").write_text(json.dumps({**found, **environment(model)}, indent=1))
+    rows = dropped_rows(dropped_now)
+    report("serving", model, rows, dropped_table(rows), None, output, as_json, {"model": name})
+    if later:
+        rows = changed_rows(later)
+        facts = {"model": name, "conversations": later}
+        report("serving_changed_line", model, rows, changed_table(rows), None, output, as_json, facts)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def main(
     for row in rows:
         table.add_row(row["how"], str(row["clients"]), f"{row['tokens_per_second']:.1f}", f"{row['times_one_client']:.2f}",
                       f"{row['first_token_seconds']:.2f}", f"{row['same_replies']:.3f} of {row['replies']}")  # fmt: skip
-    report("throughput", model, rows, table, None, output, as_json)
+    report("throughput", model, rows, table, None, output, as_json, {"model": name})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Fill the tables and numbers of a Markdown page from the folder that the benchmarks write.
+"""Fill the tables and numbers of Markdown pages from the folder that the benchmarks write.
 
 `<!-- bench NAME -->` and `<!-- /bench -->` enclose the table of a benchmark and a line of what it was made with;
-`<!-- bench NAME FIELD:DIGITS KEY=VALUE ... -->` a number within a sentence: that field of the only row with these values (`_` for a space in them).
+`<!-- bench NAME FIELD:DIGITS KEY=VALUE ... -->` a number within a sentence: that field of the only row with these values (`_` for a space in them),
+with `FIELD:DIGITS%` as a percentage.
 
 Usage: python docs/fill_bench.py BENCH PAGE...
 """
@@ -12,29 +13,36 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
-MARKED = re.compile(r"(<!-- bench (\w+)((?: [^>]*?)?) -->).*?(<!-- /bench -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- bench ([\w.-]+)((?: [^>]*?)?) -->).*?(<!-- /bench -->)", re.DOTALL)
 
 
-def made(document: dict[str, object]) -> str:
+def made(document: dict[str, Any]) -> str:
     """What a benchmark was made with; nothing for what is only computed."""
+    if "environment" in document:  # of another engine
+        facts = dict(document["environment"])
+        if isinstance(facts["model"], dict):
+            facts["model"] = f"{facts['model']['name']} ({facts['model']['model']})"
+        return f"\nMade with: {', '.join(f'{name} {fact}' for name, fact in facts.items())}.\n"
     if "torch" not in document:
         return ""
     return (
-        f"\nEmbedded model in {document['dtype']} on {document['device']} ({document['processor']}, {document['threads']} threads); "
+        f"\n{document.get('model', 'Embedded model')} in {document['dtype']} on {document['device']} ({document['processor']}, {document['threads']} threads); "
         f"kveraser {document['kveraser']} at {document['commit']}, torch {document['torch']}, transformers {document['transformers']}.\n"
     )
 
 
-def number(document: dict[str, object], wanted: str) -> str:
+def number(document: dict[str, Any], wanted: str) -> str:
     """One number of one row."""
     field, *conditions = wanted.split()
     name, _, digits = field.partition(":")
     pairs = [condition.split("=", 1) for condition in conditions]
-    rows = [row for row in document["rows"] if all(str(row[key]) == value.replace("_", " ") for key, value in pairs)]  # type: ignore[attr-defined]
+    rows = [row for row in document["rows"] if all(str(row[key]) == value.replace("_", " ") for key, value in pairs)]
     if len(rows) != 1 or rows[0].get(name) is None:
         raise SystemExit(f"a page wants {wanted!r} of {document['benchmark']}: {len(rows)} rows are so")
-    return f"{rows[0][name]:,.{int(digits or 0)}f}"
+    percent = digits.endswith("%")
+    return f"{rows[0][name]:,.{int(digits.rstrip('%') or 0)}{'%' if percent else 'f'}}"
 
 
 def fill(page: str, bench: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -84,26 +86,130 @@ def test_an_agents_loop_is_replayed_in_both_apis_under_every_policy(serving_benc
 def test_many_clients_and_a_line_that_changes_are_timed(serving_benchmarks):
     serving = serving_benchmarks("serving")
     with services() as make:
-        (row,) = serving.a_minute_later(make(), 900, 1, 2)["conversations"]
-    assert 0 <= row["reused"] < 1
+        (conversation,) = serving.a_minute_later(make(), 900, 1, 2)
+        dropped = serving.dropped_rows(serving.a_message_dropped(make(), 900, 100))
+    assert 0 <= conversation["reused"] < 1
+    afresh, changed = serving.changed_rows([conversation])
+    assert (afresh["conversations"], changed["share_reused"]) == (1, conversation["reused"])
+    assert serving.changed_table([afresh, changed]).row_count == 2
+    assert [row["how"] for row in dropped] == ["read afresh", "exact", "kveraser"]
+    assert dropped[0]["share_reused"] == 0 < dropped[2]["share_reused"] < 1
+    assert serving.dropped_table(dropped).row_count == 3
     rows = serving_benchmarks("throughput").measure(text_model(), make_tokenizer(), 2, 3, 1)
     assert [row["clients"] for row in rows] == [1, 2, 2]
     assert all(row["same_replies"] == row["same_start"] == 1 for row in rows)
     assert rows[0]["times_one_client"] == 1
 
 
-FILL = runpy.run_path(str(FOLDER.parent / "docs" / "fill_bench.py"))
+DOCS = FOLDER.parent / "docs"
+BENCH = DOCS / "bench"
+FILL = runpy.run_path(str(DOCS / "fill_bench.py"))
+PAGES = re.search("^BENCH_PAGES = (.*)$", (FOLDER.parent / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[
+    1
+].split()
 
 
-def test_every_number_of_the_performance_page_is_that_of_the_benchmarks():
-    page = (FOLDER.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", PAGES)
+def test_every_number_of_a_page_is_that_of_the_benchmarks(name):
+    page = (FOLDER.parent / name).read_text(encoding="utf-8")
     assert FILL["MARKED"].findall(page)
-    assert FILL["fill"](page, FOLDER.parent / "docs" / "bench") == page
+    assert FILL["fill"](page, BENCH) == page
+
+
+MEASURED = re.compile(
+    r"\bKL (?:of |below |within )?\d|(?<![\w.])\d+\.?\d*e-\d+"
+    r"|(?<![\w.])\d[\d,.]*(?: ?%|x\b|-fold\b| (?:ms|s|times|nats|(?:CPU |milli)?seconds|minutes|hours|tokens/s|tokens (?:per|a) second)\b)"
+)
+ALLOWED = {
+    "docs/serving.md": {
+        "(at most 1e-5 of their size": "asserted in tests/context/test_together.py",
+        "float32, 2e-2 in bfloat16": "asserted in tests/context/test_together.py",
+    },
+    "docs/engines.md": {
+        "within 1e-4 (f32), 2e-3 (f16), 4e-2 (q8_0)": "asserted in test_llama_cpp_readers.py",
+        "with the same gaps, within 2e-3": "asserted in test_llama_cpp_readers.py",
+        "residuals within 1e-3 (": "asserted in test_llama_cpp_readers.py",
+        "log-probabilities within 2e-3 over": "asserted in test_llama_cpp_agreement.py",
+        "with log-probabilities within 1e-3": "asserted in test_vllm_server.py",
+        "residuals equal within 1e-3": "asserted in test_vllm_server.py",
+    },
+}
+"""What may stand in a line with such a number, and why: bounds of tests, and limits."""
+
+
+def by_hand(page, allowed=()):
+    """Lines with a measured number that is in no code and between no marks. Numbers in words, and counts of things, are not found."""
+    prose = FILL["MARKED"].sub("", page)
+    prose = re.sub(r"^```.*?^```$|`[^`\n]*`|\]\([^)\s]*\)", "", prose, flags=re.DOTALL | re.MULTILINE)
+    for text in allowed:
+        prose = prose.replace(re.sub(r"`[^`]*`", "", text), "")
+    return [line for line in prose.splitlines() if MEASURED.search(line)]
+
+
+@pytest.mark.parametrize("name", [*PAGES, "docs/security.md"])
+def test_no_measured_number_of_a_page_is_written_by_hand(name):
+    page, allowed = (FOLDER.parent / name).read_text(encoding="utf-8"), ALLOWED.get(name, {})
+    assert [text for text in allowed if text not in page] == []
+    assert by_hand(page, allowed) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "It took 0.42 s.",
+        "KL 0.0003 is left",
+        "99.4 % stay",
+        "| 144x |",
+        "4.8 times as many",
+        "off by 0.1 nats",
+        "within 2.0e-5",
+    ],
+)
+def test_a_number_written_by_hand_is_found_outside_of_code_and_marks(line):
+    assert by_hand(f"Some text.\n{line}\n") == [line]
+    assert by_hand(f"```\n{line}\n```\nof `{line}`: <!-- bench a b -->{line}<!-- /bench -->") == []
+
+
+def test_what_contexts_gave_is_summed_up_by_length_protocol_and_method(serving_benchmarks, tmp_path):
+    distances = serving_benchmarks("distances")
+    says = {"same": True, "leak": False, "recomputed": 64}
+    rows = [
+        {"length": 100, "index": n, "protocol": protocol, "methods": {"some": {"kl": kl, "ms": 10 * n, **says}, "no-erase": {"kl": 1, "ms": 0}}}
+        for n, kl in enumerate((0.1, 0.2, 0.6))
+        for protocol in ("query_cached", "query_after")
+    ]  # fmt: skip
+    del rows[0]["methods"]["no-erase"]
+    after, _, _, plain = found = distances.summary(rows)
+    assert [(row["protocol"], row["method"], row["contexts"]) for row in found] == [
+        ("after", "some", 3), ("after", "no-erase", 3), ("cached", "some", 3), ("cached", "no-erase", 2)
+    ]  # fmt: skip
+    assert after | {"kl": 0.3} == {"length": 100, "protocol": "after", "method": "some", "contexts": 3, "kl": 0.3, "median": 0.2,
+                                   "same": 3, "leaks": 0, "ms": 10, "recomputed": 64}  # fmt: skip
+    assert after["kl"] == pytest.approx(0.3)
+    assert plain["same"] is plain["leaks"] is plain["recomputed"] is None
+    distances.record("engine_quality_some", rows, {"model": "a", "threads": 1}, tmp_path)
+    assert distances.earlier(tmp_path, "engine_quality_some") == rows
+    distances.main(tmp_path)
+    filled = FILL["fill"]("<!-- bench engine_quality_some_summary -->\n<!-- /bench -->", tmp_path)
+    assert "| `no-erase` | cached | 100 | 2 | 1.0000 | 1.0000 |  |  |" in filled
+    assert "Made with: model a, threads 1." in filled
+
+
+def test_summaries_are_those_of_the_contexts_on_record(serving_benchmarks):
+    distances = serving_benchmarks("distances")
+    summaries = [*BENCH.glob("*_quality_*_summary.json")]
+    assert len(summaries) == len([*BENCH.glob("*_quality_*.json")]) - len(summaries) > 0
+    for file in summaries:
+        made, record = (
+            json.loads(each.read_text()) for each in (file, file.with_name(file.name.replace("_summary", "")))
+        )
+        assert (made["rows"], made["environment"]) == (distances.summary(record["rows"]), record["environment"])
 
 
 def test_a_number_that_no_single_row_has_is_refused(tmp_path):
     (tmp_path / "some.json").write_text('{"benchmark": "some", "rows": [{"a": 1, "b": 2.5}, {"a": 1, "b": 3}]}')
     filled = FILL["fill"]("It is <!-- bench some b:1 b=3 -->?<!-- /bench -->.", tmp_path)
     assert filled == "It is <!-- bench some b:1 b=3 -->3.0<!-- /bench -->."
+    assert ">250.0%<" in FILL["fill"]("<!-- bench some b:1% b=2.5 -->?<!-- /bench -->", tmp_path)
     with pytest.raises(SystemExit, match="2 rows are so"):
         FILL["fill"]("<!-- bench some b a=1 -->?<!-- /bench -->", tmp_path)

@@ -1,7 +1,7 @@
 """How much any training could add to the neutral eraser: states fitted freely to one context, judged by what the fit never asked.
 
-    python benchmarks/ceiling.py [--model smollm2-135m-instruct] [--contexts 8] [--tokens 256-448] [--repair 0 --repair 16 --repair 64]
-                                 [--arm span] [--steps 40] [--json] [--output FOLDER]
+    python benchmarks/ceiling.py [--model smollm2-135m-instruct] [-t needle] [--contexts 8] [--tokens 256-448] [--repair 0 --repair 16
+                                 --repair 64] [--arm span] [--steps 12] [--json] [--output FOLDER]
 
 A context of training tasks; the neutral eraser erases its first span and recomputes the readers, as an erase does it. From there Adam fits
 
@@ -11,8 +11,8 @@ A context of training tasks; the neutral eraser erases its first span and recomp
 
 in every layer, not bound to any rank, nor to what a causal pass could know, to KL(full recomputation || erased) of *fit queries*:
 other questions and running text. Judged are queries of the same context that the fit never saw, the span's own question and other
-text, asked after the erase, or with the span's question cached. `fitted` is where the fit is best (or nothing, where neutral is
-better on its queries); `best stop` is the least KL on the span's question at any of the looks, which only an oracle could choose.
+text, asked after the erase, or with the span's question cached. `fitted` is where the fit is best (neutral itself, where nothing is
+better on these queries); `best stop` is the least KL on the span's question at any of the looks, which only an oracle could choose.
 
 The gap is closed in all arms, as the neutral eraser has it. Faint keys (a tenth of the neutral ones, values zero) are where a span
 starts, since neutral ones have no gradient. With the question cached all but its last token is there when the span is erased.
@@ -25,6 +25,7 @@ import random
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import kveraser as kv
 from kveraser.cli.common import progress_bar
 from kveraser.eraser import default_eraser
-from kveraser.evaluation.compare import PROTOCOLS
+from kveraser.evaluation.compare import PROTOCOLS, Protocol
 from kveraser.evaluation.metrics import kl_divergence
 from kveraser.files import write_atomically
 from kveraser.model.attention import for_packing
@@ -48,7 +49,7 @@ from kveraser.readers import Calibration, Turning, calibrate
 from kveraser.tasks import EraseExample, Filler, Sizes, as_task, tasks
 from kveraser.training.cases import Case, Prefilled, prefill
 from kveraser.training.lessons import Encode, Erase, Lesson, Probe, encoder, join_examples, read_filler
-from kveraser.training.prepared import joined_states, target_states, teach
+from kveraser.training.prepared import target_states, teach
 from kveraser.training.rereading import Repairing, repair_of, reread
 from kveraser.training.rows import Segment, States, places_of, run_row, slot_range
 
@@ -56,18 +57,25 @@ Arm = Literal["span", "readers", "both"]
 ARMS: tuple[Arm, ...] = ("span", "readers", "both")
 JUDGED = 2
 """Probes of a case that the fit never sees, its first ones: the span's own question, and other text."""
-SPACING, STRANGERS, TEXT = 150, 2, 24
-FAINT = 0.1
-LOOKS = 4
+SPACING, STRANGERS, TEXT = 150, 1, 16
+FAINT, SPAN_FASTER = 0.1, 10.0
+LOOKS = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured; `tokens` are the least and the most of a context."""
+    """What is measured.
 
+    Attributes:
+        tasks: of which contexts are made; none: all that erasers are trained on.
+        tokens: the least and the most of a context, roughly.
+        steps, rate: of Adam; the unit of the rate is how much the context's own states differ.
+    """
+
+    tasks: tuple[str, ...] = ()
     tokens: tuple[int, int] = (256, 448)
-    steps: int = 40
-    rate: float = 0.05
+    steps: int = 12
+    rate: float = 0.005
     seed: int = 0
 
 
@@ -79,10 +87,10 @@ def draw(plan: Plan, number: int, filler: Filler, encode: Encode) -> tuple[str, 
     tokens = int(least * (most / least) ** rng.random())
     count = max(round(tokens / SPACING), 2)
     around = max(tokens // count - 64, 12)
-    kinds = [kind for kind in tasks().values() if kind.trained]
+    names = plan.tasks or [name for name, task in tasks().items() if task.trained]
 
     def make(name: str | None = None) -> tuple[str, EraseExample]:
-        task = as_task(name or rng.choice(kinds).name)
+        task = as_task(name or rng.choice(names))
         return task.name, task.make(rng, filler, Sizes(around, around), "train")
 
     def text() -> Probe:
@@ -140,11 +148,12 @@ class Erased:
     span: States
     end: int
 
-    def parts(self, arm: Arm) -> tuple[list[States], States]:
-        """What stays, and what is free."""
+    def parts(self, arm: Arm) -> tuple[list[States], list[tuple[States, float]]]:
+        """What stays, and what is free, each with how many times faster it is moved than readers are."""
+        span, readers = (self.span, SPAN_FASTER), (self.readers, 1.0)
         if arm == "both":
-            return [self.kept], joined_states([self.readers, self.span])
-        return ([self.kept, self.readers], self.span) if arm == "span" else ([self.kept], self.readers)
+            return [self.kept], [readers, span]
+        return ([self.kept, self.readers], [span]) if arm == "span" else ([self.kept], [readers])
 
 
 @torch.no_grad()
@@ -172,50 +181,74 @@ def erase(model: nn.Module, prefilled: Prefilled, case: Case, repair: int, calib
     return Erased(kept, again.states, faint, end)
 
 
-def look(model: nn.Module, past: Sequence[States], end: int, fit: Queries, judged: Queries) -> dict[str, float]:
-    """Mean KL on the fit queries, the span's own question, and other text."""
-    with torch.no_grad():
-        question, text = judged.kl(model, past, end)
-        return {
-            "fit": torch.cat(fit.kl(model, past, end)).mean().item(),
-            "question": question.mean().item(),
-            "text": text.mean().item(),
-        }
+@dataclass(frozen=True)
+class Trial:
+    """A case, and what it is asked: to fit, and to judge."""
+
+    case: Case
+    fit: Queries
+    judged: Queries
+
+    @classmethod
+    def all(cls, model: nn.Module, prefilled: Prefilled) -> list[Trial]:
+        """Of every case."""
+        with torch.no_grad():
+            teacher = causal_lm(model).get_output_embeddings()(teach(model, prefilled))
+        found = []
+        for case in prefilled.cases:
+            judged, fit = case.probes[:JUDGED], case.probes[JUDGED:]
+            marks = [sum(len(probe.targets) for probe in part) for part in (judged, fit)]
+            first, second, teacher = teacher.split([*marks, len(teacher) - sum(marks)])
+            found.append(cls(case, Queries(fit, second), Queries(judged, first)))
+        return found
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, past: Sequence[States], end: int, fit: float | None = None) -> dict[str, float]:
+        """Mean KL on the fit queries (if it is not known), the span's own question, and other text."""
+        known = torch.cat(self.fit.kl(model, past, end)).mean().item() if fit is None else fit
+        question, text = (each.mean().item() for each in self.judged.kl(model, past, end))
+        return {"fit": known, "question": question, "text": text}
 
 
-def fit_freely(
-    model: nn.Module, erased: Erased, arm: Arm, plan: Plan, fit: Queries, judged: Queries
-) -> list[dict[str, float]]:
+def fit_freely(model: nn.Module, erased: Erased, arm: Arm, plan: Plan, trial: Trial) -> list[dict[str, float]]:
     """Fit an arm's states by Adam, in units of how much the context's own states differ; what was seen at each look."""
     fixed, start = erased.parts(arm)
     units = [[part.std(-2, keepdim=True).mean(-1, keepdim=True) for part in pair] for pair in erased.kept]
     free = [
-        [torch.zeros_like(part, memory_format=torch.contiguous_format).requires_grad_() for part in pair]
-        for pair in start
+        [[torch.zeros(part.shape).to(part).requires_grad_() for part in pair] for pair in piece] for piece, _ in start
     ]
-    optimizer = torch.optim.Adam([part for pair in free for part in pair], lr=plan.rate, betas=(0.9, 0.95), eps=1e-12)
+    groups = [
+        {"params": [part for pair in piece for part in pair], "lr": plan.rate * faster}
+        for piece, (_, faster) in zip(free, start, strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
+
+    def past() -> list[States]:
+        moved: list[States] = []
+        for (piece, _), steps in zip(start, free, strict=True):
+            moved.append(
+                [
+                    (keys + by[0] * unit[0], values + by[1] * unit[1])
+                    for (keys, values), by, unit in zip(piece, steps, units, strict=True)
+                ]
+            )
+        return [*fixed, *moved]
+
     every, seen = max(plan.steps // LOOKS, 1), []
-
-    def states() -> States:
-        moved = [
-            [part + unit * step for part, unit, step in zip(*layer, strict=True)]
-            for layer in zip(start, units, free, strict=True)
-        ]
-        return [(keys, values) for keys, values in moved]
-
-    for step in range(plan.steps + 1):
-        if step % every == 0 or step == plan.steps:
-            seen.append({"step": step, **look(model, [*fixed, states()], erased.end, fit, judged)})
-        if step < plan.steps:
-            optimizer.zero_grad()
-            torch.cat(fit.kl(model, [*fixed, states()], erased.end)).mean().backward()
-            optimizer.step()
-            falling.step()
-    return seen
+    for step in range(plan.steps):
+        optimizer.zero_grad()
+        now = past()
+        loss = torch.cat(trial.fit.kl(model, now, erased.end)).mean()
+        loss.backward()
+        if step % every == 0:
+            seen.append({"step": step, **trial.look(model, now, erased.end, loss.item())})
+        optimizer.step()
+        falling.step()
+    return [*seen, {"step": plan.steps, **trial.look(model, past(), erased.end)}]
 
 
-Key = tuple[int, str, int, str]
+Key = tuple[int, Protocol, int, Arm]
 
 
 def key_of(row: dict[str, Any]) -> Key:
@@ -229,35 +262,23 @@ def measure(
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row for each of what is wanted: `(context, protocol, repair, arm)`, those of a context one behind the other."""
     base, encode = for_packing(model), encoder(tokenizer)
-    drawn: int | None = None
-    done: tuple[str, int] | None = None
-    for number, protocol, repair, arm in wanted:
-        if number != drawn:
-            task, lesson = draw(plan, number, filler, encode)
-            with torch.no_grad():
-                prefilled = prefill(base, [lesson])
-                teacher = causal_lm(base).get_output_embeddings()(teach(base, prefilled))
-            cases = dict(zip(PROTOCOLS, prefilled.cases, strict=True))
-            drawn, done, at = number, None, 0
-            queries = {}
-            for each, case in cases.items():
-                logits = teacher[at : (at := at + sum(len(probe.targets) for probe in case.probes))]
-                mark = sum(len(probe.targets) for probe in case.probes[:JUDGED])
-                queries[each] = (
-                    Queries(case.probes[JUDGED:], logits[mark:]), Queries(case.probes[:JUDGED], logits[:mark])
-                )  # fmt: skip
-        case, (fit, judged) = cases[protocol], queries[protocol]
-        if done != (protocol, repair):
-            erased = erase(base, prefilled, case, repair, calibration)
-            neutral = look(base, [erased.kept, erased.readers], erased.end, fit, judged)
-            done = (protocol, repair)
-        seen = fit_freely(base, erased, arm, plan, fit, judged)
-        fitted = min((neutral, *seen), key=lambda each: each["fit"])
-        yield {
-            "context": number, "task": task, "tokens": len(case.slots), "erased": len(case.erase.spans[0]),
-            "readers": int(erased.readers[0][0].shape[-2]), "protocol": protocol, "repair": repair, "arm": arm, "neutral": neutral,
-            "fitted": fitted, "best_stop": min(each["question"] for each in (neutral, *seen)), "looks": seen,
-        }  # fmt: skip
+    for number, members in groupby(wanted, key=lambda key: key[0]):
+        task, lesson = draw(plan, number, filler, encode)
+        prefilled = prefill(base, [lesson])
+        trials = dict(zip(PROTOCOLS, Trial.all(base, prefilled), strict=True))
+        for (protocol, repair), arms in groupby(members, key=lambda key: key[1:3]):
+            trial = trials[protocol]
+            erased = erase(base, prefilled, trial.case, repair, calibration)
+            neutral = trial.look(base, [erased.kept, erased.readers], erased.end)
+            about = {
+                "context": number, "task": task, "tokens": len(trial.case.slots), "erased": len(trial.case.erase.spans[0]),
+                "readers": int(erased.readers[0][0].shape[-2]), "protocol": protocol, "repair": repair, "neutral": neutral,
+            }  # fmt: skip
+            for *_, arm in arms:
+                looks = fit_freely(base, erased, arm, plan, trial)
+                fitted = min((neutral, *looks), key=lambda each: each["fit"])
+                best = min(each["question"] for each in (neutral, *looks))
+                yield {**about, "arm": arm, "fitted": fitted, "best_stop": best, "looks": looks}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -319,6 +340,9 @@ def main(
     model_name: Annotated[str, typer.Option("--model", help="The backbone.")] = DEFAULT_BACKBONE,
     contexts: Annotated[int, typer.Option(min=1, help="Contexts of training tasks.")] = 8,
     tokens: Annotated[str, typer.Option(help="Length of the shortest and of the longest.")] = "256-448",
+    task: Annotated[
+        list[str] | None, typer.Option("-t", "--task", help="Tasks; default all that erasers are trained on.")
+    ] = None,
     repair: Annotated[list[int] | None, typer.Option(min=0, help="Readers to recompute; default 0, 16 and 64.")] = None,
     arm: Annotated[list[str] | None, typer.Option(help="span, readers or both; default all three.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of Adam.")] = Plan.steps,
@@ -335,11 +359,14 @@ def main(
 
     Example: python benchmarks/ceiling.py --contexts 4 --repair 16 --arm readers --output ceilings
     """
+    if unknown := set(task or ()) - {name for name, kind in tasks().items() if kind.trained}:
+        raise typer.BadParameter(f"no eraser is trained on a task {min(unknown)!r}; see `kveraser eval --help`")
     arms = arm or list(ARMS)
     if unknown := set(arms) - set(ARMS):
         raise typer.BadParameter(f"there is no arm {min(unknown)!r}; there are: {', '.join(ARMS)}")
-    plan = Plan(_lengths(tokens), steps, rate, seed)
-    settings = {"model": model_name, "tokens": list(plan.tokens), "steps": steps, "rate": rate, "seed": seed}
+    plan = Plan(tuple(task or ()), _lengths(tokens), steps, rate, seed)
+    settings = {"model": model_name, "tokens": list(plan.tokens), "steps": steps, "rate": rate, "seed": seed,
+                **({"tasks": task} if task else {})}  # fmt: skip
     file = output / "ceiling.json" if output else None
     rows: list[dict[str, Any]] = []
     if file is not None and file.exists():
@@ -348,9 +375,12 @@ def main(
             raise SystemExit(f"{file} is of another run ({earlier['settings']}); give another --output, or delete it")
         rows = earlier["rows"]
     have = set(map(key_of, rows))
+    pairs = [(many, each) for many in repair or (0, 16, 64) for each in arms if many or each == "span"]
+    if not pairs:
+        raise typer.BadParameter("with --repair 0 there are no readers; give --arm span, or --repair 16")
     wanted = [
-        key for number in range(contexts) for protocol in PROTOCOLS for many in repair or (0, 16, 64) for each in arms
-        if (many or each == "span") and (key := (number, protocol, many, each)) not in have
+        key for number in range(contexts) for protocol in PROTOCOLS for pair in pairs
+        if (key := (number, protocol, *pair)) not in have
     ]  # fmt: skip
     model, tokenizer = kv.load_backbone(model_name, dtype="fp32")
     filler = read_filler(tokenizer, None)

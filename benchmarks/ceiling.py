@@ -1,4 +1,4 @@
-"""How much any training could add to the neutral eraser: states fitted freely to one context, judged by what the fit never asked.
+"""What training could add to the neutral eraser: states fitted freely to one context, judged by what the fit never asked.
 
     python benchmarks/ceiling.py [--model smollm2-135m-instruct] [-t needle] [--contexts 8] [--tokens 256-448] [--repair 0 --repair 16
                                  --repair 64] [--arm span] [--steps 12] [--json] [--output FOLDER]
@@ -16,6 +16,9 @@ better on these queries); `best stop` is the least KL on the span's question at 
 
 The gap is closed in all arms, as the neutral eraser has it. Faint keys (a tenth of the neutral ones, values zero) are where a span
 starts, since neutral ones have no gradient. With the question cached all but its last token is there when the span is erased.
+
+No strict bound: a few steps and half a dozen queries find one good fit of many, and training, which learns from other contexts what
+is asked of their spans, may find one that carries further. It tells how much room the states have, and how much of a fit carries over.
 """
 
 from __future__ import annotations

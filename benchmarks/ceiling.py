@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from measuring import environment, placement, report_table
+from measuring import report_table
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ from kveraser.cli.common import progress_bar
 from kveraser.eraser import default_eraser
 from kveraser.evaluation.compare import PROTOCOLS, Protocol
 from kveraser.evaluation.metrics import kl_divergence
+from kveraser.evaluation.provenance import environment, placement
 from kveraser.files import write_atomically
 from kveraser.model.attention import for_packing
 from kveraser.model.backbone import DEFAULT_BACKBONE
@@ -347,7 +348,9 @@ def main(
         list[str] | None, typer.Option("-t", "--task", help="Tasks; default all that erasers are trained on.")
     ] = None,
     repair: Annotated[list[int] | None, typer.Option(min=0, help="Readers to recompute; default 0, 16 and 64.")] = None,
-    arm: Annotated[list[str] | None, typer.Option(help="span, readers or both; default all three.")] = None,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="What is free: span, readers or both; default each of them.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of Adam.")] = Plan.steps,
     rate: Annotated[
         float, typer.Option(min=0, help="Of Adam; the unit is how much the context's own states differ.")
@@ -364,9 +367,9 @@ def main(
     """
     if unknown := set(task or ()) - {name for name, kind in tasks().items() if kind.trained}:
         raise typer.BadParameter(f"no eraser is trained on a task {min(unknown)!r}; see `kveraser eval --help`")
-    arms = arm or list(ARMS)
-    if unknown := set(arms) - set(ARMS):
+    if unknown := set(arm or ()) - set(ARMS):
         raise typer.BadParameter(f"there is no arm {min(unknown)!r}; there are: {', '.join(ARMS)}")
+    arms = [each for each in ARMS if not arm or each in arm]
     plan = Plan(tuple(task or ()), _lengths(tokens), steps, rate, seed)
     settings = {"model": model_name, "tokens": list(plan.tokens), "steps": steps, "rate": rate, "seed": seed,
                 **({"tasks": task} if task else {})}  # fmt: skip
@@ -378,7 +381,7 @@ def main(
             raise SystemExit(f"{file} is of another run ({earlier['settings']}); give another --output, or delete it")
         rows = earlier["rows"]
     have = set(map(key_of, rows))
-    pairs = [(many, each) for many in repair or (0, 16, 64) for each in arms if many or each == "span"]
+    pairs = [(many, each) for many in dict.fromkeys(repair or (0, 16, 64)) for each in arms if many or each == "span"]
     if not pairs:
         raise typer.BadParameter("with --repair 0 there are no readers; give --arm span, or --repair 16")
     wanted = [

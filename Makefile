@@ -183,6 +183,7 @@ bench-full: $(STAMP)
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --full --output $(BENCH); done
 	$(BIN)/python benchmarks/auto_choice.py --output $(BENCH)
 	$(BIN)/python benchmarks/training_throughput.py --output $(BENCH)
+	$(BIN)/python benchmarks/ceiling.py --contexts 4 --output $(BENCH)
 	@set -e; for name in lesson_store serving throughput; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output $(BENCH); done
 	$(FILL_BENCH)
 

@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from serving_helpers import services, tiny_service, tool_tokenizer
 
-from conftest import make_tokenizer, text_model
-from kveraser.tasks import EraseExample
-from kveraser.training.lessons import join_examples
+import kveraser as kv
+from conftest import make_tokenizer, text_model, token_ids
+from kveraser.evaluation.metrics import kl_divergence
+from kveraser.readers import calibrate
+from kveraser.tasks import EraseExample, Filler
+from kveraser.training.lessons import encoder, join_examples
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -99,6 +103,45 @@ def test_many_clients_and_a_line_that_changes_are_timed(serving_benchmarks):
     assert [row["clients"] for row in rows] == [1, 2, 2]
     assert all(row["same_replies"] == row["same_start"] == 1 for row in rows)
     assert rows[0]["times_one_client"] == 1
+
+
+def test_states_are_fitted_freely_from_exactly_what_an_erase_leaves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "measuring", load("measuring"))
+    ceiling = load("ceiling")
+    model, tokenizer = text_model(), make_tokenizer()
+    filler = Filler([f"The house number {n} is blue and it is fast." for n in range(9)], lambda part: len(part) // 2)
+    calibration = calibrate(model, token_ids(600)[0])
+    eraser = kv.KVEraser.neutral(model)
+    eraser.calibration = calibration
+    plan = ceiling.Plan(("preference",), tokens=(64, 64), steps=2, rate=1e-4)
+    arms = [("query_after", 0, "span"), *(("query_cached", 12, arm) for arm in ("readers", "both"))]
+    rows = list(ceiling.measure(model, tokenizer, plan, [(0, *arm) for arm in arms], calibration, filler))
+    assert [ceiling.key_of(row) for row in rows] == [(0, *arm) for arm in arms]
+    _, lesson = ceiling.draw(plan, 0, filler, encoder(tokenizer))
+    (erase,), (question,) = lesson.erases, lesson.questions
+    for row in rows:
+        cached = row["protocol"] == "query_cached"
+        context = kv.ErasableContext(model, tokenizer, eraser)
+        context.append([*lesson.ids, *(question[:-1] if cached else ())])
+        ((_, probes),) = [moment for moment in erase.moments if (moment[0] is not None) == cached]
+
+        def seen(method, context=context, probes=probes):
+            receipt = context.erase(list(erase.spans), method)
+            logits = [context.logits_ids(probe.ids)[-len(probe.targets) :] for probe in probes]
+            context.restore(receipt)
+            return logits
+
+        pairs = zip(seen("full-recompute"), seen(kv.Steering(repair=row["repair"])), strict=True)
+        own, text, *fit = (kl_divergence(exact, erased) for exact, erased in pairs)
+        wanted = {"fit": torch.cat(fit).mean().item(), "question": own.mean().item(), "text": text.mean().item()}
+        assert row["neutral"] == pytest.approx(wanted, abs=1e-5)
+        assert row["readers"] == row["repair"]
+        first, *_, last = row["looks"]
+        assert last["fit"] <= first["fit"]
+        assert row["fitted"]["fit"] <= row["neutral"]["fit"]
+        if row["arm"] == "readers":
+            assert first == pytest.approx({"step": 0, **wanted}, abs=1e-5)
+    assert [entry["contexts"] for entry in ceiling.summary(rows)] == [1] * len(rows)
 
 
 DOCS = FOLDER.parent / "docs"

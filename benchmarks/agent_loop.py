@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 import uvicorn
-from measuring import report
+from measuring import report, table_of
 from rich.table import Table
 
 import kveraser as kv
@@ -210,18 +210,19 @@ def main(
 
 def shown(rows: list[dict[str, Any]]) -> Table:
     """What each API and policy cost."""
-    table = Table("API", "policy")
-    for title in (
-        "calls",
-        "prompt tokens",
-        "processed",
-        "times fewer",
-        "of them read again",
-        "first tokens, s",
-        "in all, s",
-        "same calls",
-    ):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["API", "policy"],
+        (
+            "calls",
+            "prompt tokens",
+            "processed",
+            "times fewer",
+            "of them read again",
+            "first tokens, s",
+            "in all, s",
+            "same calls",
+        ),
+    )
     for row in rows:
         table.add_row(row["api"], row["policy"], str(row["calls"]), str(row["prompt_tokens"]), str(row["tokens_processed"]),
                       f"{row['times_fewer']:.2f}", str(row["read_again"]), f"{row['first_token_seconds']:.1f}", f"{row['seconds']:.1f}",

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measuring import interleaved, random_cache, random_ids, report
-from rich.table import Table
+from measuring import interleaved, random_cache, random_ids, report, table_of
 
 import kveraser as kv
 from kveraser.eraser import default_eraser
@@ -58,9 +57,8 @@ def main(
             typical = {method: statistics.median(seconds[method]) for method in CHOICES}
             rows.append({"span": size, "suffix": suffix, "chosen": chosen, **{m: 1000 * t for m, t in typical.items()},
                          "regret": typical[chosen] / min(typical.values())})  # fmt: skip
-    table = Table("span", "suffix", "auto chose", title=f"prefix of {PREFIX} tokens, medians")
-    for title in (*(f"{method}, ms" for method in CHOICES), "regret"):
-        table.add_column(title, justify="right")
+    timed = [f"{method}, ms" for method in CHOICES]
+    table = table_of(["span", "suffix", "auto chose"], [*timed, "regret"], f"prefix of {PREFIX} tokens, medians")
     for row in rows:
         numbers: list[Any] = [f"{row[method]:.0f}" for method in CHOICES]
         table.add_row(str(row["span"]), str(row["suffix"]), row["chosen"], *numbers, f"{row['regret']:.2f}")

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from measuring import interleaved, peak_bytes, random_cache, random_ids, report
-from rich.table import Table
+from measuring import interleaved, peak_bytes, random_cache, random_ids, report, table_of
 from transformers.cache_utils import DynamicCache
 
 import kveraser as kv
@@ -82,9 +81,11 @@ def main(
                 "speedup": statistics.median(seconds[KINDS[0]]) / statistics.median(seconds[kind]),
                 "peak_bytes": peaks[kind], "same_tokens": said[kind] == said[KINDS[0]], "seconds": seconds[kind],
             })  # fmt: skip
-    table = Table("context", "cache", title=f"decoding {steps} tokens, medians")
-    for title in ("tokens/s", "speed-up", "peak MiB", "same tokens"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["context", "cache"],
+        ("tokens/s", "speed-up", "peak MiB", "same tokens"),
+        title=f"decoding {steps} tokens, medians",
+    )
     for row in rows:
         table.add_row(str(row["context"]), row["cache"], f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}",
                       f"{row['peak_bytes'] / 2**20:.1f}", str(row["same_tokens"]))  # fmt: skip

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measuring import report_table, write_json
-from rich.table import Table
+from measuring import report_table, table_of, write_json
 
 from kveraser.evaluation.runner import Drawn
 
@@ -78,9 +77,10 @@ def _sum(tried: Sequence[Mapping[str, Any]], name: str) -> int | None:
 def summarise(name: str, document: Record, output: Path | None) -> None:
     """Print the summary of a record; write it where a folder is given."""
     rows = summary(document["rows"])
-    table = Table("method", "asked")
-    for title in ("length", "contexts", "mean KL", "median KL", "answers the same", "leaks", "ms", "recomputed"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["method", "asked"],
+        ("length", "contexts", "mean KL", "median KL", "answers the same", "leaks", "ms", "recomputed"),
+    )
     for row in rows:
         counts = ("" if row[key] is None else f"{row[key]} of {row['contexts']}" for key in ("same", "leaks"))
         recomputed = "" if row["recomputed"] is None else f"{row['recomputed']:.0f}"

@@ -21,8 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from distances import earlier, of_context, record, summarise
-from measuring import engine_environment, report_table, write_json
-from rich.table import Table
+from measuring import engine_environment, report_table, table_of, write_json
 
 import kveraser as kv
 from kveraser.engines.llama_cpp import LlamaCppContext, LlamaCppModel
@@ -102,9 +101,11 @@ def choice(
         ours.close()
         write_json("llama_cpp_choice", document, output)
         print(rows[-1])
-    table = Table("task", title=f"the same runs in {sum(row['equal'] for row in rows)} of {len(rows)}")
-    for title in ("tokens", "recomputed", "of them here as well", "residual", "here"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["task"],
+        ("tokens", "recomputed", "of them here as well", "residual", "here"),
+        title=f"the same runs in {sum(row['equal'] for row in rows)} of {len(rows)}",
+    )
     for row in rows:
         residuals = ("" if residual is None else f"{residual:.6f}" for residual in row["residuals"])
         table.add_row(row["task"], str(row["tokens"]), str(row["of"]), str(row["same"]), *residuals)
@@ -214,9 +215,11 @@ def latency(
          "seconds": seconds, "growth": seconds / found[first][method], "times_behind": at["behind"] / seconds}
         for length, at in found.items() for method, seconds in at.items()
     ]  # fmt: skip
-    table = Table("method", title=f"a span of {span_tokens} tokens, medians")
-    for title in ("context", "runs", "seconds", "growth", "behind / it"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["method"],
+        ("context", "runs", "seconds", "growth", "behind / it"),
+        title=f"a span of {span_tokens} tokens, medians",
+    )
     for row in rows:
         table.add_row(row["method"], str(row["context"]), str(row["measured"]), f"{row['seconds']:.3f}", f"{row['growth']:.2f}",
                       f"{row['times_behind']:.1f}")  # fmt: skip

@@ -25,8 +25,7 @@ from typing import Annotated, Any
 
 import typer
 from distances import earlier, of_context, record, summarise
-from measuring import engine_environment, report_table, write_json
-from rich.table import Table
+from measuring import engine_environment, report_table, table_of, write_json
 
 import kveraser as kv
 from kveraser.engines.vllm.client import VLLMSession, erase_together
@@ -267,9 +266,11 @@ def sessions(
             })  # fmt: skip
             print(rows[-1], flush=True)
             write_json("vllm_sessions", {**document, "rows": rows}, output)
-    table = Table("sessions", title=f"contexts of {tokens} tokens, a span of {span_tokens}, medians")
-    for title in ("runs", "together, ms per erase", "one by one, ms per erase", "ratio"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["sessions"],
+        ("runs", "together, ms per erase", "one by one, ms per erase", "ratio"),
+        title=f"contexts of {tokens} tokens, a span of {span_tokens}, medians",
+    )
     for row in rows:
         table.add_row(
             str(row["sessions"]),

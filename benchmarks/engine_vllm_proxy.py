@@ -26,7 +26,7 @@ import openai
 import typer
 import uvicorn
 from engine_vllm import facts
-from measuring import report_table
+from measuring import report_table, table_of
 from rich.table import Table
 
 from kveraser.demo.stories import pages
@@ -244,17 +244,18 @@ def summary(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> Table:
     """Tokens and seconds of each turn."""
-    table = Table("turn", "way")
-    for title in (
-        "conversations",
-        "tokens processed",
-        "first token, s",
-        "of it the erase, s",
-        "in all, s",
-        "method",
-        "exact",
-    ):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["turn", "way"],
+        (
+            "conversations",
+            "tokens processed",
+            "first token, s",
+            "of it the erase, s",
+            "in all, s",
+            "method",
+            "exact",
+        ),
+    )
     for row in rows:
         table.add_row(row["turn"], row["way"], str(row["conversations"]), f"{row['processed']:g}", f"{row['seconds_to_first_token']:.1f}",
                       f"{row['erase_seconds']:.1f}", f"{row['seconds_in_all']:.1f}", row["method"], "yes" if row["exact"] else "no")  # fmt: skip

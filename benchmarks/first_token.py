@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from measuring import interleaved, random_cache, random_ids, report, wait
-from rich.table import Table
+from measuring import interleaved, random_cache, random_ids, report, table_of, wait
 
 import kveraser as kv
 from kveraser.cache import cache_length
@@ -61,9 +60,11 @@ def main(
              "faster_than_recomputing": exact / statistics.median(seconds[method]), "seconds": seconds[method]}
             for method in METHODS
         ]  # fmt: skip
-    table = Table("context", "method", title=f"erase {SPAN} tokens, read {QUESTION}, first token; medians")
-    for title in ("ms", "recompute /"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["context", "method"],
+        ("ms", "recompute /"),
+        title=f"erase {SPAN} tokens, read {QUESTION}, first token; medians",
+    )
     for row in rows:
         table.add_row(
             str(row["context"]), row["method"], f"{row['milliseconds']:.0f}", f"{row['faster_than_recomputing']:.1f}"

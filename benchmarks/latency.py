@@ -16,8 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from measuring import interleaved, plain_forward, random_cache, random_ids, report
-from rich.table import Table
+from measuring import interleaved, plain_forward, random_cache, random_ids, report, table_of
 
 import kveraser as kv
 from kveraser.eraser import shipped_eraser
@@ -121,9 +120,9 @@ def main(
                 "over_floor": seconds / typical[FLOOR, 0], "growth": first and seconds / first,
                 "faster_than_recomputing": recomputing and recomputing / seconds, "seconds": found[method, length],
             })  # fmt: skip
-    table = Table("span", "place", "context", "method", title="erasing, medians")
-    for title in ("ms", "/ floor", "growth", "recompute /"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["span", "place", "context", "method"], ("ms", "/ floor", "growth", "recompute /"), title="erasing, medians"
+    )
     for row in rows:
         numbers = [row["milliseconds"], row["over_floor"], row["growth"], row["faster_than_recomputing"]]
         shown = [

@@ -122,6 +122,14 @@ def report(
         FigureCanvasAgg(figure).print_png(output / f"{name}.png")
 
 
+def table_of(labels: Sequence[str], numbers: Sequence[str], title: str | None = None) -> Table:
+    """An empty table: columns of words, then columns of numbers."""
+    table = Table(*labels, title=title)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
 def report_table(
     name: str, document: Mapping[str, Any], table: Table, output: Path | None, as_json: bool = False
 ) -> None:

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from measuring import peak_bytes, plain_forward, random_cache, random_ids, report
-from rich.table import Table
+from measuring import peak_bytes, plain_forward, random_cache, random_ids, report, table_of
 
 import kveraser as kv
 from kveraser.cache import snapshot, state_bytes
@@ -64,11 +63,10 @@ def main(
                 "forward_bytes": forward, "over_span": (peak - forward) / own,
                 "bytes_written": receipt.bytes_written,
             })  # fmt: skip
-    table = Table(
-        "context", "method", title=f"memory of an erase of {SPAN} tokens ({own / 2**20:.2f} MiB of keys and values)"
-    )
-    for title in ("peak MiB", "beyond a plain forward / span's K/V", "written MiB"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["context", "method"], ["peak MiB", "beyond a plain forward / span's K/V", "written MiB"],
+        f"memory of an erase of {SPAN} tokens ({own / 2**20:.2f} MiB of keys and values)",
+    )  # fmt: skip
     for row in rows:
         table.add_row(str(row["context"]), row["method"], f"{row['peak_bytes'] / 2**20:.1f}", f"{row['over_span']:.1f}",
                       f"{row['bytes_written'] / 2**20:.2f}")  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measuring import report
+from measuring import report, table_of
 from rich.table import Table
 
 import kveraser as kv
@@ -83,9 +83,10 @@ def dropped_rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 def dropped_table(rows: list[dict[str, Any]]) -> Table:
     """What a dropped message costs."""
-    table = Table("a message dropped")
-    for title in ("conversations", "prompt tokens", "reused", "run", "exact", "first token, s", "times sooner"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["a message dropped"],
+        ("conversations", "prompt tokens", "reused", "run", "exact", "first token, s", "times sooner"),
+    )
     for row in rows:
         table.add_row(row["how"], str(row["conversations"]), str(row["prompt_tokens"]), f"{row['share_reused']:.1%}", str(row["tokens_recomputed"]),
                       "yes" if row["exact"] else "no", f"{row['seconds_to_first_token']:.2f}", f"{row['times_sooner']:.1f}")  # fmt: skip
@@ -135,17 +136,18 @@ def changed_rows(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def changed_table(rows: list[dict[str, Any]]) -> Table:
     """What a line that changes costs."""
-    table = Table("a line changed")
-    for title in (
-        "conversations",
-        "prompt tokens",
-        "reused",
-        "run",
-        "first token, s",
-        "times sooner",
-        "answers the same",
-    ):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["a line changed"],
+        (
+            "conversations",
+            "prompt tokens",
+            "reused",
+            "run",
+            "first token, s",
+            "times sooner",
+            "answers the same",
+        ),
+    )
     for row in rows:
         table.add_row(row["how"], str(row["conversations"]), f"{row['prompt_tokens']:.0f}", f"{row['share_reused']:.1%}", f"{row['tokens_recomputed']:.0f}",
                       f"{row['first_token_seconds']:.2f}", f"{row['times_sooner']:.1f}", f"{row['same_answers']} of {row['conversations']}")  # fmt: skip

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measuring import interleaved, report
-from rich.table import Table
+from measuring import interleaved, report, table_of
 
 import kveraser as kv
 from kveraser.demo.stories import pages
@@ -114,9 +113,11 @@ def main(
     """Time it and print a table."""
     model, tokenizer = kv.load_backbone(name)
     rows = measure(model, tokenizer, clients, tokens, repeats)
-    table = Table("how", title=f"{clients} clients, replies of up to {tokens} tokens, medians")
-    for title in ("clients", "tokens/s in all", "times one client", "first token, s", "same replies"):
-        table.add_column(title, justify="right")
+    table = table_of(
+        ["how"],
+        ("clients", "tokens/s in all", "times one client", "first token, s", "same replies"),
+        title=f"{clients} clients, replies of up to {tokens} tokens, medians",
+    )
     for row in rows:
         table.add_row(row["how"], str(row["clients"]), f"{row['tokens_per_second']:.1f}", f"{row['times_one_client']:.2f}",
                       f"{row['first_token_seconds']:.2f}", f"{row['same_replies']:.3f} of {row['replies']}")  # fmt: skip

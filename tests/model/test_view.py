@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, build, make_config, tiny, token_ids
-from kveraser.model.view import frozen, view
+from kveraser.model.view import frozen, key_biases, view
 
 
 class Doubled(nn.Module):
@@ -49,3 +49,8 @@ def test_a_frozen_view_takes_no_gradients_and_shares_the_memory():
     assert all(parameter.requires_grad for parameter in model.parameters())
     for mine, theirs in zip(own.parameters(), model.parameters(), strict=True):
         assert mine.data_ptr() == theirs.data_ptr()
+
+
+@pytest.mark.parametrize(("family", "has"), [("llama", False), ("qwen2", True), ("qwen3", False), ("gpt_neox", True)])
+def test_the_biases_of_keys_are_found_where_a_family_has_them(family, has):
+    assert bool(key_biases(tiny(family))) is has

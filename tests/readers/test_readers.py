@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 import kveraser as kv
 from conftest import FAMILIES, build, make_config, prefill, tiny, token_ids
+from kveraser.cache import Tokens
 from kveraser.readers import (
+    ModelSource,
+    Scene,
     Turning,
     cached_file,
     calibrate,
@@ -23,7 +26,7 @@ from kveraser.readers import (
     write_calibration,
 )  # fmt: skip
 from kveraser.readers.known import calibration_for, known_calibration
-from kveraser.readers.masses import Landscape, span_mass
+from kveraser.readers.masses import Landscape, passed_on, span_mass
 from kveraser.readers.observing import observe
 
 
@@ -44,6 +47,48 @@ def test_masses_are_those_of_a_softmax_over_everything_while_the_samples_cover_i
     for run in (True, False):
         mass, _ = span_mass(queries[:, slots], slots, keys, 0.5, land, run=run)
         assert torch.allclose(mass, expected, atol=1e-4)
+
+
+@given(st.integers(1, 60), st.integers(0, 9))
+def test_what_is_passed_on_is_attention_to_earlier_ones_times_their_worth(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys, queries = (torch.randn(heads, count, 8, generator=generator) for heads in (2, 4))
+    worth = torch.rand(count, generator=generator)
+    scores = (queries.view(2, 2, count, 8) @ keys[:, None].transpose(-1, -2)).view(4, count, count)
+    seen = torch.ones(count, count, dtype=torch.bool).tril()
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(torch.eye(count, dtype=torch.bool), 0.0)
+    whole = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    assert torch.allclose(passed_on(queries, keys, whole, worth), weights @ worth, atol=1e-5)
+
+
+def test_tokens_that_read_a_reader_hold_more_than_they_have_read():
+    model, ids, span = tiny("llama", 4), token_ids(300), kv.Span(100, 130)
+    calibration = calibrate(model, token_ids(1500, seed=3)[0])
+    scene = Scene.of(ModelSource(model, prefill(model, ids)), Tokens(ids), (span,), (), calibration)
+    slots = scene.suffix
+    read, holds = scene.influence(slots)
+    assert torch.allclose(read, scene.close(slots))
+    assert torch.equal(holds[:, :1], read[:, :1])  # nobody before it has read anything
+    assert bool((holds[:, 1:] > read[:, 1:]).all())
+
+
+def test_a_row_that_is_padded_behind_a_span_holds_what_it_holds_alone():
+    model, span = tiny("llama", 4), kv.Span(30, 40)
+    calibration = calibrate(model, token_ids(600, seed=3)[0])
+    rows = token_ids(120, rows=2)
+    mask = torch.ones_like(rows)
+    mask[1, :50] = 0
+    both = Scene.of(
+        ModelSource(model, prefill(model, rows, mask=mask)),
+        Tokens(rows, (mask.cumsum(-1) - 1).clamp(min=0), mask),
+        (span,),
+        (),
+        calibration,
+    )
+    alone = Scene.of(ModelSource(model, prefill(model, rows[:1])), Tokens(rows[:1]), (span,), (), calibration)
+    found = both.influence(both.suffix)[1]
+    assert bool(found.isfinite().all())
+    assert torch.allclose(found[:1], alone.influence(alone.suffix)[1], atol=1e-4)
 
 
 def _others(land):
@@ -212,6 +257,15 @@ def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data)
     assert len(some) <= len(chosen)
     if len(some) < len(chosen):
         assert residual(slots, scores, some) <= 0.5 + 1e-6
+
+
+def test_what_tokens_may_hold_chooses_and_what_they_have_read_says_when_it_is_enough():
+    slots = torch.arange(10, 14)
+    read, holds = torch.tensor([0.5, 0.4, 0.1, 0.0]), torch.tensor([0.5, 0.4, 0.1, 2.0])
+    never = slots[:0]
+    assert choose(slots, read, never, 2, holds=holds).tolist() == [10, 13]
+    assert choose(slots, read, never, 4, holds=holds, coverage=0.9).tolist() == [10, 11, 13]
+    assert choose(slots, read, never, 2, holds=holds, block=2).tolist() == [12, 13]
 
 
 @given(st.integers(30, 300), st.integers(0, 25), st.sampled_from([4, 8, 16]), st.integers(0, 9))

@@ -25,12 +25,11 @@ from kveraser.model.backbone import check_converted, converted_folder, default_d
 from kveraser.model.backbone_files import local_gguf, remedies
 from kveraser.model.names import BACKBONES, NamedBackbone
 from kveraser.model.rope import rotary_layout
-from kveraser.model.view import causal_lm, model_dtype
+from kveraser.model.view import key_biases, model_dtype
 from kveraser.readers import known_calibration
 
 _READ_WHOLE = 200_000_000  # bytes of a GGUF file; weights from larger ones take too long to read for a look
 _KINDS = {"trained": "the trained eraser that ships for it", "neutral": "the neutral eraser, which needs no training"}
-_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 _LARGE_BIAS = 16.0
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "gguf")
 
@@ -88,7 +87,7 @@ def support(model: PreTrainedModel) -> dict[str, str]:
 def about(model: PreTrainedModel) -> dict[str, str]:
     """What decides which method is good for a model: whether moving keys loses something, and who can be seen reading."""
     dtype = model_dtype(model)
-    bias = largest_key_bias(model)
+    bias = max((float(each.abs().max()) for each in key_biases(model)), default=0.0)
     said = f"the largest key bias is {bias:.0f}" if bias else "its keys have no bias"
     if dtype == torch.float32:
         moving = f"keys are not rounded noticeably in float32 ({said})"
@@ -105,16 +104,6 @@ def about(model: PreTrainedModel) -> dict[str, str]:
     else:
         probes = f"cannot be told: probes explain {found.explained:.0%} of the queries; the next tokens are recomputed instead"
     return {"moving keys": moving, "readers": probes, "eraser": _KINDS[default_eraser(model).kind]}
-
-
-def largest_key_bias(model: PreTrainedModel) -> float:
-    """The largest bias of a projection that makes keys (of a fused one: of all that it makes); 0 without any."""
-    found = [
-        float(module.bias.detach().abs().max())
-        for name, module in causal_lm(model).named_modules()
-        if name.rpartition(".")[2] in _KEY_PROJECTIONS and getattr(module, "bias", None) is not None
-    ]
-    return max(found, default=0.0)
 
 
 def doctor_command(

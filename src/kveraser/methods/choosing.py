@@ -113,10 +113,14 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     always = first_behind(edit.spans, slots, budget)
     weights = weights_of(slots)
     candidates = (scores * weights).topk(min(max(CLOSER * budget, CANDIDATES), len(slots))).indices.sort().values
-    close = scene.close(slots[candidates]).amax(0)
+    close, may_hold = (each.amax(0) for each in scene.influence(slots[candidates]))
     scores = scores * (close.sum() / scores[candidates].sum().clamp(min=1e-9))  # both looks on one scale
     scores[candidates] = close
-    chosen = choose(slots, scores, always, budget, weights=weights, coverage=wish.coverage, block=wish.block)
+    holds = scores.clone()
+    holds[candidates] = may_hold
+    chosen = choose(
+        slots, scores, always, budget, holds=holds, weights=weights, coverage=wish.coverage, block=wish.block
+    )
     left = residual(slots, scores, chosen)
     sees, samples, stand_for = _sight(scene, kept, chosen, wish.keys)
     return Choice(chosen, with_slots(sees, edit.fresh), left, samples=samples, stand_for=stand_for)

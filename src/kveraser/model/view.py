@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
+
 
 def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside `torch.compile`, DDP and PEFT wrappers; the user's LoRA layers stay active in it."""
@@ -66,6 +68,13 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     """The floating-point type of the model's input embedding."""
     weight: Tensor = causal_lm(model).get_input_embeddings().weight
     return weight.dtype
+
+
+def key_biases(model: nn.Module) -> list[Tensor]:
+    """The biases of the projections that make keys (of fused ones: of all that they make). Large ones make rotating rounded keys dear."""
+    named = model.named_modules()
+    made = [module for name, module in named if name.rpartition(".")[2] in _KEY_PROJECTIONS]
+    return [module.bias.detach() for module in made if isinstance(getattr(module, "bias", None), Tensor)]
 
 
 def finish(device: torch.device) -> None:

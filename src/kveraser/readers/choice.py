@@ -48,6 +48,7 @@ def choose(
     always: Tensor,
     budget: int,
     *,
+    holds: Tensor | None = None,
     weights: Tensor | None = None,
     coverage: float | None = None,
     block: int | None = None,
@@ -59,14 +60,16 @@ def choose(
         scores: `(suffix,)`, how much each has read.
         always: some of the slots that are among them in any case.
         budget: how many at most.
-        weights: `(suffix,)`, how much it matters what each has read; None: the same for all.
+        holds: `(suffix,)`, how much of the spans each may hold, by which they are chosen; None: what it has read.
+        weights: `(suffix,)`, how much that matters; None: the same for all.
         coverage: stop when so much of all scores is covered.
-        block: choose whole runs on multiples of so many slots, by their summed scores; weights do not count then (a run is
-            too much to give away for a few tokens at the end).
+        block: choose whole runs on multiples of so many slots, by the sum of what they may hold; weights do not count then (a run
+            is too much to give away for a few tokens at the end).
     """
+    holds = scores if holds is None else holds
     if block is not None:
-        return _blocks(slots, scores, always, budget, coverage, block)
-    wanted = scores.clone() if weights is None else scores * weights
+        return _blocks(slots, scores, holds, always, budget, coverage, block)
+    wanted = holds.clone() if weights is None else holds * weights
     wanted[torch.isin(slots, always)] = torch.inf
     order = wanted.argsort(descending=True, stable=True)[:budget]
     if coverage is not None:
@@ -74,10 +77,11 @@ def choose(
     return slots[order].sort().values
 
 
-def _blocks(slots: Tensor, scores: Tensor, always: Tensor, budget: int, coverage: float | None, block: int) -> Tensor:
+def _blocks(slots: Tensor, scores: Tensor, holds: Tensor, always: Tensor, budget: int, coverage: float | None,
+            block: int) -> Tensor:  # fmt: skip
     place = slots // block
-    sums = torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, scores)
-    wanted = sums.clone()
+    none = torch.zeros(int(place.max()) + 1, device=slots.device)
+    sums, wanted = none.index_add(0, place, scores), none.index_add(0, place, holds)
     wanted[(always // block).unique()] = torch.inf
     there = place.unique()
     order = there[wanted[there].argsort(descending=True, stable=True)]

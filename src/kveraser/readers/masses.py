@@ -104,7 +104,25 @@ def span_mass(
     near = (_near_run if run else _near)(grouped, slots, keys, land, which)
     near = near.reshape(heads, count)
     whole = torch.logaddexp(seen, near)
+    whole.masked_fill_(whole.isneginf(), torch.inf)  # padding sees nothing, and gives nothing
     return span * (largest - whole).exp(), whole
+
+
+def passed_on(queries: Tensor, keys: Tensor, whole: Tensor, worth: Tensor) -> Tensor:
+    """How much of what tokens are worth came to later ones of them by attention, per head, `(heads, tokens)` float32.
+
+    Args:
+        queries: `(heads, tokens, head_dim)`, rotated and scaled.
+        keys: `(kv_heads, tokens, head_dim)` of the same tokens, in order.
+        whole: `(heads, tokens)`, the logarithm of the denominators, as of `span_mass`.
+        worth: `(tokens,)`.
+    """
+    heads, count, size = queries.shape
+    grouped = queries.to(keys.dtype).reshape(keys.shape[0], -1, size)
+    scores = (grouped @ keys.transpose(-1, -2)).view(heads, count, count).float()
+    later = torch.ones(count, count, dtype=torch.bool, device=keys.device).triu()
+    weights = scores.sub_(whole[..., None]).masked_fill_(later, _NEVER).exp_()
+    return weights @ worth
 
 
 def _exponentials(scores: Tensor) -> Tensor:

@@ -249,6 +249,15 @@ def test_with_gaps_left_open_no_key_is_moved(connect):
     assert server.store.entry(session._state.edit.id).pieces == (Piece(session._state.edit.id, 0, 240),)
 
 
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_session_closes_gaps_where_its_server_says_that_it_costs_little(connect, closes):
+    server, *_ = connect()
+    server.about["close_gaps"] = closes
+    session = VLLMSession("http://stand-in", tokenizer=make_tokenizer(), eraser="neutral")
+    assert session.close_gaps is closes
+    assert VLLMSession("http://stand-in", tokenizer=make_tokenizer(), eraser="neutral", close_gaps=True).close_gaps
+
+
 def test_sessions_that_erase_together_end_as_they_do_one_by_one_and_one_that_fails_leaves_the_others_alone(connect):
     server, first, *_ = connect()
     options = {"tokenizer": make_tokenizer(), "eraser": "neutral", "repair": 32}

@@ -34,7 +34,7 @@ class StandIn(VLLMClient):
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         self.geometry = Geometry("tiny", "float32", config.num_hidden_layers, heads, width)
         self.store = EditStore(folder, 2**30, self.geometry)
-        self.about = {"window": window, "repair": repair, "max_tokens": 4096, "dtype": "float32"}
+        self.about = {"window": window, "repair": repair, "max_tokens": 4096, "close_gaps": True}
         self.looking = None
         if eraser.calibration is not None or learns:
             eraser.save_pretrained(folder.parent / f"{folder.name}-eraser")

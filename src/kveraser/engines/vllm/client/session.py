@@ -79,7 +79,7 @@ class VLLMSession(Talking):
         block: readers are computed in runs on multiples of so many slots.
         coverage: stop when so much of the attention that went to the spans is covered, such as 0.95.
         close_gaps: whether readers, and behind hidden spans all later tokens, see no gap where a span was: the keys before it
-            are then moved up, and rounded once more where they are not float32. None does so with float32 alone.
+            are then moved up, and rounded once more where they are not float32. None does so but for rounded keys with biases.
         api_key, timeout: for HTTP.
 
     Raises:

@@ -70,7 +70,7 @@ class Settings:
             window=trained if window is None else _checked_window(window),
             repair=repair,
             choose=choose,
-            close_gaps=about.get("dtype") == "float32" if close_gaps is None else close_gaps,
+            close_gaps=about.get("close_gaps", False) if close_gaps is None else close_gaps,
         )
 
 

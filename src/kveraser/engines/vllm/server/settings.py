@@ -20,6 +20,7 @@ from kveraser.engines.vllm.server.looking import Looking
 from kveraser.engines.vllm.server.store import EditStore
 from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.errors import EraserMismatchError, OptionError, UnsupportedCacheError
+from kveraser.model.view import key_biases
 from kveraser.readers.observing import query_norms
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def geometry_of(config: VllmConfig) -> Geometry:
 
 
 def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
-    """What a session has to know: the eraser's window and repair (checked against the model's shape)."""
+    """What a session has to know: the eraser's window and repair (checked against the model's shape), and whether closing a gap, for which
+    keys are rotated once more, costs little: where these are not rounded, or have no bias that would make rounding dear."""
     about: dict[str, Any] = {"max_tokens": config.model_config.max_model_len, "window": None, "repair": 0}
-    about["dtype"] = str(config.model_config.dtype).removeprefix("torch.")
     if eraser is None:
         return about
     settings = EraserConfig.read(Path(eraser) / FILE_NAME)
@@ -97,6 +98,7 @@ def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
             raise EraserMismatchError(
                 f"the eraser in {eraser} was made for a model with {key} {value}, this one has {mine}"
             )
+    about["close_gaps"] = config.model_config.dtype == torch.float32 or not key_biases(_hollow(config))
     about.update(window=settings.window and list(settings.window), repair=settings.repair_next)
     return about
 
@@ -106,12 +108,17 @@ def looking_at(store: EditStore, config: VllmConfig, eraser: str | None) -> Look
     that normalise queries, whose norm is not at hand here."""
     if eraser is None:
         return None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config.model_config.hf_text_config)
-    if query_norms(model):
+    if query_norms(_hollow(config)):
         return None
     split = (
         config.parallel_config.tensor_parallel_size > store.geometry.kv_heads
     )  # then a key head's queries are in several
     heads = 0 if split else int(config.model_config.hf_text_config.num_attention_heads)
     return Looking(store, Path(eraser), EraserConfig.read(Path(eraser) / FILE_NAME), heads)
+
+
+def _hollow(config: VllmConfig) -> torch.nn.Module:
+    """The modules of the engine's model, as transformers has them, without weights."""
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config.model_config.hf_text_config)
+    return model

@@ -21,6 +21,7 @@ from kveraser.readers import (
     choose,
     files,
     first_behind,
+    nearby,
     read_calibration,
     residual,
     write_calibration,
@@ -61,15 +62,25 @@ def test_what_is_passed_on_is_attention_to_earlier_ones_times_their_worth(count,
     assert torch.allclose(passed_on(queries, keys, whole, worth), weights @ worth, atol=1e-5)
 
 
-def test_tokens_that_read_a_reader_hold_more_than_they_have_read():
+def test_what_is_heard_of_a_span_comes_from_tokens_that_read_it():
     model, ids, span = tiny("llama", 4), token_ids(300), kv.Span(100, 130)
     calibration = calibrate(model, token_ids(1500, seed=3)[0])
     scene = Scene.of(ModelSource(model, prefill(model, ids)), Tokens(ids), (span,), (), calibration)
     slots = scene.suffix
-    read, holds = scene.influence(slots)
+    read, heard = scene.influence(slots)
     assert torch.allclose(read, scene.close(slots))
-    assert torch.equal(holds[:, :1], read[:, :1])  # nobody before it has read anything
-    assert bool((holds[:, 1:] > read[:, 1:]).all())
+    assert float(heard[0, 0]) == 0  # nobody before it has read anything
+    assert bool((heard[0, 1:] > 0).all())
+    assert bool((heard <= read.max()).all())
+
+
+def test_what_is_nearby_is_the_mean_of_a_token_and_eight_to_either_side():
+    scores = torch.zeros(40)
+    scores[20] = 1.0
+    found = nearby(scores)
+    assert torch.allclose(found[12:29], torch.full((17,), 1 / 17))
+    assert not found[:12].any()
+    assert not found[29:].any()
 
 
 def test_a_row_that_is_padded_behind_a_span_holds_what_it_holds_alone():
@@ -86,9 +97,9 @@ def test_a_row_that_is_padded_behind_a_span_holds_what_it_holds_alone():
         calibration,
     )
     alone = Scene.of(ModelSource(model, prefill(model, rows[:1])), Tokens(rows[:1]), (span,), (), calibration)
-    found = both.influence(both.suffix)[1]
+    found = torch.stack(both.influence(both.suffix))
     assert bool(found.isfinite().all())
-    assert torch.allclose(found[:1], alone.influence(alone.suffix)[1], atol=1e-4)
+    assert torch.allclose(found[:, :1], torch.stack(alone.influence(alone.suffix)), atol=1e-4)
 
 
 def _others(land):
@@ -259,13 +270,13 @@ def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data)
         assert residual(slots, scores, some) <= 0.5 + 1e-6
 
 
-def test_what_tokens_may_hold_chooses_and_what_they_have_read_says_when_it_is_enough():
+def test_single_tokens_are_chosen_by_what_they_may_hold_and_runs_and_coverage_by_what_was_read():
     slots = torch.arange(10, 14)
     read, holds = torch.tensor([0.5, 0.4, 0.1, 0.0]), torch.tensor([0.5, 0.4, 0.1, 2.0])
     never = slots[:0]
     assert choose(slots, read, never, 2, holds=holds).tolist() == [10, 13]
     assert choose(slots, read, never, 4, holds=holds, coverage=0.9).tolist() == [10, 11, 13]
-    assert choose(slots, read, never, 2, holds=holds, block=2).tolist() == [12, 13]
+    assert choose(slots, read, never, 2, holds=holds, block=2).tolist() == [10, 11]
 
 
 @given(st.integers(30, 300), st.integers(0, 25), st.sampled_from([4, 8, 16]), st.integers(0, 9))
@@ -300,9 +311,9 @@ def test_runs_fill_the_budget_by_what_they_read_alone():
     slots = torch.arange(41, 101)
     scores = torch.full((60,), 0.1)
     scores[20:40] = 0.2
-    weights = torch.ones(60)
-    weights[-20:] = 100.0
-    chosen = choose(slots, scores, slots[:4], 36, weights=weights, block=16)
+    holds = scores.clone()
+    holds[-20:] = 100.0
+    chosen = choose(slots, scores, slots[:4], 36, holds=holds, block=16)
     assert chosen.tolist() == [
         *range(41, 48),
         *range(64, 80),

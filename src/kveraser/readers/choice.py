@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kveraser.spans import Span
 
@@ -18,6 +19,7 @@ FIRST = 8
 
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
+NEARBY = 8
 
 
 def weights_of(slots: Tensor) -> Tensor:
@@ -42,6 +44,13 @@ def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
     return torch.cat(found)[:budget]
 
 
+def nearby(scores: Tensor) -> Tensor:
+    """What the `NEARBY` tokens to either side of each have read in the mean, `(suffix,)`: it is about the same, and some of it will
+    have reached the one between by ways that no score shows."""
+    width = 2 * NEARBY + 1
+    return F.avg_pool1d(scores[None, None], width, stride=1, padding=NEARBY)[0, 0]
+
+
 def choose(
     slots: Tensor,
     scores: Tensor,
@@ -49,7 +58,6 @@ def choose(
     budget: int,
     *,
     holds: Tensor | None = None,
-    weights: Tensor | None = None,
     coverage: float | None = None,
     block: int | None = None,
 ) -> Tensor:
@@ -60,16 +68,14 @@ def choose(
         scores: `(suffix,)`, how much each has read.
         always: some of the slots that are among them in any case.
         budget: how many at most.
-        holds: `(suffix,)`, how much of the spans each may hold, by which they are chosen; None: what it has read.
-        weights: `(suffix,)`, how much that matters; None: the same for all.
+        holds: `(suffix,)`, how much it matters that each may hold, by which single tokens are chosen; None: what they have read.
         coverage: stop when so much of all scores is covered.
-        block: choose whole runs on multiples of so many slots, by the sum of what they may hold; weights do not count then (a run
-            is too much to give away for a few tokens at the end).
+        block: choose whole runs on multiples of so many slots, by their summed scores: these have their neighbors in them, and a run
+            is too much to give away for a few tokens at the end.
     """
-    holds = scores if holds is None else holds
     if block is not None:
-        return _blocks(slots, scores, holds, always, budget, coverage, block)
-    wanted = holds.clone() if weights is None else holds * weights
+        return _blocks(slots, scores, always, budget, coverage, block)
+    wanted = (scores if holds is None else holds).clone()
     wanted[torch.isin(slots, always)] = torch.inf
     order = wanted.argsort(descending=True, stable=True)[:budget]
     if coverage is not None:
@@ -77,11 +83,10 @@ def choose(
     return slots[order].sort().values
 
 
-def _blocks(slots: Tensor, scores: Tensor, holds: Tensor, always: Tensor, budget: int, coverage: float | None,
-            block: int) -> Tensor:  # fmt: skip
+def _blocks(slots: Tensor, scores: Tensor, always: Tensor, budget: int, coverage: float | None, block: int) -> Tensor:
     place = slots // block
-    none = torch.zeros(int(place.max()) + 1, device=slots.device)
-    sums, wanted = none.index_add(0, place, scores), none.index_add(0, place, holds)
+    sums = torch.zeros(int(place.max()) + 1, device=slots.device).index_add_(0, place, scores)
+    wanted = sums.clone()
     wanted[(always // block).unique()] = torch.inf
     there = place.unique()
     order = there[wanted[there].argsort(descending=True, stable=True)]

@@ -116,10 +116,10 @@ class Scene:
         return read / len(self.calibration.probes)
 
     def influence(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """What some slots, in order, have read of the spans, and what of them they may hold, both `(batch, slots)`.
+        """What some slots, in order, have read of the spans, and what they have heard of them from each other, both `(batch, slots)`.
 
-        The first is `close`. A token may also know of a span by tokens that read it: to what it has read comes what it gave to each
-        of the others of these slots, times what that one has read (the largest of any head, mean over layers).
+        The first is `close`. A token may also know of a span by tokens that read it: what it gave to each of the others of these
+        slots counts times what that one has read (the largest of any head, mean over layers).
         """
         looks = list(self._looks(slots))
         read, heard = torch.zeros(2, len(self.lands), len(slots), device=slots.device)
@@ -130,7 +130,7 @@ class Scene:
         for look in looks:
             passed = passed_on(look.queries, look.keys, look.whole, worth[look.row])
             heard[look.row] += passed.amax(0) / len(self.calibration.probes)
-        return read, read + heard
+        return read, heard
 
     def everywhere(self) -> Tensor:
         """Masses of all slots of the suffix in all layers that are looked at, `(batch, suffix)`."""

@@ -1,6 +1,6 @@
 """Erasing inside vLLM: distance to its own full recomputation, and the cost of erases of several sessions at once.
 
-    python benchmarks/engine_vllm.py quality [-t needle] [--limit 1] [--lengths 500] [--dtype bfloat16] [--url URL] [--output FOLDER]
+    python benchmarks/engine_vllm.py quality [-t needle] [--limit 1] [--lengths 500] [--dtype bfloat16] [--model FOLDER --eraser FOLDER] [--url URL] [--output FOLDER]
     python benchmarks/engine_vllm.py sessions [--count 1 --count 4] [--tokens 300] [--repeats 3] [--url URL] [--output FOLDER]
 
 Run it where vLLM is installed; without `--url` it starts a server with the embedded model. `quality`: held-out examples of the tasks,
@@ -44,19 +44,24 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 WAYS: dict[str, dict[str, Any] | None] = {
     "no-erase": None,
     "delete-and-shift": None,
+    "delete-and-shift, next 64": None,
     "trained eraser, next 32": {"eraser": "eraser", "choose": "next"},
     "hidden": {"repair": 0, "close_gaps": False},
     "hidden, gap closed": {"repair": 0, "close_gaps": True},
     "hidden, 64 readers": {"close_gaps": False},
     "hidden, 64 readers, gap closed": {"close_gaps": True},
 }
+MOVED = {"delete-and-shift": 0, "delete-and-shift, next 64": 64}
+"""Ways that move what is behind a span up: how many of the next tokens they compute again."""
 MOST_LIKELY = 500
 Url = Annotated[str | None, typer.Option(help="A server that runs already; default: start one.")]
 Output = Annotated[Path | None, typer.Option(help="Folder for the JSON file.")]
 
 
 @contextmanager
-def server(url: str | None, dtype: str, sequences: int = 8) -> Iterator[str]:
+def server(
+    url: str | None, dtype: str, sequences: int = 8, model: str = DEFAULT_BACKBONE, eraser: Path | None = None
+) -> Iterator[str]:
     """A server's address."""
     if url:
         yield url
@@ -64,17 +69,17 @@ def server(url: str | None, dtype: str, sequences: int = 8) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         extra = ["--dtype", dtype, "--max-model-len", "2048", "--max-num-seqs", str(sequences), "--block-size", "32",
                  "--enforce-eager", "--max-logprobs", str(MOST_LIKELY)]  # fmt: skip
-        said = server_arguments(DEFAULT_BACKBONE, shipped_folder(DEFAULT_BACKBONE), Path(folder) / "store", extra=extra)
+        said = server_arguments(model, eraser or shipped_folder(model), Path(folder) / "store", extra=extra)
         log = Path(tempfile.gettempdir()) / "kveraser-bench-vllm.log"
         settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with running_server(said, log=log, **settings) as address:
             yield address
 
 
-def facts(dtype: str) -> dict[str, Any]:
+def facts(dtype: str, model: str = DEFAULT_BACKBONE) -> dict[str, Any]:
     """What a benchmark was made with."""
     return engine_environment(
-        model=DEFAULT_BACKBONE,
+        model=Path(model).name,
         vllm=_vllm(),
         dtype=dtype,
         cores=os.cpu_count(),
@@ -114,14 +119,20 @@ def of_session(session: VLLMSession) -> Ask:
     return asking(session, session._state.ids, demand, edit.salt if edit else None)
 
 
-def shifted(session: VLLMSession, span: Span) -> Ask:
-    """The context without a span, what is behind it moved up: nothing is computed again."""
+def shifted(session: VLLMSession, span: Span, repair: int) -> Ask:
+    """The context without a span, what is behind it moved up; so many of the next tokens are computed again, behind what stays."""
     work, ids = Erasing(session._served(), session._state), list(session._state.ids)
-    saves = (Save(0, span.start), Save(span.end, len(ids)))
+    moved = min(span.end + repair, len(ids) - 1)
+    saves = (Save(0, span.start), Save(moved, len(ids)))
     first, last = work._send(session.model, ids, Demand(save=saves))
-    pieces = (Piece(first, 0, len(saves[0])), Piece(last, 0, len(saves[1]), -len(span)))
     left = [*ids[: span.start], *ids[span.end :]]
-    edit = work._complete(session.model, left, Demand(compose=pieces), None)["edit"]
+    pieces = [Piece(first, 0, len(saves[0]))]
+    if moved > span.end:
+        behind = moved - len(span)
+        anew = work._send(session.model, left[:behind], Demand(save=(Save(span.start, behind),)))[0]
+        pieces.append(Piece(anew, 0, behind - span.start))
+    pieces.append(Piece(last, 0, len(saves[1]), -len(span)))
+    edit = work._complete(session.model, left, Demand(compose=tuple(pieces)), None)["edit"]
     work.forget()
     return asking(session, left, Demand(edit=edit["id"]), edit["salt"])
 
@@ -142,16 +153,21 @@ def quality(
     dtype: Annotated[str, typer.Option(help="Of the model and its cache.")] = "bfloat16",
     answer: Annotated[int, typer.Option(help="Tokens of the answer that are compared.")] = 6,
     way: Annotated[list[str] | None, typer.Option(help="Ways of erasing; default all.")] = None,
+    model: Annotated[str, typer.Option(help="Hub id or folder.")] = DEFAULT_BACKBONE,
+    eraser: Annotated[
+        Path | None, typer.Option(help="Folder of an eraser with probes; default the one that ships.")
+    ] = None,
     url: Url = None,
     output: Output = None,
 ) -> None:
     """KL to full recomputation, per way of erasing. With --output, a run that was cut off goes on where it was."""
     names = tuple(task or ("needle", "document-qa", "injection"))
     options = EvalOptions(names, tuple(lengths or (500,)), PROTOCOLS, (as_method("kveraser"),), limit)
-    file, environment = f"vllm_quality_{dtype}", facts(dtype)
+    other = "" if model == DEFAULT_BACKBONE else f"{Path(model).name}_"
+    file, environment = f"vllm_quality_{other}{dtype}", facts(dtype, model)
     rows = earlier(output, file)
     ways = {name: WAYS[name] for name in way or WAYS}
-    with server(url, dtype) as address:
+    with server(url, dtype, model=model, eraser=eraser) as address:
         tokenizer = VLLMSession(address).tokenizer
         filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         for drawn in draw(options, filler):
@@ -197,8 +213,8 @@ def _distances(
     for way, options in ways.items():
         session, span, question = context(**(options or {}))
         started = time.perf_counter()
-        if way == "delete-and-shift":
-            ask = shifted(session, span)
+        if way in MOVED:
+            ask = shifted(session, span, MOVED[way])
         else:
             if options is not None:
                 session.erase(span)

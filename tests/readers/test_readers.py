@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kveraser as kv
@@ -21,6 +21,7 @@ from kveraser.readers import (
     choose,
     files,
     first_behind,
+    masses,
     nearby,
     read_calibration,
     residual,
@@ -51,7 +52,9 @@ def test_masses_are_those_of_a_softmax_over_everything_while_the_samples_cover_i
 
 
 @given(st.integers(1, 60), st.integers(0, 9))
-def test_what_is_passed_on_is_attention_to_earlier_ones_times_their_worth(count, seed):
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_passed_on_is_attention_to_earlier_ones_times_their_worth(monkeypatch, count, seed):
+    monkeypatch.setattr(masses, "TOGETHER", 16)
     generator = torch.Generator().manual_seed(seed)
     keys, queries = (torch.randn(heads, count, 8, generator=generator) for heads in (2, 4))
     worth = torch.rand(count, generator=generator)

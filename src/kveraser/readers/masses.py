@@ -20,6 +20,8 @@ from torch.nn import functional as F
 SINK = 4
 NEAR, FEW_NEAR = 64, 16
 SAMPLES, FEW_SAMPLES = 256, 64
+TOGETHER = 512
+"""Tokens whose attention to each other is computed at a time."""
 _NEVER = -torch.inf
 _LOWEST = -1e30
 
@@ -118,11 +120,18 @@ def passed_on(queries: Tensor, keys: Tensor, whole: Tensor, worth: Tensor) -> Te
         worth: `(tokens,)`.
     """
     heads, count, size = queries.shape
-    grouped = queries.to(keys.dtype).reshape(keys.shape[0], -1, size)
-    scores = (grouped @ keys.transpose(-1, -2)).view(heads, count, count).float()
-    later = torch.ones(count, count, dtype=torch.bool, device=keys.device).triu()
-    weights = scores.sub_(whole[..., None]).masked_fill_(later, _NEVER).exp_()
-    return weights @ worth
+    groups = keys.shape[0]
+    rows = queries.to(keys.dtype).reshape(groups, -1, count, size)
+    found = torch.zeros(heads, count, device=keys.device)
+    for start in range(0, count, TOGETHER):
+        end = min(start + TOGETHER, count)
+        own = rows[:, :, start:end].reshape(groups, -1, size)
+        scores = (own @ keys[:, :end].transpose(-1, -2)).view(heads, end - start, end).float()
+        scores.sub_(whole[:, start:end, None])
+        later = torch.ones(end - start, end - start, dtype=torch.bool, device=keys.device).triu()
+        scores[..., start:].masked_fill_(later, _NEVER)
+        found[:, start:end] = scores.exp_() @ worth[:end]
+    return found
 
 
 def _exponentials(scores: Tensor) -> Tensor:

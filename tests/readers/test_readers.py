@@ -251,6 +251,15 @@ def test_neutral_states_are_as_good_as_a_mask(family, start):
     assert (truth.exp() * (truth - plain)).sum(-1).mean() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("budget", "runs", "each"),
+    [(64, False, 16), (256, False, 16), (32, False, 8), (10, False, 8), (4, False, 4), (64, True, 8)],
+)
+def test_the_first_behind_a_span_are_a_quarter_of_the_budget_from_eight_to_sixteen(budget, runs, each):
+    found = first_behind([kv.Span(5, 10)], torch.arange(10, 100), budget, runs=runs)
+    assert found.tolist() == list(range(10, 10 + each))
+
+
 @given(st.data())
 def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data):
     length = data.draw(st.integers(20, 200))

@@ -120,7 +120,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     scene = Scene.of(source_of(edit.backend), edit.tokens, edit.spans, unread, calibration)
     slots = scene.suffix
     scores, holds = _told(scene, slots, budget)
-    always = first_behind(edit.spans, slots, budget)
+    always = first_behind(edit.spans, slots, budget, runs=wish.block is not None)
     chosen = choose(slots, scores, always, budget, holds=holds, coverage=wish.coverage, block=wish.block)
     left = residual(slots, scores, chosen)
     sees, samples, stand_for = _sight(scene, kept, chosen, wish.keys)

@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from kveraser.spans import Span
 
-FIRST = 8
-"""Live tokens behind each span that are always recomputed: some heads look at the token right before, across the gap."""
-
-
+FIRST, LEAST_FIRST = 16, 8
+"""Live tokens behind each span that are always recomputed, a quarter of the budget within these; the least where whole runs are. Some
+heads look at the token right before, across the gap, and what begins right behind a span is said again from there."""
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
 NEARBY = 8
@@ -29,15 +28,18 @@ def weights_of(slots: Tensor) -> Tensor:
     return weights
 
 
-def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
+def first_behind(spans: Sequence[Span], slots: Tensor, budget: int, *, runs: bool = False) -> Tensor:
     """The first live slots behind each span, up to the next one, at most `budget` in all; `(n,)`, in order.
 
     Args:
         slots: `(suffix,)`, the live slots.
+        runs: whether whole runs will be recomputed.
     """
     found = []
     ends = [*(span.start for span in spans[1:]), int(slots[-1]) + 1 if len(slots) else 0]
-    share = min(FIRST, budget // len(spans)) or min(budget, 1)
+    each = budget // len(spans)
+    wanted = LEAST_FIRST if runs else min(max(each // 4, LEAST_FIRST), FIRST)
+    share = min(wanted, each) or min(budget, 1)
     for span, end in zip(spans, ends, strict=True):
         near = slots[(slots >= span.end) & (slots < end)]
         found.append(near[:share])

@@ -35,7 +35,7 @@ NEAREST = 32
 SINK = 4
 ALL = 6
 """Where it is at most six times as many slots as were asked for each, every chosen token sees everything."""
-RUN = 16
+RUN = 8
 """Tokens of a run, where nothing but runs can be computed."""
 SHARED, SAMPLED = 3, 1
 """Else all of them see three times as many as were asked for each, which any of them needs, and once as many drawn evenly from

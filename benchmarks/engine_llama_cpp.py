@@ -32,7 +32,6 @@ from kveraser.evaluation.metrics import leaks
 from kveraser.evaluation.runner import EvalOptions, draw
 from kveraser.export import write_gguf_backbone
 from kveraser.methods import as_method, method_label
-from kveraser.methods.choosing import RUN
 from kveraser.model.backbone import embedded_gguf
 from kveraser.tasks import Filler, tasks
 from kveraser.tasks.sources import read_passages
@@ -44,8 +43,8 @@ METHODS = (
     "local-suffix-repair:tokens=64",
     "attention-guided-repair",
     "kveraser:repair=0",
+    "kveraser:block=8",
     "kveraser",
-    "kveraser:block=16",
     "kveraser:block=32",
 )
 Model = Annotated[Path | None, typer.Option(help="GGUF file; default the embedded one.")]
@@ -93,7 +92,7 @@ def choice(
         spans = read_parts(theirs, [*drawn.example.parts, (drawn.example.question, False)])
         ours = LlamaCppContext(loaded, length=4096, keys="f32", values="f32", flash_attention=False)
         ours.append(theirs.live_ids)
-        wanted, found = (theirs.erase(spans, kv.Steering(block=RUN, keys=None)), ours.erase(spans))
+        wanted, found = (theirs.erase(spans, kv.Steering(block=16, keys=None)), ours.erase(spans))
         same = sum(
             len(range(max(a.start, b.start), min(a.end, b.end))) for a in wanted.recomputed for b in found.recomputed
         )

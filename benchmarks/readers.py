@@ -50,7 +50,7 @@ def main(
             return receipt.seconds
 
         cases["scan", length] = scene.thin
-        cases["close look", length] = lambda scene=scene, some=some: scene.influence(some)  # type: ignore[misc]
+        cases["close look", length] = lambda scene=scene, some=some: scene.close(some)  # type: ignore[misc]
         cases["keys", length] = lambda scene=scene, some=some: scene.needed(some[:: CANDIDATES // READERS], KEYS)  # type: ignore[misc]
         cases["whole erase", length] = erase
     found = interleaved(model, {case: _seconds(run) for case, run in cases.items()}, repeats, "parts of an erase")

@@ -160,7 +160,7 @@ def test_an_erase_that_is_interrupted_while_readers_are_told_changes_nothing(mon
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Scene, "influence", stop)
+    monkeypatch.setattr(Scene, "close", stop)
     with pytest.raises(KeyboardInterrupt):
         kv.erase(model, cache, ids, kv.Span(10, 20), method=kv.Steering(repair=16))
     assert same(states(cache), before)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import kveraser as kv
@@ -21,14 +21,12 @@ from kveraser.readers import (
     choose,
     files,
     first_behind,
-    masses,
-    nearby,
     read_calibration,
     residual,
     write_calibration,
 )  # fmt: skip
 from kveraser.readers.known import calibration_for, known_calibration
-from kveraser.readers.masses import Landscape, passed_on, span_mass
+from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.observing import observe
 
 
@@ -51,58 +49,19 @@ def test_masses_are_those_of_a_softmax_over_everything_while_the_samples_cover_i
         assert torch.allclose(mass, expected, atol=1e-4)
 
 
-@given(st.integers(1, 60), st.integers(0, 9))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_passed_on_is_attention_to_earlier_ones_times_their_worth(monkeypatch, count, seed):
-    monkeypatch.setattr(masses, "TOGETHER", 16)
-    generator = torch.Generator().manual_seed(seed)
-    keys, queries = (torch.randn(heads, count, 8, generator=generator) for heads in (2, 4))
-    worth = torch.rand(count, generator=generator)
-    scores = (queries.view(2, 2, count, 8) @ keys[:, None].transpose(-1, -2)).view(4, count, count)
-    seen = torch.ones(count, count, dtype=torch.bool).tril()
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(torch.eye(count, dtype=torch.bool), 0.0)
-    whole = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
-    assert torch.allclose(passed_on(queries, keys, whole, worth), weights @ worth, atol=1e-5)
-
-
-def test_what_is_heard_of_a_span_comes_from_tokens_that_read_it():
-    model, ids, span = tiny("llama", 4), token_ids(300), kv.Span(100, 130)
-    calibration = calibrate(model, token_ids(1500, seed=3)[0])
-    scene = Scene.of(ModelSource(model, prefill(model, ids)), Tokens(ids), (span,), (), calibration)
-    slots = scene.suffix
-    read, heard = scene.influence(slots)
-    assert torch.allclose(read, scene.close(slots))
-    assert float(heard[0, 0]) == 0  # nobody before it has read anything
-    assert bool((heard[0, 1:] > 0).all())
-    assert bool((heard <= read.max()).all())
-
-
-def test_what_is_nearby_is_the_mean_of_a_token_and_eight_to_either_side():
-    scores = torch.zeros(40)
-    scores[20] = 1.0
-    found = nearby(scores)
-    assert torch.allclose(found[12:29], torch.full((17,), 1 / 17))
-    assert not found[:12].any()
-    assert not found[29:].any()
-
-
-def test_a_row_that_is_padded_behind_a_span_holds_what_it_holds_alone():
+def test_a_row_that_is_padded_behind_a_span_has_read_nothing_of_it():
     model, span = tiny("llama", 4), kv.Span(30, 40)
     calibration = calibrate(model, token_ids(600, seed=3)[0])
     rows = token_ids(120, rows=2)
     mask = torch.ones_like(rows)
     mask[1, :50] = 0
-    both = Scene.of(
-        ModelSource(model, prefill(model, rows, mask=mask)),
-        Tokens(rows, (mask.cumsum(-1) - 1).clamp(min=0), mask),
-        (span,),
-        (),
-        calibration,
-    )
+    tokens = Tokens(rows, (mask.cumsum(-1) - 1).clamp(min=0), mask)
+    both = Scene.of(ModelSource(model, prefill(model, rows, mask=mask)), tokens, (span,), (), calibration)
     alone = Scene.of(ModelSource(model, prefill(model, rows[:1])), Tokens(rows[:1]), (span,), (), calibration)
-    found = torch.stack(both.influence(both.suffix))
-    assert bool(found.isfinite().all())
-    assert torch.allclose(found[:, :1], torch.stack(alone.influence(alone.suffix)), atol=1e-4)
+    for found in (both.everywhere(), both.thin()):
+        assert bool(found.isfinite().all())
+        assert not found[1].any()
+    assert torch.allclose(both.everywhere()[:1], alone.everywhere(), atol=1e-4)
 
 
 def _others(land):
@@ -251,15 +210,6 @@ def test_neutral_states_are_as_good_as_a_mask(family, start):
     assert (truth.exp() * (truth - plain)).sum(-1).mean() < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("budget", "runs", "each"),
-    [(64, False, 16), (256, False, 16), (32, False, 8), (10, False, 8), (4, False, 4), (64, True, 8)],
-)
-def test_the_first_behind_a_span_are_a_quarter_of_the_budget_from_eight_to_sixteen(budget, runs, each):
-    found = first_behind([kv.Span(5, 10)], torch.arange(10, 100), budget, runs=runs)
-    assert found.tolist() == list(range(10, 10 + each))
-
-
 @given(st.data())
 def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data):
     length = data.draw(st.integers(20, 200))
@@ -280,15 +230,6 @@ def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data)
     assert len(some) <= len(chosen)
     if len(some) < len(chosen):
         assert residual(slots, scores, some) <= 0.5 + 1e-6
-
-
-def test_single_tokens_are_chosen_by_what_they_may_hold_and_runs_and_coverage_by_what_was_read():
-    slots = torch.arange(10, 14)
-    read, holds = torch.tensor([0.5, 0.4, 0.1, 0.0]), torch.tensor([0.5, 0.4, 0.1, 2.0])
-    never = slots[:0]
-    assert choose(slots, read, never, 2, holds=holds).tolist() == [10, 13]
-    assert choose(slots, read, never, 4, holds=holds, coverage=0.9).tolist() == [10, 11, 13]
-    assert choose(slots, read, never, 2, holds=holds, block=2).tolist() == [10, 11]
 
 
 @given(st.integers(30, 300), st.integers(0, 25), st.sampled_from([4, 8, 16]), st.integers(0, 9))
@@ -323,9 +264,9 @@ def test_runs_fill_the_budget_by_what_they_read_alone():
     slots = torch.arange(41, 101)
     scores = torch.full((60,), 0.1)
     scores[20:40] = 0.2
-    holds = scores.clone()
-    holds[-20:] = 100.0
-    chosen = choose(slots, scores, slots[:4], 36, holds=holds, block=16)
+    weights = torch.ones(60)
+    weights[-20:] = 100.0
+    chosen = choose(slots, scores, slots[:4], 36, weights=weights, block=16)
     assert chosen.tolist() == [
         *range(41, 48),
         *range(64, 80),

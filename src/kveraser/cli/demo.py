@@ -105,7 +105,9 @@ Made = tuple[Callable[[int], Context], list[EraseMethod]]
 
 
 def _transformers(model: str, eraser: str | None, device: str | None, dtype: str | None, quiet: bool) -> Made:
-    backbone, tokenizer = load(model, device, dtype, quiet=quiet)
+    # Rounding decides between two answers of a model as small as the embedded one, so that it differs from machine to machine.
+    default = "fp32" if model == opt.DEFAULT_MODEL else None
+    backbone, tokenizer = load(model, device, dtype or default, quiet=quiet)
     tool = KVEraser.from_pretrained(eraser, backbone) if eraser else default_eraser(backbone)
     return lambda _: ErasableContext(backbone, tokenizer, tool), [
         kind().with_budget(DEFAULT_BUDGET) for kind in methods().values() if kind.compared

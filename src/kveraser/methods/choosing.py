@@ -15,17 +15,7 @@ from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
 from kveraser.methods.base import Edit
 from kveraser.methods.choice import Choice
 from kveraser.methods.slots import with_slots
-from kveraser.readers import (
-    Calibration,
-    Scene,
-    calibration_for,
-    choose,
-    first_behind,
-    nearby,
-    residual,
-    source_of,
-    weights_of,
-)
+from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, source_of, weights_of
 
 CANDIDATES = 256
 CLOSER = 8
@@ -35,7 +25,7 @@ NEAREST = 32
 SINK = 4
 ALL = 6
 """Where it is at most six times as many slots as were asked for each, every chosen token sees everything."""
-RUN = 8
+RUN = 16
 """Tokens of a run, where nothing but runs can be computed."""
 SHARED, SAMPLED = 3, 1
 """Else all of them see three times as many as were asked for each, which any of them needs, and once as many drawn evenly from
@@ -119,26 +109,17 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     unread = sorted((*edit.marks.steered_spans, *edit.blank))
     scene = Scene.of(source_of(edit.backend), edit.tokens, edit.spans, unread, calibration)
     slots = scene.suffix
-    scores, holds = _told(scene, slots, budget)
-    always = first_behind(edit.spans, slots, budget, runs=wish.block is not None)
-    chosen = choose(slots, scores, always, budget, holds=holds, coverage=wish.coverage, block=wish.block)
+    scores = scene.thin().amax(0)
+    always = first_behind(edit.spans, slots, budget)
+    weights = weights_of(slots)
+    candidates = (scores * weights).topk(min(max(CLOSER * budget, CANDIDATES), len(slots))).indices.sort().values
+    close = scene.close(slots[candidates]).amax(0)
+    scores = scores * (close.sum() / scores[candidates].sum().clamp(min=1e-9))  # both looks on one scale
+    scores[candidates] = close
+    chosen = choose(slots, scores, always, budget, weights=weights, coverage=wish.coverage, block=wish.block)
     left = residual(slots, scores, chosen)
     sees, samples, stand_for = _sight(scene, kept, chosen, wish.keys)
     return Choice(chosen, with_slots(sees, edit.fresh), left, samples=samples, stand_for=stand_for)
-
-
-def _told(scene: Scene, slots: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-    """How much each of the slots has read of the spans, and how much it matters that each may hold of them, both `(suffix,)`: what it has
-    read itself, what its neighbors have, and what it heard from others that have."""
-    scores, weights = scene.thin().amax(0), weights_of(slots)
-    wanted = (scores + nearby(scores)) * weights
-    candidates = wanted.topk(min(max(CLOSER * budget, CANDIDATES), len(slots))).indices.sort().values
-    read, heard = (each.amax(0) for each in scene.influence(slots[candidates]))
-    scores = scores * (read.sum() / scores[candidates].sum().clamp(min=1e-9))  # both looks on one scale
-    scores[candidates] = read
-    holds = scores + nearby(scores)
-    holds[candidates] += heard
-    return scores, holds * weights
 
 
 def _sight(scene: Scene, kept: Tensor, chosen: Tensor, keys: int | None) -> tuple[Tensor, Tensor | None, float]:

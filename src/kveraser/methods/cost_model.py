@@ -130,7 +130,7 @@ def _time_telling(model: nn.Module, calibration: Calibration) -> PassCost:
             scene = Scene.of(ModelSource(model, cache), tokens, (Span(4, 8),), (), calibration)
             slots = scene.suffix
             scene.thin()
-            scene.influence(slots[:_CLOSE])
+            scene.close(slots[:_CLOSE])
             scene.needed(slots[-_CHOSEN:], _SHOWN)
 
         seconds.append(_best_time(tell, device))

@@ -102,9 +102,9 @@ class Steering(EraseMethod):
         repair: afterwards recompute so many live tokens per span with the unchanged model, in place and as if no span had
             ever been there; None takes the eraser's own.
         choose: which tokens: "readers" are those whose attention went to the spans, over all spans together and always the
-            first ones behind each; "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
+            first 8 behind each; "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
         coverage: readers only: stop when so much of the attention that went to the spans is covered, such as 0.95.
-        block: readers only: choose whole runs on multiples of so many slots. None takes single tokens, or runs of 8 where the
+        block: readers only: choose whole runs on multiples of so many slots. None takes single tokens, or runs of 16 where the
             backend can run nothing else.
         keys: readers only: how many slots a recomputed token is shown at least of those that it attends to most, besides the
             sink, the nearest ones and its fellows (samples stand for all others); None shows it everything, and so does a

@@ -9,16 +9,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kveraser.spans import Span
 
-FIRST, LEAST_FIRST = 16, 8
-"""Live tokens behind each span that are always recomputed, a quarter of the budget within these; the least where whole runs are. Some
-heads look at the token right before, across the gap, and what begins right behind a span is said again from there."""
+FIRST = 8
+"""Live tokens behind each span that are always recomputed: some heads look at the token right before, across the gap."""
+
+
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
-NEARBY = 8
 
 
 def weights_of(slots: Tensor) -> Tensor:
@@ -28,29 +27,19 @@ def weights_of(slots: Tensor) -> Tensor:
     return weights
 
 
-def first_behind(spans: Sequence[Span], slots: Tensor, budget: int, *, runs: bool = False) -> Tensor:
+def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
     """The first live slots behind each span, up to the next one, at most `budget` in all; `(n,)`, in order.
 
     Args:
         slots: `(suffix,)`, the live slots.
-        runs: whether whole runs will be recomputed.
     """
     found = []
     ends = [*(span.start for span in spans[1:]), int(slots[-1]) + 1 if len(slots) else 0]
-    each = budget // len(spans)
-    wanted = LEAST_FIRST if runs else min(max(each // 4, LEAST_FIRST), FIRST)
-    share = min(wanted, each) or min(budget, 1)
+    share = min(FIRST, budget // len(spans)) or min(budget, 1)
     for span, end in zip(spans, ends, strict=True):
         near = slots[(slots >= span.end) & (slots < end)]
         found.append(near[:share])
     return torch.cat(found)[:budget]
-
-
-def nearby(scores: Tensor) -> Tensor:
-    """What the `NEARBY` tokens to either side of each have read in the mean, `(suffix,)`: it is about the same, and some of it will
-    have reached the one between by ways that no score shows."""
-    width = 2 * NEARBY + 1
-    return F.avg_pool1d(scores[None, None], width, stride=1, padding=NEARBY)[0, 0]
 
 
 def choose(
@@ -59,7 +48,7 @@ def choose(
     always: Tensor,
     budget: int,
     *,
-    holds: Tensor | None = None,
+    weights: Tensor | None = None,
     coverage: float | None = None,
     block: int | None = None,
 ) -> Tensor:
@@ -70,14 +59,14 @@ def choose(
         scores: `(suffix,)`, how much each has read.
         always: some of the slots that are among them in any case.
         budget: how many at most.
-        holds: `(suffix,)`, how much it matters that each may hold, by which single tokens are chosen; None: what they have read.
+        weights: `(suffix,)`, how much it matters what each has read; None: the same for all.
         coverage: stop when so much of all scores is covered.
-        block: choose whole runs on multiples of so many slots, by their summed scores: these have their neighbors in them, and a run
-            is too much to give away for a few tokens at the end.
+        block: choose whole runs on multiples of so many slots, by their summed scores; weights do not count then (a run is
+            too much to give away for a few tokens at the end).
     """
     if block is not None:
         return _blocks(slots, scores, always, budget, coverage, block)
-    wanted = (scores if holds is None else holds).clone()
+    wanted = scores.clone() if weights is None else scores * weights
     wanted[torch.isin(slots, always)] = torch.inf
     order = wanted.argsort(descending=True, stable=True)[:budget]
     if coverage is not None:

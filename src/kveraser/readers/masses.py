@@ -20,8 +20,6 @@ from torch.nn import functional as F
 SINK = 4
 NEAR, FEW_NEAR = 64, 16
 SAMPLES, FEW_SAMPLES = 256, 64
-TOGETHER = 512
-"""Tokens whose attention to each other is computed at a time."""
 _NEVER = -torch.inf
 _LOWEST = -1e30
 
@@ -108,30 +106,6 @@ def span_mass(
     whole = torch.logaddexp(seen, near)
     whole.masked_fill_(whole.isneginf(), torch.inf)  # padding sees nothing, and gives nothing
     return span * (largest - whole).exp(), whole
-
-
-def passed_on(queries: Tensor, keys: Tensor, whole: Tensor, worth: Tensor) -> Tensor:
-    """How much of what tokens are worth came to later ones of them by attention, per head, `(heads, tokens)` float32.
-
-    Args:
-        queries: `(heads, tokens, head_dim)`, rotated and scaled.
-        keys: `(kv_heads, tokens, head_dim)` of the same tokens, in order.
-        whole: `(heads, tokens)`, the logarithm of the denominators, as of `span_mass`.
-        worth: `(tokens,)`.
-    """
-    heads, count, size = queries.shape
-    groups = keys.shape[0]
-    rows = queries.to(keys.dtype).reshape(groups, -1, count, size)
-    found = torch.zeros(heads, count, device=keys.device)
-    for start in range(0, count, TOGETHER):
-        end = min(start + TOGETHER, count)
-        own = rows[:, :, start:end].reshape(groups, -1, size)
-        scores = (own @ keys[:, :end].transpose(-1, -2)).view(heads, end - start, end).float()
-        scores.sub_(whole[:, start:end, None])
-        later = torch.ones(end - start, end - start, dtype=torch.bool, device=keys.device).triu()
-        scores[..., start:].masked_fill_(later, _NEVER)
-        found[:, start:end] = scores.exp_() @ worth[:end]
-    return found
 
 
 def _exponentials(scores: Tensor) -> Tensor:

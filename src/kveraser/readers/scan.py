@@ -18,25 +18,13 @@ from torch import Tensor
 
 from kveraser.cache import Tokens
 from kveraser.readers.calibration import Calibration
-from kveraser.readers.masses import Landscape, passed_on, span_mass
+from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.probes import Probe, features
 from kveraser.readers.source import Source
 from kveraser.spans import Span
 
 CHUNK = 2048
 """Tokens that the thin look takes at a time."""
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Some tokens in one layer of one row: masses and denominators of `span_mass`, scaled queries `(heads, tokens, head_dim)`, and
-    the same tokens' keys `(kv_heads, tokens, head_dim)`."""
-
-    row: int
-    mass: Tensor
-    whole: Tensor
-    queries: Tensor
-    keys: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,27 +98,13 @@ class Scene:
 
     def close(self, slots: Tensor) -> Tensor:
         """Masses of some slots by the close look, `(batch, slots)`, the largest of any head, mean over layers."""
-        read = torch.zeros(len(self.lands), len(slots), device=slots.device)
-        for look in self._looks(slots):
-            read[look.row] += look.mass.amax(0)
-        return read / len(self.calibration.probes)
-
-    def influence(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """What some slots, in order, have read of the spans, and what they have heard of them from each other, both `(batch, slots)`.
-
-        The first is `close`. A token may also know of a span by tokens that read it: what it gave to each of the others of these
-        slots counts times what that one has read (the largest of any head, mean over layers).
-        """
-        looks = list(self._looks(slots))
-        read, heard = torch.zeros(2, len(self.lands), len(slots), device=slots.device)
-        for look in looks:
-            read[look.row] += look.mass.amax(0) / len(self.calibration.probes)
-        live = torch.stack([land.live[slots] for land in self.lands])
-        worth = torch.where(live, read, 0.0)
-        for look in looks:
-            passed = passed_on(look.queries, look.keys, look.whole, worth[look.row])
-            heard[look.row] += passed.amax(0) / len(self.calibration.probes)
-        return read, heard
+        found = torch.zeros(len(self.lands), len(slots), device=slots.device)
+        for row, probe in self._probes():
+            told = self.queries(probe, row, slots, run=False)
+            keys = self.source.layers[probe.layer].keys[row]
+            mass, _ = span_mass(told, slots, keys, probe.scaling, self.lands[row], run=False)
+            found[row] += mass.amax(0)
+        return found / len(self.calibration.probes)
 
     def everywhere(self) -> Tensor:
         """Masses of all slots of the suffix in all layers that are looked at, `(batch, suffix)`."""
@@ -173,13 +147,6 @@ class Scene:
         most[~able] = -torch.inf
         best = most.topk(min(count, int(able.sum()))).indices
         return best[most[best] > -torch.inf].sort().values
-
-    def _looks(self, slots: Tensor) -> Iterator[_Look]:
-        for row, probe in self._probes():
-            queries = self.queries(probe, row, slots, run=False)
-            keys = self.source.layers[probe.layer].keys[row]
-            mass, whole = span_mass(queries, slots, keys, probe.scaling, self.lands[row], run=False)
-            yield _Look(row, mass, whole, queries * probe.scaling, keys.index_select(1, slots))
 
     def _probes(self) -> Iterator[tuple[int, Probe]]:
         for probe in self.calibration.probes:

@@ -25,6 +25,7 @@ from kveraser.engines.vllm.client.teaching import teach
 from kveraser.engines.vllm.protocol import Demand
 from kveraser.eraser.config import Choose
 from kveraser.errors import ContextError, EngineError, RestoreError
+from kveraser.methods.choosing import RUN
 from kveraser.methods.receipt import OfSpans
 from kveraser.spans import Span, SpanLedger, merge_spans
 
@@ -63,10 +64,6 @@ class VLLMReceipt(OfSpans):
     _length: int = field(default=0, repr=False)
 
 
-BLOCK = 16
-"""Readers are computed in runs on multiples of so many slots, vLLM's own block: every run is a request, so that few long ones are cheaper."""
-
-
 class VLLMSession(Talking):
     """A context on a vLLM server that runs with our connector (see `kveraser.engines.vllm.server.launch`).
 
@@ -100,7 +97,7 @@ class VLLMSession(Talking):
         window: Window | str | None = None,
         repair: int | None = None,
         choose: Choose | None = None,
-        block: int = BLOCK,
+        block: int = RUN,
         coverage: float | None = None,
         close_gaps: bool | None = None,
         api_key: str | None = None,

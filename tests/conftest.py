@@ -214,7 +214,7 @@ def _own_cache_folder(tmp_path_factory, monkeypatch, request):
 
 @pytest.fixture(scope="session")
 def smollm():
-    """The embedded model, in its default type."""
+    """The embedded model."""
     return kv.load_backbone(dtype="fp32")  # so that answers do not depend on what the machine is quick at
 
 

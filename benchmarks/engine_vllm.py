@@ -41,18 +41,18 @@ from kveraser.tasks import Filler
 from kveraser.tasks.sources import read_passages
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
-WAYS: dict[str, dict[str, Any] | None] = {
+Way = dict[str, Any] | int | None
+"""A session's options; or what is behind the span is moved up, and so many of the next tokens computed again; or nothing is done."""
+WAYS: dict[str, Way] = {
     "no-erase": None,
-    "delete-and-shift": None,
-    "delete-and-shift, next 64": None,
+    "delete-and-shift": 0,
+    "delete-and-shift, next 64": 64,
     "trained eraser, next 32": {"eraser": "eraser", "choose": "next"},
     "hidden": {"repair": 0, "close_gaps": False},
     "hidden, gap closed": {"repair": 0, "close_gaps": True},
     "hidden, 64 readers": {"close_gaps": False},
     "hidden, 64 readers, gap closed": {"close_gaps": True},
 }
-MOVED = {"delete-and-shift": 0, "delete-and-shift, next 64": 64}
-"""Ways that move what is behind a span up: how many of the next tokens they compute again."""
 MOST_LIKELY = 500
 Url = Annotated[str | None, typer.Option(help="A server that runs already; default: start one.")]
 Output = Annotated[Path | None, typer.Option(help="Folder for the JSON file.")]
@@ -185,7 +185,7 @@ def quality(
 
 
 def _distances(
-    address: str, tokenizer: Any, example: Any, protocol: str, answer: int, ways: dict[str, dict[str, Any] | None]
+    address: str, tokenizer: Any, example: Any, protocol: str, answer: int, ways: dict[str, Way]
 ) -> tuple[int, dict[str, dict[str, float]]]:
     """One example: its tokens; the distance that every way leaves, and the milliseconds that it takes."""
 
@@ -210,18 +210,18 @@ def _distances(
         wanted.append(exact([*question, *said]))
         said.append(max(wanted[-1], key=wanted[-1].__getitem__))
     found: dict[str, dict[str, float]] = {}
-    for way, options in ways.items():
-        session, span, question = context(**(options or {}))
+    for name, way in ways.items():
+        session, span, question = context(**(way if isinstance(way, dict) else {}))
         started = time.perf_counter()
-        if way in MOVED:
-            ask = shifted(session, span, MOVED[way])
+        if isinstance(way, int):
+            ask = shifted(session, span, way)
         else:
-            if options is not None:
+            if way is not None:
                 session.erase(span)
             ask = of_session(session)
         spent = time.perf_counter() - started
         distances = (divergence(each, ask([*question, *said[:count]])) for count, each in enumerate(wanted))
-        found[way] = {"kl": round(statistics.mean(distances), 6), "ms": round(1000 * spent)}
+        found[name] = {"kl": round(statistics.mean(distances), 6), "ms": round(1000 * spent)}
         session.close()
     return len(ids), found
 

@@ -14,6 +14,7 @@ help:
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
 	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
+	@echo "              make results in-domain DATA=FILE: the table of all backbones and lengths, whole"
 	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work); PART=1/8: one of eight processes"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
@@ -136,6 +137,9 @@ PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/sm
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
+FILL_RESULTS = $(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER) \
+	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents) $(RESULTS) $(PAGES))
+
 results: $(STAMP)
 	$(EVAL) --limit $(LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short
 	$(EVAL) --limit $(LIMIT) --lengths 1024 $(TASKS:%=-t %) --output $(RESULTS)/tasks
@@ -151,8 +155,7 @@ results: $(STAMP)
 		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
-	$(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER))
-	$(if $(PAGES),$(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents) $(RESULTS) $(PAGES))
+	$(FILL_RESULTS)
 
 # The claim that answers are those of full recomputation from 1K to 32K tokens: five tasks in chat form, examples by length. Work for a GPU;
 # several processes share it with PART=1/8 and so on, and the command without PART then makes the tables.
@@ -164,6 +167,7 @@ in-domain: $(STAMP)
 	@set -e; for each in $(EXAMPLES); do set -- $$(echo $$each | tr : ' '); \
 		$(EVAL) --model $(DOCUMENTS) --chat --limit $$2 --lengths $$1 $(IN_DOMAIN:%=-t %) $(RIVALS:%=-M %) --output $(RESULTS)/$$3 \
 		$(if $(PART),--part $(PART)); done
+	$(if $(PART),,$(FILL_RESULTS))
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench

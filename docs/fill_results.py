@@ -1,10 +1,11 @@
 """Fill the tables of Markdown pages from the folder that `make results` writes.
 
 A table, or a number within a sentence, stands between two marks, `<!-- results FOLDER TABLE [ARGUMENT] -->` and
-`<!-- /results -->`; the text around it is written by hand. FOLDER is below the results folder (`A+B`: the rows of both), TABLE
-one of `TABLES` below. For tables the argument is a length in tokens; without it there is a table for every length.
-`overview` is a row for every method, a pair of columns for every folder; `answers` a row for every method, columns for every length; `kl`, `em`, `f1`,
-`leak` and `count` are numbers for sentences: of a method, and how many examples there are.
+`<!-- /results -->`; the text around it is written by hand. FOLDER is below the results folder (`A+B`: the rows of both, `*`: of
+all), TABLE one of `TABLES` below. For tables the argument is a length in tokens; without it there is a table for every length.
+`overview` is a row for every method, a pair of columns for every folder; `runs` a row for every folder and length, a column for every method;
+`answers` a row for every method, columns for every length; `kl`, `em`, `f1`, `leak` and `count` are numbers for sentences: of a method,
+and how many examples there are.
 
 Usage: python docs/fill_results.py [--kept FOLDER]... RESULTS PAGE...
 """
@@ -109,6 +110,27 @@ def overview(folders: dict[str, list[Row]]) -> str:
     return markdown_table(["KL after / cached", *columns], body)
 
 
+def runs(documents: dict[str, dict[str, Any]], folders: dict[str, list[Row]]) -> str:
+    """KL of every method, after / cached, at every length of every folder; those with several budgets for a method have other tables."""
+    lines: list[tuple[list[str], dict[str, str]]] = []
+    for model, length, folder in sorted(
+        (documents[folder]["options"]["model"], length, folder)
+        for folder, rows in folders.items()
+        for length in {row.length for row in rows}
+    ):
+        rows, options = [row for row in folders[folder] if row.length == length], documents[folder]["options"]
+        labels = {short_name(label): label for label in methods(rows, length)}
+        if len(labels) < len(methods(rows, length)):
+            continue
+        tasks = task_names(rows)
+        asked = (f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]) + (", chat" if options.get("chat") else "")
+        about = [f"[{folder}](results/{folder}/results.md)", model, options["dtype"], asked, str(length), count(rows)]
+        lines.append((about, {name: both(rows, OVERALL, length, label, KL.name, 4) for name, label in labels.items()}))
+    names = list(dict.fromkeys(name for _, found in lines for name in found))
+    body = [[*about, *(found.get(name, "") for name in names)] for about, found in lines]
+    return markdown_table(["run", "backbone", "type", "asked", "tokens", "examples", *names], body)
+
+
 def answers(rows: Sequence[Row]) -> str:
     """Exact match and leaks of every method at every length, after / cached."""
     lengths = sorted({row.length for row in rows})
@@ -145,7 +167,7 @@ def same_answers(document: dict[str, Any], method: str) -> str:
 PER_LENGTH: dict[str, Callable[[Sequence[Row], int], str]] = {"means": means, "tasks": by_task, "full": full}
 NUMBERS = {"kl": (KL.name, 4), "em": ("exact_match", 2), "f1": ("f1", 2), "leak": ("leaked", 2)}
 IN_SENTENCES = (*NUMBERS, "count", "same")
-TABLES = (*PER_LENGTH, "made", "lengths", "columns", "latency", "overview", "answers", *IN_SENTENCES)
+TABLES = (*PER_LENGTH, "made", "lengths", "columns", "latency", "overview", "runs", "answers", *IN_SENTENCES)
 
 
 def table(documents: dict[str, dict[str, Any]], name: str, argument: str | None, kept: bool) -> str:
@@ -160,10 +182,16 @@ def table(documents: dict[str, dict[str, Any]], name: str, argument: str | None,
         return "\n\n".join([*lines, *([KEPT] if kept else [])])
     if name == "columns":
         return columns_explained()
-    by_folder = {folder: [Row.from_dict(row) for row in document["rows"]] for folder, document in documents.items()}
+    by_folder = {
+        folder: [Row.from_dict(row) for row in document["rows"]]
+        for folder, document in documents.items()
+        if "rows" in document
+    }
     rows = [row for found in by_folder.values() for row in found]
     if name == "overview":
         return overview({documents[folder]["options"]["model"]: found for folder, found in by_folder.items()})
+    if name == "runs":
+        return runs(documents, by_folder)
     if name == "lengths":
         return by_length(rows)
     if name == "answers":
@@ -187,10 +215,8 @@ def fill(page: str, results: Path, kept: Sequence[str] = ()) -> str:
 
     def replaced(mark: re.Match[str]) -> str:
         begin, folders, name, argument, end = mark.groups()
-        files = {folder: results / folder / "results.json" for folder in folders.split("+")}
-        documents = {
-            folder: json.loads(file.read_text(encoding="utf-8")) for folder, file in files.items() if file.exists()
-        }
+        files = [file for folder in folders.split("+") for file in sorted(results.glob(f"{folder}/results.json"))]
+        documents = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
         content = table(documents, name, argument, folders in kept) if documents else MISSING
         return f"{begin}{content}{end}" if name in IN_SENTENCES else f"{begin}\n{content}\n{end}"
 

@@ -1,15 +1,17 @@
 """What matters in training an eraser: short runs that differ in one thing, judged on the same held-out contexts.
 
-    python benchmarks/ablations.py [NAME ...] --output FOLDER [--steps 40] [--start ERASER] [--text TEXT]
+    python benchmarks/ablations.py [NAME ...] --output FOLDER [--model NAME] [--steps 40] [--set KEY=VALUE ...] [--store FOLDER]
+                                   [--start ERASER] [--text TEXT]
 
 Each prints its validation KL (nats per answer token, asked after the erase / question cached) and is kept in
 FOLDER/ablations.json; runs that are there already are not made again. All start from the same eraser, unless their row
-says otherwise.
+says otherwise. With `--store` the lessons, which most rows share, are computed once.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +22,13 @@ from rich.table import Table
 
 import kveraser as kv
 from kveraser.files import write_atomically
+from kveraser.model.backbone import DEFAULT_BACKBONE
 from kveraser.training import TrainConfig, read_config
 from kveraser.training.distill import Variant
+from kveraser.training.lessons import read_filler
+from kveraser.training.run import first_eraser
 from kveraser.training.stage import StageRun
+from kveraser.training.store import Keeping
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,20 @@ ABLATIONS = {
     "content-blind": Ablation("newlines in place of the span's tokens", variant=Variant(placeholder=198)),
     "answers-only": Ablation("no dense supervision", ONLY_ANSWERS),
     "cross-entropy": Ablation("KL + 0.3 cross-entropy on gold answers", ("finetune.cross_entropy=0.3",)),
-    "neutral-start": Ablation("a start close to neutral", ("eraser.hidden=4",), from_start=False),
+    "neutral-start": Ablation("a start close to neutral", ("eraser.hidden=8",), from_start=False),
+    "learned-values": Ablation(
+        "the same, nearer to what is visible, and values that the LoRA makes alone",
+        ("eraser.hidden=3",),
+        Variant(alone=("v_proj",)),
+        from_start=False,
+    ),
     "longer": Ablation("contexts of 64 to 1024 tokens", ("finetune.tokens=[64,1024]",)),
 }
 
 
-def configuration(ablation: Ablation, steps: int, text: str | None) -> TrainConfig:
-    """The configuration of a run."""
-    changes = [*COMMON, f"finetune.steps={steps}", f"finetune.validate_every={steps}", *ablation.changes]
+def configuration(ablation: Ablation, steps: int, text: str | None, common: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of a run; `common` are changes for all of them."""
+    changes = [*COMMON, f"finetune.steps={steps}", f"finetune.validate_every={steps}", *common, *ablation.changes]
     return read_config(changes=changes, text=text)
 
 
@@ -85,31 +97,34 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimiser steps of each run.")] = 40,
     start: Annotated[Path | None, typer.Option(help="A pre-trained eraser to start from.")] = None,
     text: Annotated[str | None, typer.Option(help="Text around the spans.")] = None,
+    model_name: Annotated[str, typer.Option("--model", help="The backbone.")] = DEFAULT_BACKBONE,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 where the device computes in it.")
+    ] = None,
+    common: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE for all runs; repeatable.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder to keep lessons in.")] = None,
 ) -> None:
-    """Run ablations one after the other."""
+    """Run ablations one after the other.
+
+    Example: python benchmarks/ablations.py neutral-start learned-values --output ablations --store lessons --set finetune.contexts=6
+    """
     file = output / "ablations.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    model, tokenizer = kv.load_backbone()
+    model, tokenizer = kv.load_backbone(model_name, dtype=dtype)
     for name in names or ABLATIONS:
         if name in found:
             continue
         ablation = ABLATIONS[name]
-        config = configuration(ablation, steps, text)
-        options = config.eraser
-        eraser = kv.KVEraser.new(
-            model,
-            rank=options.rank,
-            alpha=options.alpha,
-            window=options.window,
-            repair=options.repair,
-            acts_on=options.acts_on,
-            seed=config.seed,
-        )
-        if ablation.from_start and start is not None:
-            eraser.load_weights(start)
-        run = StageRun(model, tokenizer, config, "finetune", eraser, output / name, variant=ablation.variant)
+        config = configuration(ablation, steps, text, common or ())
+        filler = read_filler(tokenizer, config.text)
+        eraser = first_eraser(model, tokenizer, filler, config, start if ablation.from_start else None)
+        keeping = Keeping(store) if store else None
+        run = StageRun(
+            model, tokenizer, config, "finetune", eraser, output / name, filler=filler, keeping=keeping,
+            variant=ablation.variant,
+        )  # fmt: skip
         if name != "control":  # all are judged on the same contexts
-            control = configuration(ABLATIONS["control"], steps, text)
+            control = configuration(ABLATIONS["control"], steps, text, common or ())
             run.held_out = StageRun(
                 model, tokenizer, control, "finetune", kv.KVEraser.new(model, rank=1), output / ".held-out"
             ).held_out

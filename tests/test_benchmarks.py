@@ -41,6 +41,30 @@ def test_every_ablation_has_a_configuration_and_differs_from_the_control():
         assert plain == (name == "control"), name
 
 
+def test_ablations_start_where_their_rows_say_and_share_their_lessons(monkeypatch, tmp_path):
+    ablations, started = load("ablations"), []
+    model, tokenizer = text_model(), make_tokenizer()
+    monkeypatch.setattr(ablations.kv, "load_backbone", lambda name, dtype=None: (model, tokenizer))
+    really = ablations.StageRun
+
+    def watched(model, tokenizer, config, name, eraser, folder, **options):
+        started.append(any(up.any() for name, up in eraser.named_parameters() if "k_proj.lora_B" in name))
+        return really(model, tokenizer, config, name, eraser, folder, **options)
+
+    monkeypatch.setattr(ablations, "StageRun", watched)
+    small = [
+        f"finetune.{change}" for change in ("contexts=1", "tokens=[48,96]", "validation_contexts=1", "tasks=[needle]")
+    ]
+    names = ["control", "learned-values"]
+    ablations.main(names, tmp_path / "runs", 1, common=small, store=tmp_path / "store")
+    assert started == [False, True, False]  # the last one only draws the contexts that all are judged on
+    kept = json.loads((tmp_path / "runs" / "ablations.json").read_text())
+    assert list(kept) == names
+    assert (tmp_path / "store" / "finetune").is_dir()
+    ablations.main(names, tmp_path / "runs", 1, common=small)
+    assert len(started) == 3
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_both_training_loops_are_timed_on_the_same_examples(together):
     throughput = load("training_throughput")

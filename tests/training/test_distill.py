@@ -139,3 +139,25 @@ def test_lessons_are_packed_in_order_and_a_long_one_stands_alone():
 def test_lessons_are_packed_with_those_of_the_same_repair():
     drawn = [Drawn(Lesson((1,) * 100, (), ()), number=number, repair=(0, 64)[number % 2]) for number in range(6)]
     assert [[one.number for one in group] for group in pack(drawn, 250)] == [[0, 2], [4], [1, 3], [5]]
+
+
+def test_values_that_the_lora_makes_alone_start_from_zero_and_keys_stay_what_they_were():
+    model = text_model()
+    eraser, ids = kv.KVEraser.new(model), token_ids(12)
+    whole, alone = (
+        view(ids, use_cache=True).past_key_values for view in (model, eraser.attached(model, alone=["v_proj"]))
+    )
+    assert not alone.layers[0].values.any()
+    assert torch.equal(alone.layers[0].keys, whole.layers[0].keys)
+    assert whole.layers[0].values.any()
+
+
+def test_an_eraser_whose_values_stand_alone_learns():
+    model = text_model()
+    eraser = random_eraser(model).train()
+    prepared = prepare(for_packing(model), [lesson()])
+    judged = judge(for_packing(model), eraser.attached(for_packing(model), alone=["v_proj"]), prepared, window=None)
+    distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
+    values = [p.grad for name, p in eraser.named_parameters() if "v_proj" in name]
+    assert values
+    assert all(grad is not None and grad.any() for grad in values)

@@ -10,7 +10,7 @@ the time of a pass, so that other threads may go on using it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,16 +241,21 @@ class KVEraser:
         """
         return write_neutral(backend.model, backend.cache, tokens, spans, calibration().neutral)
 
-    def attached(self, model: nn.Module, *, first: int | None = None) -> nn.Module:
+    def attached(self, model: nn.Module, *, first: int | None = None, alone: Collection[str] = ()) -> nn.Module:
         """A view of `model` with the eraser active; `model` itself is left alone. Valid until the model changes.
 
         Args:
             first: how many tokens of every row it changes, from the first on; None for all.
+            alone: names of projections, such as "v_proj", of which only what the LoRA makes is taken; for ablations of training.
         """
         self.to(model_device(model), model_dtype(model), training_too=False)
         layers = self.layers
         if first is not None:
             layers = {name: layer.for_first(first) for name, layer in layers.items()}
+        if alone:
+            layers = {
+                name: layer.by_itself() if name.rpartition(".")[2] in alone else layer for name, layer in layers.items()
+            }
         attached: nn.Module = view(causal_lm(model), layers)
         return attached
 

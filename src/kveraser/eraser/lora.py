@@ -28,6 +28,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.down, self.up, self.scaling = down, up, scaling
         self.first: int | None = None
+        self.alone = False
 
     def for_first(self, tokens: int) -> LoraLinear:
         """The same layer, for the first so many tokens of every row."""
@@ -35,9 +36,17 @@ class LoraLinear(nn.Module):
         layer.__dict__["first"] = tokens
         return layer
 
+    def by_itself(self) -> LoraLinear:
+        """The same layer without what the plain one makes: `scaling * x A^T B^T`."""
+        layer = shallow(self)
+        layer.__dict__["alone"] = True
+        return layer
+
     def forward(self, hidden: Tensor) -> Tensor:
         """From `(..., tokens, in)` to `(..., tokens, out)`."""
         result: Tensor = self.base_layer(hidden)  # type: ignore[operator]
+        if self.alone:
+            result = torch.zeros_like(result)
         changed, into = hidden, result
         if self.first is not None:
             changed, into = hidden[..., : self.first, :], result[..., : self.first, :]

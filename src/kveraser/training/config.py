@@ -49,7 +49,7 @@ class EraserOptions:
     window: Window | None = (4, 512)
     repair: int = 64
     acts_on: ActsOn = "spans"
-    hidden: float = 4.0
+    hidden: float = 8.0
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1 and self.alpha >= 1, f"rank={self.rank} and alpha={self.alpha} must be at least 1")

@@ -81,7 +81,7 @@ def train_eraser(
     filler = read_filler(tokenizer, config.text)
     for name in stages:
         before = start if name == stages[0] and start is not None else _stage_before(output, name)
-        eraser = _first_eraser(model, tokenizer, filler, config, before)
+        eraser = first_eraser(model, tokenizer, filler, config, before)
         folder = store or (output / "lessons" if config.stage(name).epochs > 1 else None)
         StageRun(
             model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report, filler=filler,
@@ -99,9 +99,14 @@ def _stage_before(output: Path, name: StageName) -> Path | None:
     return best if index and best.exists() else None
 
 
-def _first_eraser(
+def first_eraser(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, filler: Filler, config: TrainConfig, start: Path | None
 ) -> KVEraser:
+    """What training starts from: an eraser that hides its spans, a fresh one where that is turned off, or a given one.
+
+    Raises:
+        EraserMismatchError: `start` is of another backbone or rank.
+    """
     options = config.eraser
     eraser = KVEraser.new(
         model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair,

@@ -76,10 +76,7 @@ ABLATIONS = {
     "cross-entropy": Ablation("KL + 0.3 cross-entropy on gold answers", ("finetune.cross_entropy=0.3",)),
     "neutral-start": Ablation("a start close to neutral", ("eraser.hidden=8",), from_start=False),
     "learned-values": Ablation(
-        "the same, nearer to what is visible, and values that the LoRA makes alone",
-        ("eraser.hidden=3",),
-        Variant(alone=("v_proj",)),
-        from_start=False,
+        "values that the LoRA makes alone, less hidden", ("eraser.values=learned", "eraser.hidden=3"), from_start=False
     ),
     "longer": Ablation("contexts of 64 to 1024 tokens", ("finetune.tokens=[64,1024]",)),
 }

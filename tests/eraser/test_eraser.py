@@ -134,6 +134,29 @@ def test_saving_and_loading_gives_the_same_eraser(family, tmp_path):
     assert same(erased(model, loaded), erased(model, eraser))
 
 
+@pytest.mark.parametrize(
+    ("options", "number"), [({}, 2), ({"acts_on": "readers", "repair": 3}, 3), ({"values": "learned"}, 4)]
+)
+def test_what_older_versions_do_not_know_is_in_a_newer_format_only(options, number, tmp_path):
+    model = build(make_config("llama"))
+    random_eraser(model, **options).save_pretrained(tmp_path, dtype=torch.float32)
+    assert json.loads((tmp_path / "kveraser.json").read_text())["format"] == number
+    loaded = kv.KVEraser.from_pretrained(tmp_path, model)
+    assert (loaded.config.acts_on, loaded.config.values) == (
+        options.get("acts_on", "spans"),
+        options.get("values", "own"),
+    )
+    assert same(erased(model, loaded), erased(model, random_eraser(model, **options)))
+
+
+def test_learned_values_are_for_spans_and_for_models_that_project_values_by_themselves():
+    model = build(make_config("llama"))
+    with pytest.raises(kv.OptionError, match="values='learned' is for erasers that act on spans"):
+        kv.KVEraser.new(model, values="learned", acts_on="readers", repair=3)
+    with pytest.raises(kv.OptionError, match="projection of its own for values"):
+        kv.KVEraser.new(model, values="learned", target_modules=["k_proj"])
+
+
 def test_peft_itself_can_read_the_adapter(tmp_path):
     from peft import PeftModel
 

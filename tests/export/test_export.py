@@ -45,6 +45,15 @@ def test_a_gguf_eraser_says_what_its_folder_says(folder, tmp_path):
     assert made.source_sha256 == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize(("option", "said"), [("acts_on", "readers"), ("values", "learned")])
+def test_an_eraser_that_is_more_than_a_lora_on_erased_tokens_is_not_exported(option, said, tmp_path):
+    folder = random_eraser(tiny(), **{"repair": 3, option: said}).save_pretrained(tmp_path / "eraser")
+    for write in (write_gguf_eraser, write_peft_folder):
+        with pytest.raises(kv.EraserMismatchError, match=f"{option}={said}, which works in transformers only"):
+            write(folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_window_of_the_whole_prefix_comes_back_as_none(tmp_path):
     folder = random_eraser(tiny()).save_pretrained(tmp_path / "eraser")
     assert write_gguf_eraser(folder, tmp_path / "eraser.gguf").config.window is None

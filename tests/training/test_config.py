@@ -31,6 +31,8 @@ def test_an_eraser_on_readers_is_never_trained_without_any():
     assert read_config(changes=["eraser.acts_on=readers", "finetune.repair=[8, 64]"]).finetune.repair == (8, 64)
     with pytest.raises(kv.OptionError, match=r"acts_on=readers needs readers: finetune.repair=\[0, 64\] has a 0"):
         read_config(changes=["finetune.repair=[0, 64]", "eraser.acts_on=readers"])
+    with pytest.raises(kv.OptionError, match="acts_on=readers steers no spans: values=learned is for these"):
+        read_config(changes=["eraser.acts_on=readers", "eraser.values=learned"])
 
 
 @pytest.mark.parametrize(

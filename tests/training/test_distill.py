@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -59,14 +57,17 @@ def really(model, one, erase, probe, method):
 
 
 @pytest.mark.parametrize(
-    ("acts_on", "repair"), [("spans", 0), ("spans", 6), ("spans", 24), ("readers", 6), ("readers", 24)]
-)
+    ("options", "repair"),
+    [
+        ({}, 0), ({}, 6), ({}, 24), ({"acts_on": "readers"}, 6), ({"acts_on": "readers"}, 24),
+        ({"values": "learned"}, 0), ({"values": "learned"}, 24),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("window", [None, (2, 5), (3, 30)])
-def test_the_loss_is_the_distance_that_real_erasing_has(window, acts_on, repair):
+def test_the_loss_is_the_distance_that_real_erasing_has(window, options, repair):
     """What training minimises must be what `kv.erase` does: several lessons, spans and protocols against real caches."""
     model = text_model()
-    eraser = random_eraser(model, window=window)
-    eraser.config = replace(eraser.config, acts_on=acts_on)
+    eraser = random_eraser(model, window=window, **options)
     eraser.calibration = calibrate(model, token_ids(600)[0])
     lessons = [lesson(), lesson(shift=7)]
     repairing = Repairing(repair, eraser.calibration, eraser.steers_readers) if repair else None
@@ -141,23 +142,22 @@ def test_lessons_are_packed_with_those_of_the_same_repair():
     assert [[one.number for one in group] for group in pack(drawn, 250)] == [[0, 2], [4], [1, 3], [5]]
 
 
-def test_values_that_the_lora_makes_alone_start_from_zero_and_keys_stay_what_they_were():
-    model = text_model()
-    eraser, ids = kv.KVEraser.new(model), token_ids(12)
-    whole, alone = (
-        view(ids, use_cache=True).past_key_values for view in (model, eraser.attached(model, alone=["v_proj"]))
-    )
-    assert not alone.layers[0].values.any()
-    assert torch.equal(alone.layers[0].keys, whole.layers[0].keys)
-    assert whole.layers[0].values.any()
+def test_learned_values_start_from_zero_and_keys_from_the_spans_own():
+    model, ids = text_model(), token_ids(12)
+    eraser = kv.KVEraser.new(model, values="learned")
+    plain, steered = (each(ids, use_cache=True).past_key_values.layers[0] for each in (model, eraser.attached(model)))
+    assert not steered.values.any()
+    assert torch.equal(steered.keys, plain.keys)
+    partly = eraser.attached(model, first=5)(ids, use_cache=True).past_key_values.layers[0]
+    assert not partly.values[:, :, :5].any()
+    assert torch.equal(partly.values[:, :, 5:], plain.values[:, :, 5:])
 
 
-def test_an_eraser_whose_values_stand_alone_learns():
-    model = text_model()
-    eraser = random_eraser(model).train()
-    prepared = prepare(for_packing(model), [lesson()])
-    judged = judge(for_packing(model), eraser.attached(for_packing(model), alone=["v_proj"]), prepared, window=None)
+def test_learned_values_learn():
+    base = for_packing(text_model())
+    eraser = random_eraser(base, values="learned").train()
+    judged = judge(base, eraser.attached(base), prepare(base, [lesson()]), window=None)
     distillation_loss(judged.teacher, judged.student, judged.targets, judged.gold).mean().backward()
-    values = [p.grad for name, p in eraser.named_parameters() if "v_proj" in name]
+    values = [parameter.grad for name, parameter in eraser.named_parameters() if "v_proj" in name]
     assert values
     assert all(grad is not None and grad.any() for grad in values)

@@ -15,13 +15,16 @@ from kveraser.errors import EraserMismatchError
 from kveraser.model.fingerprint import Fingerprint
 
 FILE_NAME = "kveraser.json"
-FORMAT = 3
+FORMAT = 4
 Choose = Literal["readers", "next"]
 """Which tokens behind a span are recomputed: those that have read it, or those that come next."""
 CHOICES: tuple[Choose, ...] = get_args(Choose)
 ActsOn = Literal["spans", "readers"]
 """Where the LoRA runs: on the erased tokens, whose slots it steers, or on the readers that are recomputed."""
 ACTS_ON: tuple[ActsOn, ...] = get_args(ActsOn)
+Values = Literal["own", "learned"]
+"""What the values of steering states are: the model's, changed by the LoRA, or what the LoRA makes alone."""
+VALUES: tuple[Values, ...] = get_args(Values)
 Known = TypeVar("Known")
 _ENGINES_MOST = 32
 
@@ -37,6 +40,8 @@ class EraserConfig:
         choose: which ones. Format 1 had no choice: the next ones.
         acts_on: where the LoRA runs. On "readers" it can make up there for what the other tokens have read, and the span's
             slots get neutral states; only then the file has format 3.
+        values: of the steering states. "learned" ones say nothing of the span before training, even where its slots are attended
+            to, as they must be to learn anything; only then the file has format 4.
         preferred: whether `kveraser` takes this eraser by itself rather than the neutral one: only where it was better
             on held-out examples.
         notes: anything else worth keeping (how it was trained).
@@ -47,6 +52,7 @@ class EraserConfig:
     repair: int = 0
     choose: Choose = "readers"
     acts_on: ActsOn = "spans"
+    values: Values = "own"
     preferred: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -55,13 +61,29 @@ class EraserConfig:
         """How many of the next tokens to recompute where readers are not asked for (trained erasers inside engines)."""
         return self.repair if self.choose == "next" else min(self.repair, _ENGINES_MOST)
 
+    def check_plain(self, source: Path) -> None:
+        """Raise `EraserMismatchError` unless all that it asks for is a LoRA beside the plain layers, on the erased tokens.
+
+        Args:
+            source: where it was read from, for the message.
+        """
+        for key, plain in (("acts_on", "spans"), ("values", "own")):
+            found = getattr(self, key)
+            if found != plain:
+                raise EraserMismatchError(
+                    f"the eraser in {source} has {key}={found}, which works in transformers only: engines add a LoRA to the erased "
+                    f"tokens, and nothing else; use one that was trained with eraser.{key}={plain}, or a neutral one"
+                )
+
     def write(self, folder: Path) -> None:
         """Write `kveraser.json` into `folder`."""
-        data = asdict(self)
-        older = self.acts_on == "spans"
-        if older:
-            del data["acts_on"]
-        text = json.dumps({"format": 2 if older else FORMAT, **data}, indent=2, sort_keys=True)
+        data, number = asdict(self), 2
+        for key, since, plain in (("acts_on", 3, "spans"), ("values", 4, "own")):
+            if data[key] == plain:  # a version that does not know it need not be told
+                del data[key]
+            else:
+                number = since
+        text = json.dumps({"format": number, **data}, indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -84,6 +106,7 @@ class EraserConfig:
                 repair=int(data.get("repair", 0)),
                 choose=one_of(data["choose"], CHOICES, "choose") if data["format"] > 1 else "next",
                 acts_on=one_of(data.get("acts_on", "spans"), ACTS_ON, "acts_on"),
+                values=one_of(data.get("values", "own"), VALUES, "values"),
                 preferred=bool(data.get("preferred", True)),
                 notes=dict(data.get("notes", {})),
             )

@@ -10,7 +10,7 @@ the time of a pass, so that other threads may go on using it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kveraser.cache import Tokens, Window, check_model
 from kveraser.eraser.adapter_files import CONFIG, KEY_PREFIX, WEIGHTS, find_folder, read_lora_config, read_weights, tidy
-from kveraser.eraser.config import FILE_NAME, ActsOn, Choose, EraserConfig
+from kveraser.eraser.config import FILE_NAME, ActsOn, Choose, EraserConfig, Values
 from kveraser.eraser.injection import lora_layers, target_linears
 from kveraser.eraser.lora import LoraLinear
 from kveraser.eraser.neutral import write_neutral
@@ -37,6 +37,7 @@ from kveraser.spans import Span
 if TYPE_CHECKING:
     from os import PathLike
 
+_VALUES = "v_proj"
 _REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
 _UNVERIFIED = (
     "{path} has no {file}, so nothing says which model it was made for: it is taken as an eraser of this {model} that sees the "
@@ -92,6 +93,7 @@ class KVEraser:
         repair: int = 0,
         choose: Choose = "readers",
         acts_on: ActsOn = "spans",
+        values: Values = "own",
         seed: int = 42,
         target_modules: list[str] | None = None,
     ) -> KVEraser:
@@ -104,11 +106,13 @@ class KVEraser:
             repair: tokens behind the span to recompute after steering.
             choose: which ones: "readers" of the span, or the "next" ones.
             acts_on: where the LoRA runs: on the "spans", or on the "readers" that are recomputed.
+            values: of the spans' states: the model's "own", changed by the LoRA, or "learned" ones, which the LoRA makes alone.
             seed: of LoRA A's random start; the global random state is left alone.
             target_modules: names of the linears to adapt; None for all of attention and MLP.
 
         Raises:
             UnsupportedCacheError: a model whose cache cannot be edited.
+            OptionError: learned values on readers, or for a model that has no projection of its own for values.
         """
         check_model(model)
         if rank < 1 or repair < 0 or (window is not None and min(window) < 0):
@@ -124,7 +128,13 @@ class KVEraser:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` also sets every accelerator's
             layers = lora_layers(model, lora_config)
-        return cls(EraserConfig(Fingerprint.of(model), window, repair, choose, acts_on), lora_config, layers)
+        if values == "learned" and (acts_on == "readers" or not any(map(_makes_values, layers))):
+            raise OptionError(
+                "values='learned' is for erasers that act on spans, of models with a projection of its own for values "
+                f"({_VALUES}); acts_on={acts_on!r}, and the LoRA is on: {', '.join(sorted({n.rpartition('.')[2] for n in layers}))}"
+            )
+        config = EraserConfig(Fingerprint.of(model), window, repair, choose, acts_on, values)
+        return cls(config, lora_config, layers)
 
     @classmethod
     def neutral(
@@ -241,21 +251,18 @@ class KVEraser:
         """
         return write_neutral(backend.model, backend.cache, tokens, spans, calibration().neutral)
 
-    def attached(self, model: nn.Module, *, first: int | None = None, alone: Collection[str] = ()) -> nn.Module:
+    def attached(self, model: nn.Module, *, first: int | None = None) -> nn.Module:
         """A view of `model` with the eraser active; `model` itself is left alone. Valid until the model changes.
 
         Args:
             first: how many tokens of every row it changes, from the first on; None for all.
-            alone: names of projections, such as "v_proj", of which only what the LoRA makes is taken; for ablations of training.
         """
         self.to(model_device(model), model_dtype(model), training_too=False)
         layers = self.layers
         if first is not None:
             layers = {name: layer.for_first(first) for name, layer in layers.items()}
-        if alone:
-            layers = {
-                name: layer.by_itself() if name.rpartition(".")[2] in alone else layer for name, layer in layers.items()
-            }
+        if self.config.values == "learned":
+            layers = {name: layer.by_itself() if _makes_values(name) else layer for name, layer in layers.items()}
         attached: nn.Module = view(causal_lm(model), layers)
         return attached
 
@@ -367,6 +374,11 @@ class KVEraser:
                     f"needs {tuple(parameter.shape)}; adapter_config.json and {WEIGHTS} do not belong together"
                 )
             parameter.data = weights[name].to(parameter)
+
+
+def _makes_values(module: str) -> bool:
+    """Whether the module of that name makes values, and nothing else."""
+    return module.rpartition(".")[2] == _VALUES
 
 
 def _calibration(folder: Path, config: EraserConfig) -> Calibration | None:

@@ -37,7 +37,7 @@ class LoraLinear(nn.Module):
         return layer
 
     def by_itself(self) -> LoraLinear:
-        """The same layer without what the plain one makes: `scaling * x A^T B^T`."""
+        """The same layer without what the plain one makes of the tokens that it changes: `scaling * x A^T B^T`."""
         layer = shallow(self)
         layer.__dict__["alone"] = True
         return layer
@@ -45,8 +45,6 @@ class LoraLinear(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """From `(..., tokens, in)` to `(..., tokens, out)`."""
         result: Tensor = self.base_layer(hidden)  # type: ignore[operator]
-        if self.alone:
-            result = torch.zeros_like(result)
         changed, into = hidden, result
         if self.first is not None:
             changed, into = hidden[..., : self.first, :], result[..., : self.first, :]
@@ -54,7 +52,10 @@ class LoraLinear(nn.Module):
         inner = F.linear(rows, self.down)
         if torch.is_grad_enabled():
             added = (F.linear(inner, self.up).view(into.shape) * self.scaling).to(result.dtype)
-            return result + added if self.first is None else torch.cat([into + added, result[..., self.first :, :]], -2)
+            into = added if self.alone else into + added
+            return into if self.first is None else torch.cat([into, result[..., self.first :, :]], -2)
+        if self.alone:
+            into.zero_()
         if into.is_contiguous() and into.dtype == inner.dtype:
             into.view(rows.shape[0], -1).addmm_(inner, self.up.t(), alpha=self.scaling)
         else:

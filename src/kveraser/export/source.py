@@ -47,10 +47,11 @@ class EraserFiles:
         """Read a folder written by `KVEraser.save_pretrained`.
 
         Raises:
-            EraserMismatchError: no eraser, damaged, or no plain LoRA.
+            EraserMismatchError: no eraser, damaged, or no plain LoRA on the erased tokens.
         """
         place = Path(folder)
         config = EraserConfig.read(place / FILE_NAME)
+        config.check_plain(place)
         try:
             lora_config = json.loads((place / CONFIG).read_text(encoding="utf-8"))
             tensors = load_file(str(place / WEIGHTS))

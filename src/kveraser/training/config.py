@@ -14,7 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kveraser.cache import Window
-from kveraser.eraser.config import ActsOn
+from kveraser.eraser.config import ActsOn, Values
 from kveraser.errors import OptionError
 from kveraser.tasks import as_task, tasks
 from kveraser.training.lessons import Kind
@@ -38,6 +38,8 @@ class EraserOptions:
         repair: readers of a span that erasing recomputes by default, and validation with it.
         acts_on: where the eraser runs: on "spans", whose slots it steers, or on their "readers", where it makes up for what
             the other tokens have read (the spans' slots are then neutral).
+        values: of the spans' states: the model's "own", changed by the LoRA, or "learned" ones, which the LoRA makes alone. These
+            say nothing of the span at the start, so it may be less hidden (`hidden=3`) and learns faster.
         hidden: nats by which attention to the steering states is lower at the start (see `neutral`); 0 starts from the
             span's own states, as a fresh LoRA does.
     """
@@ -49,6 +51,7 @@ class EraserOptions:
     window: Window | None = (4, 512)
     repair: int = 64
     acts_on: ActsOn = "spans"
+    values: Values = "own"
     hidden: float = 8.0
 
     def __post_init__(self) -> None:
@@ -56,6 +59,10 @@ class EraserOptions:
         _require(self.repair >= 0, f"repair={self.repair} must not be negative")
         _require(self.hidden >= 0, f"hidden={self.hidden} must not be negative")
         _require(self.acts_on == "spans" or self.repair > 0, "acts_on=readers needs readers: repair=0 recomputes none")
+        _require(
+            self.acts_on == "spans" or self.values == "own",
+            "acts_on=readers steers no spans: values=learned is for these",
+        )
         window = self.window is None or (len(self.window) == 2 and min(self.window) >= 0)
         _require(window, f"window={self.window} must be null or two counts [sink, local]")
 

@@ -58,13 +58,10 @@ class Variant:
         placeholder: an id to run in place of each of the span's own. An eraser that is as good without seeing what it
             erases has only learnt to be neutral.
         suffix_aware: the span also attends to the cached suffix, where it can see what it has left behind.
-        alone: projections of which only what the LoRA makes is taken. With "v_proj" an eraser starts from values of zero, which
-            say nothing of the span even where its slots are attended to, as they must be to learn anything.
     """
 
     placeholder: int | None = None
     suffix_aware: bool = False
-    alone: tuple[str, ...] = ()
 
 
 def judge(

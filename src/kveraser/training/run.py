@@ -110,7 +110,7 @@ def first_eraser(
     options = config.eraser
     eraser = KVEraser.new(
         model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair,
-        acts_on=options.acts_on, seed=config.seed,
+        acts_on=options.acts_on, values=options.values, seed=config.seed,
     )  # fmt: skip
     rng, encode = random.Random(config.seed), encoder(tokenizer)
     texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]

@@ -96,7 +96,7 @@ class StageRun:
         self.eraser = eraser.train()
         self.eraser.to(self.accelerator.device, torch.float32)
         self.parameters = eraser.parameters()
-        self.steering = eraser.attached(self.backbone, alone=variant.alone)
+        self.steering = eraser.attached(self.backbone)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.stage.learning_rate, weight_decay=self.stage.weight_decay
         )

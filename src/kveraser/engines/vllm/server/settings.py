@@ -92,6 +92,7 @@ def about_eraser(config: VllmConfig, eraser: str | None) -> dict[str, Any]:
     if eraser is None:
         return about
     settings = EraserConfig.read(Path(eraser) / FILE_NAME)
+    settings.check_plain(Path(eraser))
     for key, value in settings.fingerprint.shape.items():
         mine = getattr(config.model_config.hf_text_config, key, None)
         if mine != value:

@@ -45,8 +45,9 @@ evaluate() { # backbone, name of the arm, name of the table, options
 
 for backbone; do
     train "$backbone" steering --set "finetune.repair=[0,64,128]"
+    train "$backbone" learned-values --set eraser.repair=0 --set eraser.values=learned --set eraser.hidden=3
     train "$backbone" learned-repair --set eraser.acts_on=readers --set "finetune.repair=[64,128]"
-    for arm in steering learned-repair; do
+    for arm in steering learned-values learned-repair; do
         evaluate "$backbone" $arm 1K --limit 100 --lengths 1024
         evaluate "$backbone" $arm 4K --limit 20 --lengths 4096
         evaluate "$backbone" $arm 8K --limit 10 --lengths 8192

@@ -124,6 +124,8 @@ def runs(documents: dict[str, dict[str, Any]], folders: dict[str, list[Row]]) ->
             continue
         tasks = task_names(rows)
         asked = (f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]) + (", chat" if options.get("chat") else "")
+        if (documents[folder].get("eraser") or {}).get("kind") == "trained":
+            asked += ", trained eraser"
         about = [f"[{folder}](results/{folder}/results.md)", model, options["dtype"], asked, str(length), count(rows)]
         lines.append((about, {name: both(rows, OVERALL, length, label, KL.name, 4) for name, label in labels.items()}))
     names = list(dict.fromkeys(name for _, found in lines for name in found))

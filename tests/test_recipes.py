@@ -59,6 +59,21 @@ def test_every_command_of_a_recipe_runs(name, tmp_path, corpus, monkeypatch):
     assert '"--output"' in (ROOT / calibrating[1]).read_text(encoding="utf-8")
 
 
+def test_the_recipe_of_learned_values_runs_and_its_second_run_finds_the_lessons_of_the_first(
+    tmp_path, corpus, monkeypatch
+):
+    monkeypatch.setattr("kveraser.cli.common.load_backbone", lambda *_, **__: (text_model(), make_tokenizer()))
+    for command in commands("learned-values", "--tiny", corpus, tmp_path):
+        done = CliRunner().invoke(app, command[1:])
+        assert done.exit_code == 0, done.output
+    kept = json.loads((tmp_path / "2" / "eraser" / "kveraser.json").read_text(encoding="utf-8"))
+    assert kept["values"] == "learned"
+    assert (tmp_path / "lessons" / "finetune").is_dir()
+    assert not (tmp_path / "2" / "lessons").exists()
+    for command in commands("learned-values", "text.json", "out"):
+        read_config(changes=options(command, "--set"))
+
+
 def test_every_kind_of_command_of_the_gpu_recipe_runs_on_a_tiny_model(tmp_path, corpus, monkeypatch):
     def loaded(*arguments, **options):
         return text_model(), make_tokenizer()

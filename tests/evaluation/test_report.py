@@ -283,13 +283,17 @@ def test_every_backbone_has_its_columns_in_the_overview(tmp_path):
 def test_every_run_has_its_rows_in_one_table_but_those_with_several_budgets_for_a_method(tmp_path):
     both = records((1024, 256))
     several = [replace(r, method="local-suffix-repair:tokens=16") for r in records((256,)) if "local" in r.method]
-    for folder, model, made in (("b", "x", both), ("a", "y", both), ("curve", "x", [*records((256,)), *several])):
+    for folder, model, kind, made in (
+        ("b", "x", "neutral", both), ("a", "y", "trained", both), ("curve", "x", "neutral", [*records((256,)), *several])
+    ):  # fmt: skip
         (tmp_path / folder).mkdir()
-        document, _ = results({**HEADER, "options": {**HEADER["options"], "model": model}}, made, True)
+        header = {**HEADER, "options": {**HEADER["options"], "model": model, "chat": True}, "eraser": {"kind": kind}}
+        document, _ = results(header, made, True)
         (tmp_path / folder / "results.json").write_text(json.dumps(document))
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text(json.dumps({"latency": []}))
     (table,) = tables_of(FILL["fill"]("<!-- results * runs -->\n<!-- /results -->", tmp_path))
     assert [(row[1], row[4]) for row in table[2:]] == [("x", "256"), ("x", "1024"), ("y", "256"), ("y", "1024")]
     assert [row[0] for row in table[2:4]] == ["[b](results/b/results.md)"] * 2
+    assert [row[3] for row in table[3:5]] == ["2 tasks, chat", "2 tasks, chat, trained eraser"]
     assert table[0][-1] == "kveraser"

@@ -73,6 +73,9 @@ def test_finetuning_starts_from_pretraining_or_from_a_given_eraser(tmp_path, sho
     with pytest.raises(kv.EraserMismatchError, match="eraser.rank=2"):
         bigger = replace(short, eraser=replace(short.eraser, rank=4))
         run(bigger, tmp_path / "c", stages=["finetune"], start=tmp_path / "a" / "eraser")
+    other = replace(once, eraser=replace(once.eraser, values="learned"))
+    with pytest.raises(kv.EraserMismatchError, match="has values own, the configuration says learned"):
+        run(other, tmp_path / "c", stages=["finetune"], start=tmp_path / "a" / "eraser")
 
 
 def test_a_run_that_was_interrupted_ends_with_the_very_same_weights(tmp_path, short):

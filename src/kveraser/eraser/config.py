@@ -25,6 +25,8 @@ ACTS_ON: tuple[ActsOn, ...] = get_args(ActsOn)
 Values = Literal["own", "learned"]
 """What the values of steering states are: the model's, changed by the LoRA, or what the LoRA makes alone."""
 VALUES: tuple[Values, ...] = get_args(Values)
+_PLAIN = {"acts_on": ("spans", 3), "values": ("own", 4)}
+"""What an eraser is that adds a LoRA to the erased tokens and does nothing else, and the format that can say otherwise."""
 Known = TypeVar("Known")
 _ENGINES_MOST = 32
 
@@ -67,7 +69,7 @@ class EraserConfig:
         Args:
             source: where it was read from, for the message.
         """
-        for key, plain in (("acts_on", "spans"), ("values", "own")):
+        for key, (plain, _) in _PLAIN.items():
             found = getattr(self, key)
             if found != plain:
                 raise EraserMismatchError(
@@ -78,7 +80,7 @@ class EraserConfig:
     def write(self, folder: Path) -> None:
         """Write `kveraser.json` into `folder`."""
         data, number = asdict(self), 2
-        for key, since, plain in (("acts_on", 3, "spans"), ("values", 4, "own")):
+        for key, (plain, since) in _PLAIN.items():
             if data[key] == plain:  # a version that does not know it need not be told
                 del data[key]
             else:

@@ -105,7 +105,7 @@ def first_eraser(
     """What training starts from: an eraser that hides its spans, a fresh one where that is turned off, or a given one.
 
     Raises:
-        EraserMismatchError: `start` is of another backbone or rank.
+        EraserMismatchError: `start` is of another backbone or rank, or its values are made in another way.
     """
     options = config.eraser
     eraser = KVEraser.new(
@@ -119,11 +119,11 @@ def first_eraser(
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
         rank = found.lora_config.r if found.lora_config else 0
-        if rank != options.rank:
-            raise EraserMismatchError(
-                f"the eraser in {start} has rank {rank}, the configuration says {options.rank}; "
-                f"give --set eraser.rank={rank}"
-            )
+        for key, has, wanted in (("rank", rank, options.rank), ("values", found.config.values, options.values)):
+            if has != wanted:
+                raise EraserMismatchError(
+                    f"the eraser in {start} has {key} {has}, the configuration says {wanted}; give --set eraser.{key}={has}"
+                )
         eraser.load_weights(start)
     return eraser
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # An eraser in the paper's own form (nothing is recomputed) for Qwen2.5-Coder-0.5B-Instruct, with learned values. It does not ship:
-# at the cost of its pass, recomputing readers leaves far less (docs/log.md, "Values that the LoRA makes alone").
+# at the cost of its pass, recomputing readers leaves less (docs/log.md, "Values that the LoRA makes alone").
 #
 #   recipes/learned-values.sh TEXT OUTPUT           an hour and a half on two CPU cores with AVX512-BF16; `make backbones` first
 #   recipes/learned-values.sh --dry TEXT OUTPUT     print the commands, run nothing

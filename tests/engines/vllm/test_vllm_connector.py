@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import threading
 from types import SimpleNamespace
 
@@ -345,3 +346,11 @@ def test_it_does_not_start_with_an_eraser_of_another_model(tmp_path):
     options = {"store": str(tmp_path), "eraser": str(shipped_folder("smollm2-135m-instruct"))}
     with pytest.raises(EraserMismatchError, match="made for a model with"):
         connect(tmp_path, options=options)
+
+
+@pytest.mark.parametrize(("key", "said"), [("acts_on", "readers"), ("values", "learned")])
+def test_it_does_not_start_with_an_eraser_that_is_more_than_a_lora_on_erased_tokens(tmp_path, key, said):
+    config = json.loads((shipped_folder("smollm2-135m-instruct") / "kveraser.json").read_text(encoding="utf-8"))
+    (tmp_path / "kveraser.json").write_text(json.dumps({**config, "format": 4, key: said}), encoding="utf-8")
+    with pytest.raises(EraserMismatchError, match=f"{key}={said}, which works in transformers only"):
+        connect(tmp_path, options={"store": str(tmp_path / "store"), "eraser": str(tmp_path)})

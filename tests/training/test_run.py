@@ -17,6 +17,7 @@ import kveraser as kv
 from conftest import build, make_config, make_tokenizer, prefill, states, text_model, write_corpus
 from kveraser.errors import TrainingError
 from kveraser.training import Stage, train_eraser
+from kveraser.training.stage import StageRun
 from processes import start
 
 
@@ -175,6 +176,26 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_eraser(t
         run(wild, tmp_path / "run", stages=["pretrain"])
     kept = kv.KVEraser.from_pretrained(tmp_path / "run" / "pretrain" / "best", text_model())
     assert all(torch.isfinite(parameter).all() for parameter in kept.parameters())
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_touched(tmp_path, short, monkeypatch):
+    """As cuDNN's attention gave it: the loss was a number, the step after it was not, and the checkpoint was lost, too."""
+    real, steps = StageRun._add_gradients, []
+
+    def spoil(self):
+        real(self)
+        steps.append(self.step)
+        if self.step == 2:
+            next(p for p in self.parameters if p.grad is not None).grad[0] = math.nan
+
+    monkeypatch.setattr(StageRun, "_add_gradients", spoil)
+    often = replace(short, pretrain=replace(short.pretrain, checkpoint_every=1))
+    with pytest.raises(TrainingError, match=r"gradient's norm became nan at step 3 of pretrain.*learning_rate"):
+        run(often, tmp_path / "run", stages=["pretrain"])
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "run" / "pretrain"))
+    monkeypatch.undo()
+    run(often, tmp_path / "run", stages=["pretrain"])
+    assert steps == [0, 1, 2]
 
 
 @pytest.mark.parametrize("where", ["checkpoint", "best"])

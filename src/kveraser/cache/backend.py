@@ -186,9 +186,15 @@ class Backend(ABC):
 
     # -- running tokens ------------------------------------------------------------------------------------------
 
+    @property
+    def chunk(self) -> int:
+        """Tokens per forward of a long prefill."""
+        return PREFILL_CHUNK
+
     @abstractmethod
-    def extend(self, tokens: Tokens, chunk: int = PREFILL_CHUNK) -> None:
-        """Run the tokens that have no slot yet (`tokens` holds all) in chunks, and append their states: all of them or none.
+    def extend(self, tokens: Tokens, chunk: int | None = None) -> None:
+        """Run the tokens that have no slot yet (`tokens` holds all) in chunks, by default those of `chunk`, and append their states:
+        all of them or none.
 
         New tokens see what was before spans that were hidden in place as if these were not there, where the backend can do that.
         """

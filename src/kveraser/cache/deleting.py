@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kveraser.cache.passes import PREFILL_CHUNK, look
+from kveraser.cache.passes import look, prefill_chunk
 from kveraser.cache.surgery import cut, read, spread, state_bytes
 from kveraser.cache.tokens import Tokens
 from kveraser.model.rope import frequencies, rotary_layout, rotate
@@ -85,8 +85,8 @@ def _remake_layer_0(model: nn.Module, cache: Cache, tokens: Tokens, suffix: Span
     compute, which wrecks models with large key biases in layer 0 (Qwen2.5: 354); the other layers' are much smaller. Steered
     slots have ids that stand in for others, so their keys stay as they were moved.
     """
-    layer = cache.layers[0]
+    layer, chunk = cache.layers[0], prefill_chunk(tokens.ids.device)
     for run in gaps(steered, suffix.end, suffix.start):
-        for start in range(run.start, run.end, PREFILL_CHUNK):
-            part = Span(start, min(start + PREFILL_CHUNK, run.end))
+        for start in range(run.start, run.end, chunk):
+            part = Span(start, min(start + chunk, run.end))
             layer.keys[:, :, part.slice] = look(model, cache, tokens, part, 0)[0]

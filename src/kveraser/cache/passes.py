@@ -33,6 +33,7 @@ from kveraser.cache.surgery import truncate
 from kveraser.cache.tokens import Tokens
 from kveraser.interrupts import uninterrupted
 from kveraser.model.attention import for_masks
+from kveraser.model.kernels import without_cudnn
 from kveraser.model.view import decoder, evaluating
 from kveraser.spans import Span, union_spans
 
@@ -41,7 +42,9 @@ Window = tuple[int, int]
 
 
 PREFILL_CHUNK = 512
-"""Tokens per forward in a long prefill: attention scores take `chunk x context` memory, never `context x context`."""
+"""Tokens per forward in a long prefill on a CPU: attention scores take `chunk x context` memory, never `context x context`."""
+_PREFILL_CHUNK_ELSEWHERE = 2048
+"""The same where a forward takes as long to start as 512 tokens take to run, and scores are never held."""
 
 
 def window_spans(window: Window | None, start: int) -> tuple[Span, ...]:
@@ -117,13 +120,14 @@ class _LookLayer(PassLayer):
 
 def _forward(model: nn.Module, ids: Tensor, positions: Tensor, cache: Cache, mask: Tensor | None) -> None:
     body = evaluating(decoder(model))
-    body(
-        input_ids=ids,
-        position_ids=positions.expand(ids.shape),
-        past_key_values=cache,
-        attention_mask=mask,
-        use_cache=True,
-    )
+    with without_cudnn():
+        body(
+            input_ids=ids,
+            position_ids=positions.expand(ids.shape),
+            past_key_values=cache,
+            attention_mask=mask,
+            use_cache=True,
+        )
 
 
 def run_pass(
@@ -204,13 +208,18 @@ def rewrite_range(model: nn.Module, cache: Cache, tokens: Tokens, span: Span) ->
     return rewrite_runs(model, cache, tokens, [Rewrite(span, before)])
 
 
-def recompute(model: nn.Module, cache: Cache, tokens: Tokens, span: Span, chunk: int = PREFILL_CHUNK) -> int:
+def prefill_chunk(device: torch.device) -> int:
+    """Tokens per forward in a long prefill there."""
+    return PREFILL_CHUNK if device.type == "cpu" else _PREFILL_CHUNK_ELSEWHERE
+
+
+def recompute(model: nn.Module, cache: Cache, tokens: Tokens, span: Span, chunk: int) -> int:
     """`rewrite_range` in chunks, as a chunked prefill would compute them; returns the bytes written."""
     borders = [*range(span.start, span.end, chunk), span.end]
     return sum(rewrite_range(model, cache, tokens, Span(a, b)) for a, b in pairwise(borders))
 
 
-def extend(model: nn.Module, cache: Cache, tokens: Tokens, chunk: int = PREFILL_CHUNK) -> None:
+def extend(model: nn.Module, cache: Cache, tokens: Tokens, chunk: int) -> None:
     """Prefill: run the tokens that have no slot yet (`tokens` holds all ids) and append their states, in chunks.
 
     When it fails or is interrupted, the slots it had added are dropped again.

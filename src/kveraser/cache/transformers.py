@@ -17,13 +17,14 @@ from kveraser.cache.backend import Backend, Can, Kept
 from kveraser.cache.closing import closing_gaps
 from kveraser.cache.deleting import check_movable, delete_slots, open_slots
 from kveraser.cache.marks import Marks, Steered, get_marks, set_marks
-from kveraser.cache.passes import PREFILL_CHUNK, Rewrite, extend, look, range_bytes, recompute, rewrite_runs
+from kveraser.cache.passes import Rewrite, extend, look, prefill_chunk, range_bytes, recompute, rewrite_runs
 from kveraser.cache.repair import Repair, can_close_gaps, repair_slots
 from kveraser.cache.support import writing
 from kveraser.cache.surgery import States, append, cache_length, cut, snapshot, snapshots, truncate, write, write_all
 from kveraser.cache.tokens import Tokens
 from kveraser.errors import CacheMismatchError
-from kveraser.model.view import finish, model_dtype
+from kveraser.model.kernels import without_cudnn
+from kveraser.model.view import finish, model_device, model_dtype
 from kveraser.spans import Span
 
 _SOME = 64
@@ -156,12 +157,16 @@ class TransformersBackend(Backend):
         Args:
             otherwise: given where there is no gap; None for the backend's model.
         """
-        with closing_gaps(self.model, self.marks.steered, otherwise or self.model) as model:
+        with without_cudnn(), closing_gaps(self.model, self.marks.steered, otherwise or self.model) as model:
             yield model
 
-    def extend(self, tokens: Tokens, chunk: int = PREFILL_CHUNK) -> None:
+    @property
+    def chunk(self) -> int:
+        return prefill_chunk(model_device(self.model))
+
+    def extend(self, tokens: Tokens, chunk: int | None = None) -> None:
         with self.reading() as model:
-            extend(model, self.cache, tokens, chunk)
+            extend(model, self.cache, tokens, chunk or self.chunk)
 
     def rebuild(self, tokens: Tokens, removed: tuple[Span, ...], start: int, chunk: int) -> int:
         cut(self.cache, removed)
@@ -179,7 +184,7 @@ class TransformersBackend(Backend):
         return open_slots(self.model, self.cache, tokens, blank, steered)
 
     def recompute(self, tokens: Tokens, span: Span) -> int:
-        return recompute(self.model, self.cache, tokens, span)
+        return recompute(self.model, self.cache, tokens, span, self.chunk)
 
     def check_eraser(self, eraser: Any) -> None:
         eraser.check_model(self.model)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kveraser.cache import PREFILL_CHUNK
 from kveraser.context.state import PURGED, ContextState, Repair
 from kveraser.errors import RestoreError
 from kveraser.interrupts import uninterrupted
@@ -38,7 +37,7 @@ class Repairing(ContextState):
     def repair(
         self,
         *,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         max_chunks: int | None = None,
         progress: Callable[[RepairProgress], None] | None = None,
     ) -> RepairProgress:
@@ -48,7 +47,7 @@ class Repairing(ContextState):
         restore starts the repair over. Ends bit-equal to `full-recompute` with the same chunks.
 
         Args:
-            chunk: tokens per forward.
+            chunk: tokens per forward; None for as many as pay where the model is.
             max_chunks: forwards to run now; None runs to the end.
             progress: called after every chunk.
         """
@@ -57,7 +56,7 @@ class Repairing(ContextState):
 
     def _repair_now(
         self,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         max_chunks: int | None = None,
         progress: Callable[[RepairProgress], None] | None = None,
         wipe: bool = False,
@@ -65,6 +64,7 @@ class Repairing(ContextState):
         backend, marks = self.backend, self.backend.marks
         if marks.exact:
             return RepairProgress(0, 0)
+        chunk = chunk or backend.chunk
         ledger = self._ledger.copy()
         ledger.set_in_cache([entry.span for entry in ledger.erased], False)
         ids = self._slot_ids(ledger)

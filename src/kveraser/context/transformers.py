@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from kveraser.cache import (
-    PREFILL_CHUNK,
     GrowableLayer,
     Kept,
     TransformersBackend,
@@ -85,7 +84,7 @@ class LiveTransformers(TransformersBackend, LiveBackend):
     def _run(self, ids: Tensor, cache: DynamicCache, every: bool) -> Tensor:
         """Run tokens behind a cache; their logits, float32 `(tokens, vocab)`, or of the last alone."""
         rows = []
-        for part in ids.split(PREFILL_CHUNK):
+        for part in ids.split(self.chunk):
             length = cache.get_seq_length()
             where = torch.arange(length, length + len(part), device=self.device)[None]
             with self.reading(for_decoding(self.model)) as model:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from kveraser.cache import PREFILL_CHUNK, Tokens, rewrite_range
+from kveraser.cache import PREFILL_CHUNK, Tokens, prefill_chunk, rewrite_range
 from kveraser.files import cache_folder, digest_json, enclosed, opened, write_atomically
 from kveraser.model.view import causal_lm, finish, kv_shape, model_device, model_dtype, text_config
 from kveraser.readers import Calibration, ModelSource, Scene
@@ -53,15 +53,17 @@ class PassCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of a pass of the plain model, of one with the eraser active, and of telling readers in a suffix."""
+    """Costs of a pass of the plain model, of one with the eraser active, and of telling readers in a suffix; tokens per pass of a long
+    prefill."""
 
     plain: PassCost
     steering: PassCost
     telling: PassCost = field(default_factory=lambda: PassCost(0.0, 0.0, 0.0))
+    chunk: int = PREFILL_CHUNK
 
     def recompute(self, start: int, end: int) -> float:
         """Predicted seconds of recomputing slots `[start, end)` in chunks."""
-        borders = [*range(start, end, PREFILL_CHUNK), end]
+        borders = [*range(start, end, self.chunk), end]
         return sum(self.plain.seconds(b - a, a) for a, b in pairwise(borders))
 
     def steer(self, steered: int, repaired: int, columns: int) -> float:
@@ -143,7 +145,7 @@ def measure(model: nn.Module, steering_model: nn.Module, calibration: Calibratio
     """Time all kinds of work now; takes about as long as prefilling 4,000 tokens."""
     plain = _time_passes(model, model)
     steering = plain if steering_model is model else _time_passes(steering_model, model)
-    return CostModel(plain, steering, _time_telling(model, calibration))
+    return CostModel(plain, steering, _time_telling(model, calibration), prefill_chunk(model_device(model)))
 
 
 def cost_model(
@@ -169,7 +171,8 @@ def cost_model(
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
             data = opened(said, _FORMAT, file) if "body" in said else said  # older ones have no checksum
-            return CostModel(*(PassCost(**data[name]) for name in ("plain", "steering", "telling")))
+            costs = (PassCost(**data[name]) for name in ("plain", "steering", "telling"))
+            return CostModel(*costs, chunk=prefill_chunk(device))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not measured yet, or damaged: measure
     measured = measure(model, steering_model, calibration)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kveraser.cache import PREFILL_CHUNK
 from kveraser.errors import OptionError
 from kveraser.methods.base import Edit, EraseMethod, Outcome, Plan
 from kveraser.spans import merge_spans
@@ -18,10 +17,10 @@ class FullRecompute(EraseMethod):
     Afterwards the cache equals a fresh prefill of the tokens that remain, whatever earlier edits had left.
 
     Args:
-        chunk: tokens per forward.
+        chunk: tokens per forward; None for as many as pay where the model is.
     """
 
-    chunk: int = PREFILL_CHUNK
+    chunk: int | None = None
 
     name: ClassVar[str] = "full-recompute"
     summary: ClassVar[str] = "recompute the whole suffix (exact)"
@@ -31,7 +30,7 @@ class FullRecompute(EraseMethod):
     rebuilds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
+        if self.chunk is not None and self.chunk < 1:
             raise OptionError(f"chunk={self.chunk} must be at least 1 token")
 
     def _start(self, edit: Edit) -> int:
@@ -47,13 +46,13 @@ class FullRecompute(EraseMethod):
         start = self._start(edit)
         gone = edit.absent
         removed = merge_spans(gone, edit.length) if gone else ()  # nothing: only to mend, or all slots are taken again
-        tokens = edit.tokens.without(removed)
+        tokens, chunk = edit.tokens.without(removed), self.chunk or edit.backend.chunk
         if edit.blank:
             edit.backend.crop(start)
-            edit.backend.extend(tokens, self.chunk)
+            edit.backend.extend(tokens, chunk)
             written = edit.backend.bytes_per_slot * (tokens.length - start)
         else:
-            written = edit.backend.rebuild(tokens, removed, start, self.chunk)
+            written = edit.backend.rebuild(tokens, removed, start, chunk)
         return Outcome(
             marks=replace(edit.marks, approximate_from=None, steered=()),
             removed=removed,

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import DynamicCache
 
 from kveraser.errors import UnsupportedCacheError
+from kveraser.model.kernels import without_cudnn
 from kveraser.model.view import causal_lm, decoder, evaluating, model_device
 
 _PROBE_POSITION = 37
@@ -135,7 +136,8 @@ def _probe(model: Any) -> RotaryLayout:
     cache = DynamicCache()
     ids = torch.full((2, 1), model.get_input_embeddings().num_embeddings // 2, device=device)
     positions = torch.tensor([[0], [_PROBE_POSITION]], device=device)
-    evaluating(decoder(model))(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    with without_cudnn():
+        evaluating(decoder(model))(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
     choices: list[str | None] = []
     for layer in cache.layers:
         here, there = layer.keys[:1], layer.keys[1:]

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kveraser.errors import CalibrationError
+from kveraser.model.kernels import without_cudnn
 from kveraser.model.view import causal_lm, decoder, model_device, view
 
 _OBSERVING = "kveraser_observing"
@@ -110,9 +111,10 @@ def observe(model: nn.Module, ids: Tensor, positions: Tensor | None = None, mask
         positions = torch.arange(ids.shape[1], device=model_device(model))[None]
     token = _observed.set(seen)
     try:
-        body(
-            input_ids=ids, position_ids=positions, past_key_values=seen.cache, attention_mask=mask, use_cache=True
-        )  # fmt: skip
+        with without_cudnn():
+            body(
+                input_ids=ids, position_ids=positions, past_key_values=seen.cache, attention_mask=mask, use_cache=True
+            )  # fmt: skip
     finally:
         _observed.reset(token)
     if len(seen.layers) != len(seen.cache.layers):

@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kveraser.cache import PREFILL_CHUNK
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import ContextError, OptionError
 from kveraser.model.view import causal_lm
@@ -131,9 +130,10 @@ class Service:
         new = list(prompt.ids[reuse.kept :])
         held.reserved = self.limits.bytes_for(held.context.backend.length + len(new) + prompt.sampling.max_tokens)
         try:
-            for at in range(0, len(new) - 1, PREFILL_CHUNK):
+            chunk = held.context.backend.chunk
+            for at in range(0, len(new) - 1, chunk):
                 job.check()
-                held.context.append_ids(new[at : min(at + PREFILL_CHUNK, len(new) - 1)])
+                held.context.append_ids(new[at : min(at + chunk, len(new) - 1)])
                 reading += time.perf_counter() - started
                 yield None
                 started = time.perf_counter()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from kveraser.cache import StandInLayer, additive
+from kveraser.model.kernels import without_cudnn
 from kveraser.model.view import decoder, evaluating, model_device
 from kveraser.spans import Span
 
@@ -121,9 +122,10 @@ def run_row(model: nn.Module, row: Sequence[Segment], past: Sequence[States]) ->
     layers = [_Joined([piece[index] for piece in past]) for index in range(body.config.num_hidden_layers)]
     dtype = past[0][0][0].dtype if past else body.get_input_embeddings().weight.dtype
     mask = _mask(row, slots, device, dtype)
-    output = evaluating(body)(
-        input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
-        past_key_values=Cache(layers=list(layers)), attention_mask=mask[None, None], use_cache=True,
-    )  # fmt: skip
+    with without_cudnn():
+        output = evaluating(body)(
+            input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
+            past_key_values=Cache(layers=list(layers)), attention_mask=mask[None, None], use_cache=True,
+        )  # fmt: skip
     added = [layer.added for layer in layers if layer.added is not None]
     return output.last_hidden_state[0], added

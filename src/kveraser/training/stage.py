@@ -160,7 +160,7 @@ class StageRun:
         """Learn from the lessons of the next step.
 
         Raises:
-            TrainingError: the loss is no number.
+            TrainingError: the loss or its gradient is no number; the weights are as they were.
         """
         for options in self.optimizer.param_groups:
             options["lr"] = self.stage.learning_rate * _schedule(self.step, self.stage)
@@ -180,12 +180,12 @@ class StageRun:
             sums.add([one.lesson for one in group], judged, loss.item())
         sums = sums.over_all(self.accelerator)
         if not math.isfinite(sums.loss):
-            raise TrainingError(
-                f"the loss became {sums.loss} at step {self.step + 1} of {self.name}; the last checkpoint and "
-                f"{self.folder / 'best'} are intact. Lower {self.name}.learning_rate={self.stage.learning_rate}"
-            )
+            raise self._broken(f"the loss became {sums.loss}")
         self._add_gradients()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip).item()
+        if not math.isfinite(norm):  # the loss may well be a number: one step, and no weight would be one
+            self.optimizer.zero_grad()
+            raise self._broken(f"the gradient's norm became {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -193,6 +193,12 @@ class StageRun:
         for value, parameter in zip(self.mean, self.parameters, strict=True):
             value.lerp_(parameter.detach(), 1 - decay)
         return sums
+
+    def _broken(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {self.step + 1} of {self.name}; the last checkpoint and {self.folder / 'best'} are intact. "
+            f"Lower {self.name}.learning_rate={self.stage.learning_rate}"
+        )
 
     def _add_gradients(self) -> None:
         """Sum the gradients of all processes, in one exchange."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kveraser.cache import PREFILL_CHUNK, Tokens
+from kveraser.cache import Tokens
 from kveraser.context import LiveBackend, Run
 from kveraser.engines.llama_cpp.cells import BATCH, LIVE, WORK, Cells
 from kveraser.interrupts import uninterrupted
@@ -62,10 +62,10 @@ class Running(LiveBackend):
     def keep_ahead(self, count: int) -> None:
         self.cells.share(WORK, LIVE, Span(self.length, self.length + count))
 
-    def extend(self, tokens: Tokens, chunk: int = PREFILL_CHUNK) -> None:
+    def extend(self, tokens: Tokens, chunk: int | None = None) -> None:
         start = self.length
         try:
-            self.cells.run(tokens.ids[0, start:].tolist(), start, LIVE, chunk=min(chunk, BATCH))
+            self.cells.run(tokens.ids[0, start:].tolist(), start, LIVE, chunk=min(chunk or self.chunk, BATCH))
         except BaseException:
             with uninterrupted():
                 self.crop(start)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kveraser.cache import PREFILL_CHUNK, get_marks
+from kveraser.cache import get_marks
 from kveraser.context import ErasableContext
 from kveraser.errors import ContextError
 from kveraser.serving.sessions.distributions import Distributions, Version, distributions
@@ -147,10 +147,11 @@ def _compared(context: ErasableContext, said: list[_Said], top: int) -> Comparis
 
 def _read(scratch: ErasableContext, ids: list[int], version: Version, job: Job, tell: Callable[[Event], None]) -> None:
     """Have a scratch context read more, a chunk at a time."""
-    for at in range(0, len(ids), PREFILL_CHUNK):
+    chunk = scratch.backend.chunk
+    for at in range(0, len(ids), chunk):
         tell({"version": version, "done": at, "total": len(ids)})
         job.check()
-        scratch.append_ids(ids[at : at + PREFILL_CHUNK])
+        scratch.append_ids(ids[at : at + chunk])
     tell({"version": version, "done": len(ids), "total": len(ids)})
 
 

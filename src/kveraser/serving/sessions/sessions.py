@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from kveraser.cache import PREFILL_CHUNK, cache_length
+from kveraser.cache import cache_length
 from kveraser.context import ErasableContext, RepairProgress, RestoreReport
 from kveraser.errors import RestoreError, SessionNotFoundError
 from kveraser.methods import EraseReceipt
@@ -133,13 +133,13 @@ class Sessions:
         name: str,
         job: Job,
         *,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         emit: Callable[[RepairProgress], None] | None = None,
     ) -> int:
         """Recompute exactly what approximate erases left; the number of tokens. What was done stays when it is cancelled.
 
         Args:
-            chunk: tokens that are run at once.
+            chunk: tokens that are run at once; None for as many as pay where the model is.
             emit: called after every chunk.
 
         Raises:

@@ -77,7 +77,8 @@ def test_every_forward_of_ours_runs_without_cudnn(before):
         for name, step in steps.items():
             seen.clear()
             step()
-            assert seen and not any(seen), name
+            assert not any(seen), name
+            assert seen or name == "erase", name  # readers attend by a function of ours
     assert cuda.cudnn_sdp_enabled() == before
 
 

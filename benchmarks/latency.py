@@ -30,6 +30,8 @@ METHODS = (f"{TRAINED}:repair=0", TRAINED,
            *(name for name, kind in kv.methods().items() if kind.compared and kind.removes and not kind.exact))  # fmt: skip
 EXACT, SLOW = "full-recompute", "selective-recompute"
 FLOOR = "floor"
+NAME = {"cpu": "latency", "cuda": "latency_cuda"}
+"""Of the files, by the kind of device: one machine's numbers do not overwrite another's."""
 LONG = 4096
 """From here on, full recomputation is run once, with `--exact`, and selective recomputation too, with `--full`."""
 
@@ -84,7 +86,9 @@ def main(
     folder: Annotated[Path | None, typer.Option("--eraser", help="A trained one; default the one that ships.")] = None,
     only: Annotated[list[int] | None, typer.Option("--length", help="Contexts of so many tokens; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for latency.json and latency.png.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for latency.json and latency.png (latency_cuda on a GPU).")
+    ] = None,
 ) -> None:
     """Time erases and print a table."""
     model, _ = kv.load_backbone(model_name)
@@ -130,7 +134,17 @@ def main(
             for number, digits in zip(numbers, (1, 2, 2, 1), strict=True)
         ]
         table.add_row(str(row["span"]), row["place"], str(row["context"] or ""), row["method"], *shown)
-    report("latency", model, rows, table, figure([row for row in rows if row["context"]]), output, as_json)
+    facts = {} if model_name == DEFAULT_BACKBONE else {"model": model_name}
+    report(
+        NAME[model.device.type],
+        model,
+        rows,
+        table,
+        figure([row for row in rows if row["context"]]),
+        output,
+        as_json,
+        facts,
+    )
 
 
 if __name__ == "__main__":

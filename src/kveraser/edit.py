@@ -323,7 +323,7 @@ def restore(
     with put_back_on_failure(backend, marks, receipt.undo.layout_from, receipt.undo.kept):
         put_back(backend, receipt)
         backend.crop(receipt.undo.length)
-        extend(model, cache, tokens)
+        extend(model, cache, tokens, backend.chunk)
     return later
 
 

@@ -171,8 +171,8 @@ def cost_model(
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
             data = opened(said, _FORMAT, file) if "body" in said else said  # older ones have no checksum
-            costs = (PassCost(**data[name]) for name in ("plain", "steering", "telling"))
-            return CostModel(*costs, chunk=prefill_chunk(device))
+            plain, steering, telling = (PassCost(**data[name]) for name in ("plain", "steering", "telling"))
+            return CostModel(plain, steering, telling, prefill_chunk(device))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not measured yet, or damaged: measure
     measured = measure(model, steering_model, calibration)

@@ -138,5 +138,5 @@ class StoredBackend(Backend):
     def crop(self, length: int) -> None:
         self._cannot(Can.READ)
 
-    def extend(self, tokens: Tokens, chunk: int = 0) -> None:
+    def extend(self, tokens: Tokens, chunk: int | None = None) -> None:
         self._cannot(Can.READ)

@@ -134,11 +134,12 @@ ROUNDING ?= qwen2.5-coder-1.5b-instruct
 ROUNDING_LIMIT ?= 24
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
+MORE_READERS = full-recompute kveraser kveraser:repair=128
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
 FILL_RESULTS = $(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER) \
-	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents) $(RESULTS) $(PAGES))
+	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents --kept $(DOCUMENTS)-documents-chat) $(RESULTS) $(PAGES))
 
 results: $(STAMP)
 	$(EVAL) --limit $(LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short
@@ -153,6 +154,9 @@ results: $(STAMP)
 		--output $(RESULTS)/$(ROUNDING)-bf16)
 	$(if $(DATA),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(DOCUMENTS)" || $(EVAL) --model $(DOCUMENTS) \
 		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
+	$(if $(DATA),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(DOCUMENTS)" || $(EVAL) --model $(DOCUMENTS) \
+		--dtype bf16 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) -M no-erase $(MORE_READERS:%=-M %) \
+		--output $(RESULTS)/$(DOCUMENTS)-documents-chat)
 	mkdir -p $(RESULTS)/demo
 	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
 	$(FILL_RESULTS)
@@ -172,6 +176,8 @@ in-domain: $(STAMP)
 		$(IN_DOMAIN_EVAL) --limit $$2 --lengths $$1 $(CLAIMED:%=-M %) --output $(RESULTS)/$$3; done
 	@set -e; for each in $(RIVALS_EXAMPLES); do set -- $$(echo $$each | tr : ' '); \
 		$(IN_DOMAIN_EVAL) --limit $$2 --lengths $$1 $(RIVALS:%=-M %) --output $(RESULTS)/$$3; done
+	$(if $(PART),,$(EVAL) --model $(DOCUMENTS) --dtype bf16 --chat --limit 20 --lengths 4096 -t needle-multikey \
+		$(MORE_READERS:%=-M %) -M kveraser:repair=256 --output $(RESULTS)/more-readers-4k)
 	$(if $(PART),,$(FILL_RESULTS))
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.

@@ -7,7 +7,7 @@ PyTorch prefers cuDNN's kernels on Hopper. With a mask, which all but a plain pr
 - build a plan for every new shape (some 65 ms a forward on an H200), and erases and the chunks of a prefill hardly ever repeat one;
 - have given NaN gradients where a row's scores are all low, as in Qwen2.5's heads with large key biases (PyTorch issue 196678).
 
-The other kernels have neither, and are as fast.
+The other kernels do neither.
 """
 
 from __future__ import annotations

@@ -138,6 +138,8 @@ MORE_READERS = full-recompute kveraser kveraser:repair=128
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
 
+# What follows it is run only where that backbone was got.
+WHERE_THERE_IS = test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(1)" ||
 FILL_RESULTS = $(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER) \
 	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents --kept $(DOCUMENTS)-documents-chat) $(RESULTS) $(PAGES))
 
@@ -149,12 +151,12 @@ results: $(STAMP)
 	$(if $(DATA),$(EVAL) --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/documents)
 	@set -e; for name in $(LARGER); do test -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$$name" || continue; \
 		$(EVAL) --model $$name --limit $(BACKBONE_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa --output $(RESULTS)/$$name; done
-	$(if $(filter $(ROUNDING),$(LARGER)),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(ROUNDING)" || \
+	$(if $(filter $(ROUNDING),$(LARGER)),@$(call WHERE_THERE_IS,$(ROUNDING)) \
 		$(EVAL) --model $(ROUNDING) --dtype bf16 --limit $(ROUNDING_LIMIT) --lengths 640 --tokens 128 -t needle -t document-qa \
 		--output $(RESULTS)/$(ROUNDING)-bf16)
-	$(if $(DATA),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(DOCUMENTS)" || $(EVAL) --model $(DOCUMENTS) \
+	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
 		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
-	$(if $(DATA),@test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(DOCUMENTS)" || $(EVAL) --model $(DOCUMENTS) \
+	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
 		--dtype bf16 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) -M no-erase $(MORE_READERS:%=-M %) \
 		--output $(RESULTS)/$(DOCUMENTS)-documents-chat)
 	mkdir -p $(RESULTS)/demo

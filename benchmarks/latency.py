@@ -30,8 +30,6 @@ METHODS = (f"{TRAINED}:repair=0", TRAINED,
            *(name for name, kind in kv.methods().items() if kind.compared and kind.removes and not kind.exact))  # fmt: skip
 EXACT, SLOW = "full-recompute", "selective-recompute"
 FLOOR = "floor"
-NAME = {"cpu": "latency", "cuda": "latency_cuda"}
-"""Of the files, by the kind of device: one machine's numbers do not overwrite another's."""
 LONG = 4096
 """From here on, full recomputation is run once, with `--exact`, and selective recomputation too, with `--full`."""
 
@@ -135,16 +133,10 @@ def main(
         ]
         table.add_row(str(row["span"]), row["place"], str(row["context"] or ""), row["method"], *shown)
     facts = {} if model_name == DEFAULT_BACKBONE else {"model": model_name}
-    report(
-        NAME[model.device.type],
-        model,
-        rows,
-        table,
-        figure([row for row in rows if row["context"]]),
-        output,
-        as_json,
-        facts,
-    )
+    name = (
+        "latency" if model.device.type == "cpu" else f"latency_{model.device.type}"
+    )  # each kind of machine has its own
+    report(name, model, rows, table, figure([row for row in rows if row["context"]]), output, as_json, facts)
 
 
 if __name__ == "__main__":

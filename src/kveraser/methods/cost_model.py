@@ -53,8 +53,11 @@ class PassCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of a pass of the plain model, of one with the eraser active, and of telling readers in a suffix; tokens per pass of a long
-    prefill."""
+    """Costs of a pass of the plain model, of one with the eraser active, and of telling readers in a suffix.
+
+    Attributes:
+        chunk: tokens per pass of a long prefill.
+    """
 
     plain: PassCost
     steering: PassCost

@@ -30,12 +30,13 @@ def test_what_is_no_route_or_no_json_is_an_error_in_the_same_format(serve):
 def test_a_full_queue_is_answered_with_429_and_when_to_come_back(serve):
     server = serve(queue_size=1)
     gate = threading.Event()
-    jobs = [server.service.submit(lambda job: gate.wait(10))]
+    server.service.submit(lambda job: gate.wait(10))
     while server.service.worker.waiting:
         time.sleep(0.001)
-    jobs.append(server.service.submit(lambda job: None))
+    waiting = server.service.submit(lambda job: None)
     reply = server.chat()
     gate.set()
+    waiting.future.result(10)  # its place in the queue is free again
     assert reply.status_code == 429
     assert int(reply.headers["retry-after"]) >= 1
     assert server.chat(stream=True).status_code == 200

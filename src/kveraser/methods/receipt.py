@@ -60,8 +60,8 @@ class EraseReceipt(OfSpans):
         bytes_written: bytes of keys and values that were computed or moved into the cache.
         seconds: wall-clock time.
         positions_kept: whether every remaining token is still at its old position.
-        residual: an estimate of what was left behind: the share of the attention that later tokens paid to the spans and
-            whose states were not recomputed. 0.0 when the result is exact, None where nothing was scored.
+        residual: the share of the attention to the spans that was paid by tokens whose states were not recomputed.
+            0.0 when the result is exact, None where nothing was scored.
         recomputed: whose own tokens were run again; cache positions before the edit or ledger positions, like `spans`.
         eraser: "trained" or "neutral", for methods that use an eraser.
         notes: what did not go as asked, and why.

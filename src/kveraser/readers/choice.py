@@ -20,8 +20,8 @@ FIRST = 8
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
 
-CARRIED, _CARRIED_FAR = 0.5, 4
-"""How much of what the token right before it has read counts as read by a token, too; up to seven tokens on."""
+CARRIED = 0.5
+"""How much of what the token right before it has read counts as read by a token, too."""
 
 RULE = f"the first {FIRST}, the newest {NEWEST} times {NEWEST_WEIGHT:g}, carried on {CARRIED:g}"
 """How single tokens are chosen; what was chosen by another rule must not be taken for it."""
@@ -43,10 +43,9 @@ def carried_on(scores: Tensor) -> Tensor:
     Args:
         scores: `(suffix,)`, of the live slots in order.
     """
-    found, share, step = scores, CARRIED, 1
-    while step <= _CARRIED_FAR:
-        found = found + share * F.pad(found, (step, 0))[: len(scores)]
-        share, step = share * share, 2 * step
+    found = scores
+    for step in (1, 2, 4):  # together: up to seven tokens on
+        found = found + CARRIED**step * F.pad(found, (step, 0))[: len(scores)]
     return found
 
 

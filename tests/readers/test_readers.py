@@ -25,7 +25,6 @@ from kveraser.readers import (
     residual,
     write_calibration,
 )  # fmt: skip
-from kveraser.readers.choice import carried_on
 from kveraser.readers.known import calibration_for, known_calibration
 from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.observing import observe
@@ -231,27 +230,6 @@ def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data)
     assert len(some) <= len(chosen)
     if len(some) < len(chosen):
         assert residual(slots, scores, some) <= 0.5 + 1e-6
-
-
-def test_a_token_between_readers_or_right_behind_them_is_chosen_before_one_apart_that_has_read_a_little_more():
-    slots = torch.arange(100, 200)
-    scores = torch.full((100,), 0.01)
-    scores[[40, 41, 43, 44]] = 0.4
-    scores[[42, 45]] = 0.05
-    scores[80] = 0.06
-    chosen = choose(slots, scores, slots[:0], 6)
-    assert chosen.tolist() == [140, 141, 142, 143, 144, 145]
-    assert residual(slots, scores, chosen) == pytest.approx(
-        1 - 1.7 / float(scores.sum())
-    )  # what they have read themselves
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 9))
-def test_what_is_carried_on_halves_from_token_to_token_and_never_goes_back(scores, at):
-    read = torch.tensor(scores)
-    plain = [sum(0.5**back * scores[i - back] for back in range(min(i, 7) + 1)) for i in range(len(scores))]
-    assert carried_on(read).tolist() == pytest.approx(plain, abs=1e-5)
-    assert torch.equal(carried_on(read)[:at], carried_on(read[:at]))
 
 
 @given(st.integers(30, 300), st.integers(0, 25), st.sampled_from([4, 8, 16]), st.integers(0, 9))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kveraser.spans import Span
 
@@ -20,33 +19,12 @@ FIRST = 8
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
 
-CARRIED = 0.5
-"""How much of what the token right before it has read counts as read by a token, too."""
-
-RULE = f"the first {FIRST}, the newest {NEWEST} times {NEWEST_WEIGHT:g}, carried on {CARRIED:g}"
-"""How single tokens are chosen; what was chosen by another rule must not be taken for it."""
-
 
 def weights_of(slots: Tensor) -> Tensor:
     """How much it matters what each of the live slots has read, `(suffix,)`."""
     weights = torch.ones(len(slots), device=slots.device)
     weights[max(len(slots) - NEWEST, 0) :] = NEWEST_WEIGHT
     return weights
-
-
-def carried_on(scores: Tensor) -> Tensor:
-    """What each token has read, half of what the one before it has, a quarter of what the one before that has, and so on.
-
-    Nearly every model has heads that look at the token right before. So what has been read goes on to the next token, which
-    may hardly have looked at the span: left out between two that are recomputed, it still says what it said.
-
-    Args:
-        scores: `(suffix,)`, of the live slots in order.
-    """
-    found = scores
-    for step in (1, 2, 4):  # together: up to seven tokens on
-        found = found + CARRIED**step * F.pad(found, (step, 0))[: len(scores)]
-    return found
 
 
 def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
@@ -74,7 +52,7 @@ def choose(
     coverage: float | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """The slots to recompute, in order: by what they have read, and what was carried on to them (see `carried_on`).
+    """The slots to recompute, in order.
 
     Args:
         slots: `(suffix,)`, the live slots behind the first span.
@@ -84,11 +62,11 @@ def choose(
         weights: `(suffix,)`, how much it matters what each has read; None: the same for all.
         coverage: stop when so much of all scores is covered.
         block: choose whole runs on multiples of so many slots, by their summed scores; weights do not count then (a run is
-            too much to give away for a few tokens at the end), nor what is carried on (most of it is in the run anyway).
+            too much to give away for a few tokens at the end).
     """
     if block is not None:
         return _blocks(slots, scores, always, budget, coverage, block)
-    wanted = carried_on(scores) * (1 if weights is None else weights)
+    wanted = scores.clone() if weights is None else scores * weights
     wanted[torch.isin(slots, always)] = torch.inf
     order = wanted.argsort(descending=True, stable=True)[:budget]
     if coverage is not None:

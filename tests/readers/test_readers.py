@@ -25,6 +25,7 @@ from kveraser.readers import (
     residual,
     write_calibration,
 )  # fmt: skip
+from kveraser.readers.choice import carried_on
 from kveraser.readers.known import calibration_for, known_calibration
 from kveraser.readers.masses import Landscape, span_mass
 from kveraser.readers.observing import observe
@@ -230,6 +231,38 @@ def test_a_choice_keeps_to_its_budget_and_takes_the_first_behind_each_span(data)
     assert len(some) <= len(chosen)
     if len(some) < len(chosen):
         assert residual(slots, scores, some) <= 0.5 + 1e-6
+
+
+def test_one_in_ten_is_not_the_next_reader_but_a_token_between_readers():
+    slots = torch.arange(100, 200)
+    scores = torch.full((100,), 0.01)
+    scores[[40, 41, 43]] = 0.4
+    scores[[60, 65, 70, 75, 80, 85]] = 0.07
+    scores[42], scores[95] = 0.05, 0.06
+    chosen = choose(slots, scores, slots[:0], 10)
+    assert chosen.tolist() == [140, 141, 142, 143, 160, 165, 170, 175, 180, 185]
+    assert choose(slots, scores, slots[:0], 9).tolist() == [140, 141, 143, 160, 165, 170, 175, 180, 185]
+    left = 1 - (3 * 0.4 + 6 * 0.07 + 0.05) / float(scores.sum())  # of what they have read themselves
+    assert residual(slots, scores, chosen) == pytest.approx(left)
+
+
+@given(st.data())
+def test_what_is_carried_on_adds_tokens_and_pushes_no_reader_out(data):
+    count = data.draw(st.integers(1, 200))
+    scores = torch.rand(count, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    slots, budget = torch.arange(count) + 7, data.draw(st.integers(1, 250))
+    chosen = choose(slots, scores, slots[:0], budget)
+    best = slots[scores.argsort(descending=True, stable=True)[: budget - budget // 10]]
+    assert len(chosen) == min(budget, count)
+    assert torch.isin(best, chosen).all()
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(1, 9))
+def test_what_is_carried_on_halves_from_token_to_token_and_never_goes_back(scores, at):
+    read = torch.tensor(scores)
+    plain = [sum(0.5**back * scores[i - back] for back in range(min(i, 7) + 1)) for i in range(len(scores))]
+    assert carried_on(read).tolist() == pytest.approx(plain, abs=1e-5)
+    assert torch.equal(carried_on(read)[:at], carried_on(read[:at]))
 
 
 @given(st.integers(30, 300), st.integers(0, 25), st.sampled_from([4, 8, 16]), st.integers(0, 9))

@@ -41,12 +41,12 @@ _VALUES = "v_proj"
 _REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
 _UNVERIFIED = (
     "{path} has no {file}, so nothing says which model it was made for: it is taken as an eraser of this {model} that sees the "
-    "whole prefix and recomputes nothing (kv.Steering(eraser, repair=64) also recomputes readers)"
+    "whole prefix and recomputes nothing (kv.Steering(eraser, repair=70) also recomputes readers)"
 )
 
 
-NEUTRAL_REPAIR = 64
-"""Readers that a neutral eraser repairs (`docs/log.md`: the curve of quality over cost)."""
+NEUTRAL_REPAIR = 70
+"""Tokens that a neutral eraser recomputes: 63 readers and 7 more (`readers.choice`; `docs/log.md`: the curve of quality over cost)."""
 
 
 class KVEraser:

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 
 from kveraser.cache import Can
+from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.methods.base import Edit, Outcome, Plan
 from kveraser.methods.choosing import Wish, choose_readers
 from kveraser.methods.moving import MovingRepair, mended_from
@@ -29,13 +30,13 @@ class AttentionGuidedRepair(MovingRepair):
         coverage, block, keys: as for `Steering`.
     """
 
-    tokens: int = 64
+    tokens: int = NEUTRAL_REPAIR
     coverage: float | None = None
     block: int | None = None
     keys: int | None = 512
 
     name: ClassVar[str] = "attention-guided-repair"
-    summary: ClassVar[str] = "delete-and-shift, then recompute the 64 tokens that have read the span most"
+    summary: ClassVar[str] = "delete-and-shift, then recompute the tokens that have read the span most"
     needs: ClassVar[frozenset[Can]] = frozenset({Can.DELETE, Can.RECOMPUTE, Can.TELL, Can.RUNS})
     timed: ClassVar[bool] = False
 

@@ -8,7 +8,7 @@ Knows: attention, cached keys and values, scores. Does not know what is erased, 
 """
 
 from kveraser.readers.calibration import LEAST_TOKENS, MOST_TOKENS, Calibration, calibrate, lesson
-from kveraser.readers.choice import choose, first_behind, residual, weights_of
+from kveraser.readers.choice import RULE, choose, first_behind, residual, weights_of
 from kveraser.readers.files import FILE_NAME, cached_file, read_calibration, write_calibration
 from kveraser.readers.known import Text, calibration_for, known_calibration, remember
 from kveraser.readers.probes import Turning
@@ -19,6 +19,7 @@ __all__ = [
     "FILE_NAME",
     "LEAST_TOKENS",
     "MOST_TOKENS",
+    "RULE",
     "Calibration",
     "ModelSource",
     "Scene",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kveraser.spans import Span
 
@@ -19,12 +20,36 @@ FIRST = 8
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
 
+CARRIED, _CARRIED_FAR = 0.5, 4
+"""How much of what the token right before it has read counts as read by a token, too; up to seven tokens on."""
+READERS_PER_MORE = 9
+"""For so many readers one token more is recomputed by what was carried on to it."""
+
+RULE = f"the first {FIRST}, the newest {NEWEST} times {NEWEST_WEIGHT:g}, one in {READERS_PER_MORE + 1} by what is carried on by {CARRIED:g}"
+"""How single tokens are chosen; what was chosen by another rule must not be taken for it."""
+
 
 def weights_of(slots: Tensor) -> Tensor:
     """How much it matters what each of the live slots has read, `(suffix,)`."""
     weights = torch.ones(len(slots), device=slots.device)
     weights[max(len(slots) - NEWEST, 0) :] = NEWEST_WEIGHT
     return weights
+
+
+def carried_on(scores: Tensor) -> Tensor:
+    """What each token has read, half of what the one before it has, a quarter of what the one before that has, and so on.
+
+    Some heads look at the token right before. So what has been read goes on to the next token, which may hardly have looked at the
+    span: left out between two that are recomputed, it still says what it said (`docs/log.md`: one token that was left out).
+
+    Args:
+        scores: `(suffix,)`, of the live slots in order.
+    """
+    found, share, step = scores, CARRIED, 1
+    while step <= _CARRIED_FAR:
+        found = found + share * F.pad(found, (step, 0))[: len(scores)]
+        share, step = share * share, 2 * step
+    return found
 
 
 def first_behind(spans: Sequence[Span], slots: Tensor, budget: int) -> Tensor:
@@ -52,7 +77,9 @@ def choose(
     coverage: float | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """The slots to recompute, in order.
+    """The slots to recompute, in order: nine of ten by what they have read, then the others by what was carried on to them.
+
+    What is carried on adds tokens and pushes no reader out: see `carried_on`.
 
     Args:
         slots: `(suffix,)`, the live slots behind the first span.
@@ -60,18 +87,26 @@ def choose(
         always: some of the slots that are among them in any case.
         budget: how many at most.
         weights: `(suffix,)`, how much it matters what each has read; None: the same for all.
-        coverage: stop when so much of all scores is covered.
+        coverage: take no more readers when so much of all scores is covered.
         block: choose whole runs on multiples of so many slots, by their summed scores; weights do not count then (a run is
-            too much to give away for a few tokens at the end).
+            too much to give away for a few tokens at the end), nor what is carried on (most of it is in the run anyway).
     """
     if block is not None:
         return _blocks(slots, scores, always, budget, coverage, block)
-    wanted = scores.clone() if weights is None else scores * weights
-    wanted[torch.isin(slots, always)] = torch.inf
-    order = wanted.argsort(descending=True, stable=True)[:budget]
+    weight = torch.ones_like(scores) if weights is None else weights
+    most = max(budget - budget // (READERS_PER_MORE + 1), min(len(always), budget))
+    readers = _best(scores * weight, torch.isin(slots, always), most)
     if coverage is not None:
-        order = order[: max(_enough(scores[order], scores.sum(), coverage), min(len(always), len(order)))]
-    return slots[order].sort().values
+        readers = readers[: max(_enough(scores[readers], scores.sum(), coverage), min(len(always), len(readers)))]
+    chosen = torch.zeros(len(slots), dtype=torch.bool, device=slots.device)
+    chosen[readers] = True
+    count = min(len(readers) + len(readers) // READERS_PER_MORE, budget)
+    return slots[_best(carried_on(scores) * weight, chosen, count).sort().values]
+
+
+def _best(scores: Tensor, first: Tensor, count: int) -> Tensor:
+    """The places of the highest scores, those marked as `first` before all others."""
+    return scores.masked_fill(first, torch.inf).argsort(descending=True, stable=True)[:count]
 
 
 def _blocks(slots: Tensor, scores: Tensor, always: Tensor, budget: int, coverage: float | None, block: int) -> Tensor:

@@ -14,6 +14,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kveraser.cache import Window
+from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.eraser.config import ActsOn, Values
 from kveraser.errors import OptionError
 from kveraser.tasks import as_task, tasks
@@ -49,7 +50,7 @@ class EraserOptions:
     rank: int = 16
     alpha: int = 32
     window: Window | None = (4, 512)
-    repair: int = 64
+    repair: int = NEUTRAL_REPAIR
     acts_on: ActsOn = "spans"
     values: Values = "own"
     hidden: float = 8.0

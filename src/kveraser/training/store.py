@@ -26,7 +26,7 @@ from kveraser.cache import Repair
 from kveraser.errors import CalibrationError, TrainingError
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.model.view import kv_shape, model_device, model_dtype
-from kveraser.readers import FILE_NAME, Calibration, read_calibration, write_calibration
+from kveraser.readers import FILE_NAME, RULE, Calibration, read_calibration, write_calibration
 from kveraser.training.cases import Prefilled, prefill
 from kveraser.training.config import Stage, StageName
 from kveraser.training.draws import Drawn
@@ -142,7 +142,7 @@ def _about(model: nn.Module, name: StageName, stage: Stage, seed: int) -> dict[s
     return {
         "backbone": {**backbone.shape, "weights": weights}, "dtype": str(model_dtype(model)), "stage": name,
         "seed": seed, **{key: options[key] for key in _LESSON_KEYS},
-        "asked": sorted(kind for kind, weight in stage.weights.items() if weight),
+        "readers": RULE, "asked": sorted(kind for kind, weight in stage.weights.items() if weight),
     }  # fmt: skip
 
 

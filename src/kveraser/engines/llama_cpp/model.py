@@ -18,9 +18,8 @@ from kveraser.engines.llama_cpp.anatomy import Anatomy
 from kveraser.engines.llama_cpp.library import captured, lib, said
 from kveraser.engines.llama_cpp.tokenizer import LlamaCppTokenizer
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
-from kveraser.eraser import EraserConfig, shipped_erasers
+from kveraser.eraser import NEUTRAL_REPAIR, EraserConfig, shipped_erasers
 from kveraser.eraser.config import FILE_NAME
-from kveraser.eraser.eraser import NEUTRAL_REPAIR
 from kveraser.errors import BackboneError, EraserMismatchError, OptionError, UnsupportedCacheError
 from kveraser.export import GgufEraser, exported_gguf, read_gguf_eraser
 from kveraser.model.backbone import embedded_gguf

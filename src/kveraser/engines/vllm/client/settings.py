@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kveraser.cache import Window
+from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.eraser.config import CHOICES, Choose
-from kveraser.eraser.eraser import NEUTRAL_REPAIR
 from kveraser.errors import EngineError, OptionError
 from kveraser.methods.choosing import Wish
 

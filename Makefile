@@ -170,7 +170,7 @@ EXAMPLES ?= 1024:100:in-domain-1k 4096:20:in-domain-4k 8192:10:in-domain-8k 1600
 CLAIMED = no-erase full-recompute delete-and-shift kveraser
 # The same with all rivals, which takes three times as long; those at 1K to 8K have not been run to the end.
 RIVALS_EXAMPLES ?= 1024:100:in-domain-rivals-1k 4096:20:in-domain-rivals-4k 8192:10:in-domain-rivals-8k 32000:3:in-domain-rivals-32k
-RIVALS = no-erase full-recompute erratum delete-and-shift local-suffix-repair:tokens=64 attention-guided-repair kveraser
+RIVALS = no-erase full-recompute erratum delete-and-shift local-suffix-repair:tokens=70 attention-guided-repair kveraser
 IN_DOMAIN_EVAL = $(EVAL) --model $(DOCUMENTS) --dtype fp32 --chat $(IN_DOMAIN:%=-t %) $(if $(PART),--part $(PART))
 .PHONY: in-domain
 in-domain: $(STAMP)

@@ -47,7 +47,7 @@ def test_an_adapter_without_kveraser_json_is_taken_with_the_papers_settings_and_
 def test_readers_are_recomputed_with_such_an_adapter_when_asked_for(tmp_path):
     model = tiny("qwen3")
     published(tmp_path / "adapter", model, below_the_head=True)
-    with pytest.warns(UserWarning, match="repair=64"):
+    with pytest.warns(UserWarning, match="repair=70"):
         loaded = kv.KVEraser.from_pretrained(tmp_path / "adapter", model)
     ids = token_ids(30)
     receipt = kv.erase(model, prefill(model, ids), ids, kv.Span(8, 15), kv.Steering(loaded, repair=4))

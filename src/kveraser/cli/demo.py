@@ -54,7 +54,7 @@ def demo_command(
 
     "Asked after": the question comes after the erase. "Question was cached": the question had been read, with the span
     still there, when the span was erased; that is harder. KL is the distance to full recomputation, in nats per token
-    of its answer; "run" is the number of tokens run through the model: 64 for every method that recomputes some. "Left" is
+    of its answer; "run" is the number of tokens run through the model: the same for every method that recomputes some. "Left" is
     the receipt's own estimate: the share of the attention to the span that was not recomputed. An answer in red says what
     should be gone. The line of blocks shows who has read the span, from right behind it to the end. The embedded model computes
     in float32 where --dtype says nothing else.

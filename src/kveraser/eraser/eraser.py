@@ -41,7 +41,7 @@ _VALUES = "v_proj"
 _REMEDY = "use method='full-recompute', or train an eraser for this model with `kveraser train`"
 _UNVERIFIED = (
     "{path} has no {file}, so nothing says which model it was made for: it is taken as an eraser of this {model} that sees the "
-    "whole prefix and recomputes nothing (kv.Steering(eraser, repair=70) also recomputes readers)"
+    "whole prefix and recomputes nothing (kv.Steering(eraser, repair={repair}) also recomputes readers)"
 )
 
 
@@ -179,7 +179,10 @@ class KVEraser:
         else:
             config = EraserConfig(Fingerprint.of(model))
             warnings.warn(
-                _UNVERIFIED.format(path=path, file=FILE_NAME, model=type(causal_lm(model)).__name__), stacklevel=2
+                _UNVERIFIED.format(
+                    path=path, file=FILE_NAME, model=type(causal_lm(model)).__name__, repair=NEUTRAL_REPAIR
+                ),
+                stacklevel=2,
             )
         difference = config.fingerprint.difference(model)
         if difference is not None and (check_weights or "weights" not in difference):

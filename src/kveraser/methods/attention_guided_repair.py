@@ -26,7 +26,7 @@ class AttentionGuidedRepair(MovingRepair):
     With `keys=None` and at least the whole suffix it equals `full-recompute` and is exact.
 
     Args:
-        tokens: how many, per span; the first 8 behind each are always among them.
+        tokens: how many, per span; chosen as `Steering` does.
         coverage, block, keys: as for `Steering`.
     """
 

@@ -101,8 +101,8 @@ class Steering(EraseMethod):
         full_prefix: attend to the whole prefix, whatever the eraser was trained with.
         repair: afterwards recompute so many live tokens per span with the unchanged model, in place and as if no span had
             ever been there; None takes the eraser's own.
-        choose: which tokens: "readers" are those whose attention went to the spans, over all spans together and always the
-            first 8 behind each; "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
+        choose: which tokens: "readers" are those whose attention went to the spans, over all spans together, always the first 8
+            behind each, and one in ten by what the tokens before it have read (`readers.choice`); "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
         coverage: readers only: stop when so much of the attention that went to the spans is covered, such as 0.95.
         block: readers only: choose whole runs on multiples of so many slots. None takes single tokens, or runs of 16 where the
             backend can run nothing else.

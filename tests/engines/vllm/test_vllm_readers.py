@@ -22,6 +22,7 @@ from kveraser.engines.vllm.client.session import VLLMSession
 from kveraser.engines.vllm.client.together import erase_together
 from kveraser.engines.vllm.protocol import KEY, Demand, Look, Piece, read_demand
 from kveraser.engines.vllm.server.looking import Looking
+from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.errors import EngineError
 from kveraser.readers import calibrate
 from kveraser.spans import Span
@@ -208,7 +209,7 @@ def test_impossible_choices_are_refused(connect, options, words):
 def test_by_itself_a_session_takes_the_eraser_that_is_better_and_readers_where_they_can_be_told(connect):
     server, *_ = connect()
     for about, expected in (
-        ({"preferred": False}, ("neutral", "readers", 64)),
+        ({"preferred": False}, ("neutral", "readers", NEUTRAL_REPAIR)),
         ({"preferred": True, "choose": "readers", "readers": 48}, ("eraser", "readers", 48)),
         ({"preferred": True, "choose": "next"}, ("eraser", "next", 4)),
     ):

@@ -73,11 +73,16 @@ def test_full_recomputation_finds_what_the_rest_of_the_context_says(told, name):
     assert story.gold.lower() in results["full-recompute"].answer.lower()
 
 
-def test_the_shipped_eraser_is_small_and_loaded_by_default(smollm):
-    model, tokenizer = smollm
-    (folder,) = shipped_erasers().values()
-    assert sum(file.stat().st_size for file in folder.iterdir()) < 12 * 2**20
+@pytest.mark.parametrize("name", shipped_erasers())
+def test_what_ships_for_a_backbone_is_small_and_says_its_licence(name):
+    folder = shipped_erasers()[name]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 18e6
     assert (folder / "README.md").read_text().startswith("---\nlicense: apache-2.0")
+    assert (folder / "readers.safetensors").is_file()
+
+
+def test_the_embedded_model_erases_without_being_told_how(smollm):
+    model, tokenizer = smollm
     ctx = kv.ErasableContext(model, tokenizer)
     ctx.append("The code of the door is 1234. The code of the safe is 99.")
     assert ctx.erase("The code of the door is 1234.").method == "kveraser"

@@ -158,6 +158,13 @@ def test_runs_with_other_erasers_and_batches_share_a_store_and_those_of_another_
         kept(tmp_path / "store").prepared([replace(DRAWN, lesson=replace(LESSON, ids=tuple(range(6, 66))))], None)
 
 
+def test_readers_that_another_version_chose_by_another_rule_are_refused(tmp_path, monkeypatch):
+    kept(tmp_path / "store").prepared([DRAWN], repairing())
+    monkeypatch.setattr(store_module, "RULE", "by lot")
+    with pytest.raises(TrainingError, match="readers was the first 8, .*, now it is by lot"):
+        kept(tmp_path / "store")
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-100])
 

@@ -20,12 +20,12 @@ FIRST = 8
 NEWEST, NEWEST_WEIGHT = 32, 4.0
 """What the last live tokens have read counts so many times: whatever comes next looks at them most."""
 
-CARRIED, _CARRIED_FAR = 0.5, 4
-"""How much of what the token right before it has read counts as read by a token, too; up to seven tokens on."""
-READERS_PER_MORE = 9
-"""For so many readers one token more is recomputed by what was carried on to it."""
+CARRIED = 0.5
+"""How much of what the token right before it has read was carried on to a token."""
+ONE_IN = 10
+"""Of so many recomputed tokens one is chosen by what was carried on to it."""
 
-RULE = f"the first {FIRST}, the newest {NEWEST} times {NEWEST_WEIGHT:g}, one in {READERS_PER_MORE + 1} by what is carried on by {CARRIED:g}"
+RULE = f"the first {FIRST}, the newest {NEWEST} times {NEWEST_WEIGHT:g}, one in {ONE_IN} by what is carried on, {CARRIED:g}"
 """How single tokens are chosen; what was chosen by another rule must not be taken for it."""
 
 
@@ -45,10 +45,9 @@ def carried_on(scores: Tensor) -> Tensor:
     Args:
         scores: `(suffix,)`, of the live slots in order.
     """
-    found, share, step = scores, CARRIED, 1
-    while step <= _CARRIED_FAR:
-        found = found + share * F.pad(found, (step, 0))[: len(scores)]
-        share, step = share * share, 2 * step
+    found = scores
+    for step in (1, 2, 4):  # together: up to seven tokens on
+        found = found + CARRIED**step * F.pad(found, (step, 0))[: len(scores)]
     return found
 
 
@@ -94,13 +93,13 @@ def choose(
     if block is not None:
         return _blocks(slots, scores, always, budget, coverage, block)
     weight = torch.ones_like(scores) if weights is None else weights
-    most = max(budget - budget // (READERS_PER_MORE + 1), min(len(always), budget))
+    most = max(budget - budget // ONE_IN, min(len(always), budget))
     readers = _best(scores * weight, torch.isin(slots, always), most)
     if coverage is not None:
         readers = readers[: max(_enough(scores[readers], scores.sum(), coverage), min(len(always), len(readers)))]
     chosen = torch.zeros(len(slots), dtype=torch.bool, device=slots.device)
     chosen[readers] = True
-    count = min(len(readers) + len(readers) // READERS_PER_MORE, budget)
+    count = min(len(readers) + len(readers) // (ONE_IN - 1), budget)
     return slots[_best(carried_on(scores) * weight, chosen, count).sort().values]
 
 

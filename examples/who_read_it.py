@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="a text file; without one, a story of the demo")
     parser.add_argument("span", nargs="?", help="a text that occurs once in it")
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--tokens", type=int, help="how many tokens the erase recomputes (underlined); as many as by default")
+    parser.add_argument(
+        "--tokens", type=int, help="how many tokens the erase recomputes (underlined); as many as by default"
+    )
     parser.add_argument("--output", type=Path, default=Path("who_read_it.png"))
     options = parser.parse_args()
     story = stories(behind=3)[0]

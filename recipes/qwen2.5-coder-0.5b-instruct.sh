@@ -9,8 +9,8 @@
 # TEXT is the text around the spans: the passages of 2WikiMultiHopQA (Apache-2.0), which are not in the repository.
 #
 # On 2026-11-27 four processes shared one GPU, and the rate fell with the time left, nine minutes, instead of the steps left: 142 were made, the
-# best was the 120th. So this makes an eraser of the same kind, not the same bits. `preferred: false` in its kveraser.json was set
-# afterwards: where readers may be recomputed, the neutral eraser with these is better.
+# best was the 120th. Its kveraser.json says in steps what went by time there (steps, warm-up, validation). So this makes an eraser of the
+# same kind, not the same bits. `preferred: false` was set afterwards: where readers may be recomputed, the neutral eraser with these is better.
 set -eu
 
 . "$(dirname "$0")/common.sh"

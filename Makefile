@@ -15,7 +15,8 @@ help:
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
 	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "              make results in-domain DATA=FILE: the table of all backbones and lengths, whole"
-	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work); PART=1/8: one of eight processes"
+	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work)"
+	@echo "              both with PART=1/8: one of eight processes that share the work; without it, what is left and the tables"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make bench-pages   copy what the benchmarks wrote into the pages (after one that was run by itself)"
@@ -134,9 +135,9 @@ ROUNDING ?= qwen2.5-coder-1.5b-instruct
 ROUNDING_LIMIT ?= 24
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
-MORE_READERS = full-recompute kveraser kveraser:repair=128
+MORE_READERS = full-recompute kveraser kveraser:repair=128 kveraser:repair=256
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
-EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh)
+EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh) $(if $(PART),--part $(PART))
 
 # What follows it is run only where that backbone was got.
 WHERE_THERE_IS = test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(1)" ||
@@ -157,29 +158,28 @@ results: $(STAMP)
 	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
 		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
 	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
-		--dtype bf16 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) -M no-erase $(MORE_READERS:%=-M %) \
+		--dtype fp32 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) -M no-erase $(MORE_READERS:%=-M %) \
 		--output $(RESULTS)/$(DOCUMENTS)-documents-chat)
-	mkdir -p $(RESULTS)/demo
-	$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json
-	$(FILL_RESULTS)
+	$(if $(PART),,mkdir -p $(RESULTS)/demo)
+	$(if $(PART),,$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json)
+	$(if $(PART),,$(FILL_RESULTS))
 
-# The claim that answers are those of full recomputation from 1K to 32K tokens: five tasks in chat form, examples by length. Work for a GPU;
-# several processes share it with PART=1/8 and so on, and the command without PART then makes the tables.
+# The claim that answers are those of full recomputation from 1K to 32K tokens: five tasks in chat form, examples by length. Work for a GPU.
 IN_DOMAIN = tool-observation needle-multikey derived-direct needle preference
 EXAMPLES ?= 1024:100:in-domain-1k 4096:20:in-domain-4k 8192:10:in-domain-8k 16000:3:in-domain-16k
-CLAIMED = no-erase full-recompute delete-and-shift kveraser
+CLAIMED = no-erase full-recompute delete-and-shift kveraser kveraser:repair=128
 # The same with all rivals, which takes three times as long; those at 1K to 8K have not been run to the end.
 RIVALS_EXAMPLES ?= 1024:100:in-domain-rivals-1k 4096:20:in-domain-rivals-4k 8192:10:in-domain-rivals-8k 32000:3:in-domain-rivals-32k
 RIVALS = no-erase full-recompute erratum delete-and-shift local-suffix-repair:tokens=70 attention-guided-repair kveraser
-IN_DOMAIN_EVAL = $(EVAL) --model $(DOCUMENTS) --dtype fp32 --chat $(IN_DOMAIN:%=-t %) $(if $(PART),--part $(PART))
+IN_DOMAIN_EVAL = $(EVAL) --model $(DOCUMENTS) --dtype fp32 --chat $(IN_DOMAIN:%=-t %)
 .PHONY: in-domain
 in-domain: $(STAMP)
 	@set -e; for each in $(EXAMPLES); do set -- $$(echo $$each | tr : ' '); \
 		$(IN_DOMAIN_EVAL) --limit $$2 --lengths $$1 $(CLAIMED:%=-M %) --output $(RESULTS)/$$3; done
 	@set -e; for each in $(RIVALS_EXAMPLES); do set -- $$(echo $$each | tr : ' '); \
 		$(IN_DOMAIN_EVAL) --limit $$2 --lengths $$1 $(RIVALS:%=-M %) --output $(RESULTS)/$$3; done
-	$(if $(PART),,$(EVAL) --model $(DOCUMENTS) --dtype bf16 --chat --limit 20 --lengths 4096 -t needle-multikey \
-		$(MORE_READERS:%=-M %) -M kveraser:repair=256 --output $(RESULTS)/more-readers-4k)
+	$(EVAL) --model $(DOCUMENTS) --dtype bf16 --chat --limit 20 --lengths 4096 -t needle-multikey \
+		$(MORE_READERS:%=-M %) --output $(RESULTS)/more-readers-4k
 	$(if $(PART),,$(FILL_RESULTS))
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.

@@ -181,7 +181,7 @@ def test_what_does_not_fit_into_the_store_is_refused(tmp_path):
 
 
 HIDDEN = ("a" * 32, "b" * 32)
-LOOK = Look((Piece("0" * 32, 0, 100),), (Span(10, 20),))
+LOOK = Look((Piece("0" * 32, 0, 100),), (Span(10, 20),), (), 64)
 
 
 class Slow:

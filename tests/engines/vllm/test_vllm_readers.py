@@ -345,6 +345,13 @@ def test_a_look_that_cannot_be_is_refused(changes):
         read_demand(said)
 
 
+def test_a_look_that_does_not_say_how_many_tokens_is_refused():
+    said = Demand(look=LOOK).params()
+    del said[KEY]["look"]["repair"]
+    with pytest.raises(EngineError, match="repair"):
+        read_demand(said)
+
+
 @pytest.mark.parametrize("demand", [Demand(look=LOOK, edit="0" * 32), Demand(under="0" * 32)])
 def test_what_does_not_go_together_is_refused(demand):
     with pytest.raises(EngineError):

@@ -88,8 +88,8 @@ class Look:
 
     pieces: tuple[Piece, ...]
     spans: tuple[Span, ...]
-    absent: tuple[Span, ...] = ()
-    repair: int = 64
+    absent: tuple[Span, ...]
+    repair: int
     block: int | None = None
     coverage: float | None = None
 
@@ -270,7 +270,7 @@ def _said_look(look: Look) -> dict[str, Any]:
 def _look(said: Any) -> Look:
     if not isinstance(said, dict) or not set(said) <= _LOOK:
         raise ValueError(f"look must hold some of {sorted(_LOOK)}")
-    repair, block, coverage = said.get("repair", 64), said.get("block"), said.get("coverage")
+    repair, block, coverage = said["repair"], said.get("block"), said.get("coverage")
     if type(repair) is not int or repair < 0 or not (block is None or (type(block) is int and block > 0)):
         raise ValueError(f"repair={repair!r} and block={block!r} count tokens")
     if coverage is not None and (not isinstance(coverage, float | int) or not 0 < coverage <= 1):

@@ -58,7 +58,9 @@ ABLATIONS = {
     "control": Ablation("window (4, 512), repair 0, dense, KL"),
     "stage-2-only": Ablation("without pre-training", from_start=False),
     "rank-4": Ablation("rank 4, alpha 8; without pre-training", ("eraser.rank=4", "eraser.alpha=8"), from_start=False),
-    "rank-8": Ablation("rank 8, alpha 16; without pre-training", ("eraser.rank=8", "eraser.alpha=16"), from_start=False),
+    "rank-8": Ablation(
+        "rank 8, alpha 16; without pre-training", ("eraser.rank=8", "eraser.alpha=16"), from_start=False
+    ),
     "rank-64": Ablation(
         "rank 64, alpha 128; without pre-training", ("eraser.rank=64", "eraser.alpha=128"), from_start=False
     ),

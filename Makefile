@@ -16,7 +16,7 @@ help:
 	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "              make results in-domain DATA=FILE: the table of all backbones and lengths, whole"
 	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work)"
-	@echo "              both with PART=1/8: one of eight processes that share the work; without it, what is left and the tables"
+	@echo "              both with PART=1/8: one of eight processes that share the work (no milliseconds then); without it, what is left and the tables"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make bench-pages   copy what the benchmarks wrote into the pages (after one that was run by itself)"
@@ -141,8 +141,8 @@ EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh) $(if $(PA
 
 # What follows it is run only where that backbone was got.
 WHERE_THERE_IS = test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(1)" ||
-FILL_RESULTS = $(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER) \
-	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents --kept $(DOCUMENTS)-documents-chat) $(RESULTS) $(PAGES))
+FILL_RESULTS = $(if $(PART),,$(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER) \
+	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents --kept $(DOCUMENTS)-documents-chat) $(RESULTS) $(PAGES)))
 
 results: $(STAMP)
 	$(EVAL) --limit $(LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short
@@ -160,9 +160,8 @@ results: $(STAMP)
 	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
 		--dtype fp32 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) -M no-erase $(MORE_READERS:%=-M %) \
 		--output $(RESULTS)/$(DOCUMENTS)-documents-chat)
-	$(if $(PART),,mkdir -p $(RESULTS)/demo)
-	$(if $(PART),,$(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json)
-	$(if $(PART),,$(FILL_RESULTS))
+	$(if $(PART),,mkdir -p $(RESULTS)/demo && $(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json)
+	$(FILL_RESULTS)
 
 # The claim that answers are those of full recomputation from 1K to 32K tokens: five tasks in chat form, examples by length. Work for a GPU.
 IN_DOMAIN = tool-observation needle-multikey derived-direct needle preference
@@ -180,7 +179,7 @@ in-domain: $(STAMP)
 		$(IN_DOMAIN_EVAL) --limit $$2 --lengths $$1 $(RIVALS:%=-M %) --output $(RESULTS)/$$3; done
 	$(EVAL) --model $(DOCUMENTS) --dtype bf16 --chat --limit 20 --lengths 4096 -t needle-multikey \
 		$(MORE_READERS:%=-M %) --output $(RESULTS)/more-readers-4k
-	$(if $(PART),,$(FILL_RESULTS))
+	$(FILL_RESULTS)
 
 # Each benchmark prints a table and writes JSON (and a plot) into BENCH. Keep the machine quiet meanwhile.
 BENCH ?= docs/bench

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +167,20 @@ def test_readers_that_another_version_chose_by_another_rule_are_refused(tmp_path
         kept(tmp_path / "store")
 
 
+def test_lessons_whose_store_no_longer_says_whose_they_are_are_not_taken_for_anybodys(filled):
+    """Two backbones with one tokenizer have the same lessons, and other states."""
+    (filled / "finetune" / "store.json").unlink()
+    with pytest.raises(TrainingError, match="made of another lesson: .* or the backbone has changed"):
+        kept(filled, text_model(torch.bfloat16)).prepared([DRAWN], None)
+
+
+def test_readers_that_another_version_looked_for_in_another_way_are_refused(tmp_path, monkeypatch):
+    kept(tmp_path / "store").prepared([DRAWN], repairing())
+    monkeypatch.setattr(store_module, "SIGHT", "with closed eyes")
+    with pytest.raises(TrainingError, match="seen was a close look .*, now it is with closed eyes"):
+        kept(tmp_path / "store")
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -183,6 +199,7 @@ def flip(file):
         (flip, "its checksum does not fit"),
         (lambda file: file.write_bytes(b""), "altered or cut off"),
         (lambda file: (file.parent / "store.json").write_text("["), "cannot be read"),
+        (lambda file: (file.parent / "pieces.txt").write_bytes(b"\xff"), "cannot be read"),
     ],
 )
 def test_a_piece_that_is_missing_or_altered_is_named_with_what_to_do(filled, harm, said):
@@ -237,6 +254,40 @@ def test_a_run_that_is_killed_at_any_step_of_writing_goes_on_to_the_very_same_pi
             kept(tmp_path / "parts").prepared([DRAWN], repairing())
     whole, parts = (kept(tmp_path / name).prepared([DRAWN], repairing()) for name in ("whole", "parts"))
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(parts), strict=True))
+
+
+def test_partial_files_come_and_go_while_others_write_and_old_ones_are_removed(filled, monkeypatch):
+    folder = filled / "finetune"
+    (folder / ".old.1234").write_bytes(b"x")
+    os.utime(folder / ".old.1234", (0, 0))
+    (folder / ".new.1234").write_bytes(b"x")
+    (folder / ".folder").mkdir()
+    os.utime(folder / ".folder", (0, 0))
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.name.startswith(".going"):
+            raise FileNotFoundError(path)
+        return real(path, **options)
+
+    (folder / ".going.1234").write_bytes(b"x")
+    monkeypatch.setattr(Path, "stat", stat)
+    kept(filled)
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {
+        ".new.1234",
+        ".folder",
+        ".going.1234",
+    }
+
+
+def test_a_store_is_counted_again_now_and_then_and_not_for_every_piece(tmp_path, monkeypatch):
+    """Looking at every file for every piece would be quadratic in their number."""
+    store, counted = kept(tmp_path / "store"), []
+    used = type(store.pieces).used.fget
+    monkeypatch.setattr(type(store.pieces), "used", property(lambda pieces: counted.append(1) or used(pieces)))
+    for number in range(6):
+        store.prepared([replace(DRAWN, number=number)], None)
+    assert len(counted) == 1
 
 
 def test_a_full_disk_is_named(filled, monkeypatch):

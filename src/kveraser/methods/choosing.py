@@ -31,6 +31,12 @@ SHARED, SAMPLED = 3, 1
 """Else all of them see three times as many as were asked for each, which any of them needs, and once as many drawn evenly from
 the others, each for as many as it was drawn from: the many small weights of a softmax are together not small."""
 
+SIGHT = (
+    f"a close look at {CLOSER} for each, {CANDIDATES} at least; seen: all up to {ALL} times the keys, else the first {SINK}, "
+    f"{NEAREST} before each, {SHARED} times shared, {SAMPLED} times sampled"
+)
+"""How readers are looked at and what they see; what was chosen otherwise must not be taken for it (see also `readers.RULE`)."""
+
 
 @dataclass(frozen=True)
 class Wish:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kveraser.files import digest_json
 from kveraser.model.view import causal_lm, text_config
 
 _SAMPLES = 32
@@ -50,6 +51,12 @@ class Fingerprint:
             places = sampled_places(flat.numel())
             samples += [round(value, 8) for value in flat[places.to(flat.device)].float().tolist()]
         return cls(shape, samples)
+
+    @property
+    def in_short(self) -> dict[str, Any]:
+        """The shape, and a digest of the weights that is the same in every type they are kept in."""
+        rough = torch.tensor(self.weights).bfloat16().tolist()
+        return {**self.shape, "weights": digest_json(rough)[:12]}
 
     def difference(self, model: nn.Module) -> str | None:
         """What differs between `model` and the fingerprinted one, in words; None when it is the same backbone."""

@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from kveraser.errors import TrainingError
 from kveraser.files import write_atomically
 from kveraser.training.checkpoint import difference
 
-FORMAT = 1
+FORMAT = 2
 _ABOUT, _NAMES = "store.json", "pieces.txt"
 _ABANDONED = 3600.0
 """Seconds after which nobody is writing a partial file any more."""
+_RECOUNT = 0.01
+"""Share of the limit after whose writing the folder is counted again: other processes may write, too."""
 
 
 class Pieces:
@@ -51,13 +54,14 @@ class Pieces:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._introduce({"format": FORMAT, **about})
-            for left in folder.glob(".*"):
-                if time.time() - left.stat().st_mtime > _ABANDONED:
-                    left.unlink(missing_ok=True)
+            _remove_abandoned(folder)
             names = folder / _NAMES
             self._written = set(names.read_text(encoding="utf-8").split() if names.exists() else ())
         except OSError as error:
             raise self._unwritable(error) from error
+        except UnicodeDecodeError as error:
+            raise TrainingError(f"{names} cannot be read; {self._remedy}") from error
+        self._counted = self._since = 0
 
     def get(self, name: str, of: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The tensors of a piece, made and written if it is not there; on the CPU, mapped from the file.
@@ -74,6 +78,12 @@ class Pieces:
                 raise TrainingError(f"{file} is missing, which was written before; {self._remedy}")
             self._write(file, of, make())
         return self._read(file, of)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so many bytes more are within the limit. Counting looks at every file, so it is not done each time."""
+        if not self._counted or self._since > _RECOUNT * self.limit or self._counted + self._since + size > self.limit:
+            self._counted, self._since = self.used, 0
+        return self._counted + size <= self.limit
 
     @property
     def used(self) -> int:
@@ -115,7 +125,7 @@ class Pieces:
     def _write(self, file: Path, of: str, tensors: dict[str, Tensor]) -> None:
         kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         data = save(kept, {"of": of, "sha256": _checksum(of, kept)})
-        if self.used + len(data) > self.limit:
+        if not self._has_room(len(data)):
             raise TrainingError(
                 f"{self.root} would have more than its {_words(self.limit)} with {file.name}; raise --store-limit, "
                 "and the same command goes on"
@@ -127,6 +137,7 @@ class Pieces:
         except OSError as error:
             raise self._unwritable(error) from error
         self._written.add(file.stem)
+        self._since += len(data)
 
     def _read(self, file: Path, of: str) -> dict[str, Tensor]:
         try:
@@ -139,8 +150,8 @@ class Pieces:
             raise TrainingError(f"{file} is altered: its checksum does not fit; {self._remedy}")
         if metadata["of"] != of:
             raise TrainingError(
-                f"{file} was made of another lesson: the text, the tokenizer or a task has changed since. Give another --store, "
-                f"or delete {self.folder}"
+                f"{file} was made of another lesson: the text, the tokenizer, a task or the backbone has changed since. Give another "
+                f"--store, or delete {self.folder}"
             )
         return tensors
 
@@ -152,6 +163,14 @@ class Pieces:
         return TrainingError(
             f"cannot keep lessons in {self.folder}: {error}. Make room, or give --store on another disk; the same command goes on"
         )
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the partial files of processes that were killed; those of others that are writing now come and go meanwhile."""
+    for left in folder.glob(".*"):
+        with suppress(FileNotFoundError):
+            if left.is_file() and time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
 
 
 def _bytes_in(folder: Path) -> int:

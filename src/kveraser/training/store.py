@@ -12,8 +12,6 @@ prepared alone, so that it has the same bits whenever that is done.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +22,8 @@ from torch import Tensor, nn
 
 from kveraser.cache import Repair
 from kveraser.errors import CalibrationError, TrainingError
+from kveraser.files import digest_json
+from kveraser.methods.choosing import SIGHT
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.model.view import kv_shape, model_device, model_dtype
 from kveraser.readers import FILE_NAME, RULE, Calibration, read_calibration, write_calibration
@@ -68,7 +68,8 @@ class LessonStore:
 
     def __init__(self, keeping: Keeping, model: nn.Module, name: StageName, stage: Stage, seed: int) -> None:
         self.model = model
-        self.pieces = Pieces(keeping.folder / name, _about(model, name, stage, seed), keeping.limit, keeping.folder)
+        self.about = _about(model, name, stage, seed)
+        self.pieces = Pieces(keeping.folder / name, self.about, keeping.limit, keeping.folder)
 
     def calibration(self, made: Calibration | None) -> Calibration | None:
         """What tells readers, as it was when the first of them were chosen.
@@ -107,7 +108,7 @@ class LessonStore:
         return joined([self._one(one, repairing, device) for one in group])
 
     def _one(self, one: Drawn, repairing: Repairing | None, device: torch.device) -> Prepared:
-        name, of = f"{one.split}-{one.number:06d}", _digest(one.lesson)
+        name, of = f"{one.split}-{one.number:06d}", digest_json([self.about, asdict(one.lesson)])
 
         def states() -> dict[str, Tensor]:
             made = prefill(self.model, [one.lesson])
@@ -136,18 +137,12 @@ class LessonStore:
 
 def _about(model: nn.Module, name: StageName, stage: Stage, seed: int) -> dict[str, Any]:
     """What lessons and their states depend on, but for the text, which each lesson's digest tells."""
-    backbone, options = Fingerprint.of(model), asdict(stage)
-    rough = torch.tensor(backbone.weights).bfloat16().tolist()  # the same in every type
-    weights = hashlib.sha256(json.dumps(rough).encode()).hexdigest()[:12]
+    options = asdict(stage)
     return {
-        "backbone": {**backbone.shape, "weights": weights}, "dtype": str(model_dtype(model)), "stage": name,
+        "backbone": Fingerprint.of(model).in_short, "dtype": str(model_dtype(model)), "stage": name,
         "seed": seed, **{key: options[key] for key in _LESSON_KEYS},
-        "readers": RULE, "asked": sorted(kind for kind, weight in stage.weights.items() if weight),
+        "readers": RULE, "seen": SIGHT, "asked": sorted(kind for kind, weight in stage.weights.items() if weight),
     }  # fmt: skip
-
-
-def _digest(lesson: Lesson) -> str:
-    return hashlib.sha256(json.dumps(asdict(lesson)).encode()).hexdigest()
 
 
 def _slots(lesson: Lesson) -> int:

@@ -43,6 +43,7 @@ def test_an_eraser_on_readers_is_never_trained_without_any():
         ("finetune.steps=0", "steps=0 must be at least 1"),
         ("finetune.epochs=0", "epochs=0 must be at least 1"),
         ("finetune.tasks=[juggling]", "no task 'juggling'"),
+        ("finetune.weights={query_after: 0, query_cached: 0}", "query_after or query_cached must be above 0"),
         ("finetune.tokens=[300, 20]", "least <= most"),
         ("finetune.weights.luck=1", "weights.luck"),
         ("eraser=3", "expected the keys rank"),
@@ -55,6 +56,11 @@ def test_impossible_values_are_named(change, said):
     with pytest.raises(kv.OptionError) as error:
         read_config(preset="tiny", changes=[change])
     assert said in str(error.value)
+
+
+def test_a_file_of_questions_is_not_trained_on(questions_file):
+    with pytest.raises(kv.OptionError, match="questions.json has a file of its own, which is for evaluation only"):
+        read_config(changes=[f"finetune.tasks=[document-qa={questions_file}]"])
 
 
 def test_unreadable_files_and_unknown_presets_are_named(tmp_path):

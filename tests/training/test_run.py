@@ -5,24 +5,36 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import signal
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 from worker import learn
 
 import kveraser as kv
 from conftest import build, make_config, make_tokenizer, prefill, states, text_model, write_corpus
 from kveraser.errors import TrainingError
-from kveraser.training import Stage, train_eraser
+from kveraser.training import Stage, checkpoint, train_eraser
+from kveraser.training.folders import held
 from kveraser.training.stage import StageRun
 from processes import start
 
 
 def run(config, output, **options):
     return train_eraser(text_model(), make_tokenizer(), config, output, **options)
+
+
+@pytest.fixture
+def brief(short):
+    """Stages of one step on one context."""
+    options = {"steps": 1, "contexts": 1, "validate_every": 1, "validation_contexts": 1}
+    return replace(short, pretrain=replace(short.pretrain, **options), finetune=replace(short.finetune, **options))
 
 
 def weights(folder):
@@ -138,6 +150,24 @@ def test_a_killed_process_goes_on_to_the_very_same_weights(tmp_path, corpus, who
     assert (resumed["best"], resumed["last"]) == (whole["best"], whole["last"])
 
 
+def test_a_process_without_lessons_adds_nothing_of_another_kind(tmp_path, brief):
+    """Eight processes and six contexts: two have none, and all must exchange numbers of one size."""
+    reduced = []
+
+    class Alone(Accelerator):
+        def reduce(self, tensor, *arguments, **options):
+            reduced.append(tensor.dtype)
+            return super().reduce(tensor, *arguments, **options)
+
+    stage = StageRun(
+        text_model(), make_tokenizer(), brief, "pretrain", kv.KVEraser.new(text_model(), rank=2), tmp_path / "one",
+        accelerator=Alone(),
+    )  # fmt: skip
+    stage._own = lambda count: range(0)
+    stage.train_step()
+    assert reduced[0] is torch.float32
+
+
 @pytest.mark.long
 def test_two_processes_learn_what_one_does(tmp_path, corpus, whole):
     (first, second), ended = learned(tmp_path / "two", corpus, processes=2)
@@ -163,11 +193,138 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path, short):
         train_eraser(other, make_tokenizer(), short, tmp_path / "run", stages=["pretrain"])
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, short):
+def flip(file):
+    """One bit of a weight."""
+    data, weight = bytearray(file.read_bytes()), weights(file.parent)[0].numpy().tobytes()
+    data[data.index(weight)] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.write_bytes(b"nothing"), flip], ids=["nothing", "one bit"])
+def test_a_damaged_checkpoint_is_named(tmp_path, short, harm):
     run(short, tmp_path / "run", stages=["pretrain"])
-    (tmp_path / "run" / "pretrain" / "checkpoint.pt").write_bytes(b"nothing")
+    harm(tmp_path / "run" / "pretrain" / "checkpoint.pt")
     with pytest.raises(TrainingError, match="cannot read"):
         run(short, tmp_path / "run", stages=["pretrain"])
+
+
+def test_what_is_wrong_is_said_before_fresh_removes_anything(tmp_path, brief):
+    """As a mistyped text did: the trained stages were gone, and then it was said."""
+    run(brief, tmp_path / "run")
+    before = files(tmp_path / "run")
+    with pytest.raises(kv.OptionError, match="no text source"):
+        run(replace(brief, text=str(tmp_path / "none.txt")), tmp_path / "run", fresh=True)
+    with pytest.raises(kv.OptionError, match=r"start=.*best is in .*finetune, which fresh removes"):
+        run(brief, tmp_path / "run", fresh=True, start=tmp_path / "run" / "finetune" / "best")
+    with pytest.raises(kv.EraserMismatchError, match="eraser.rank=2"):
+        other = replace(brief, eraser=replace(brief.eraser, rank=4))
+        run(other, tmp_path / "run", stages=["finetune"], fresh=True, start=tmp_path / "run" / "eraser")
+    assert files(tmp_path / "run") == before
+
+
+def files(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_that_is_refused_changes_nothing_not_even_the_configuration(tmp_path, brief):
+    run(brief, tmp_path / "run", stages=["pretrain"])
+    before = files(tmp_path / "run")
+    with pytest.raises(TrainingError, match="is of another run"):
+        run(replace(brief, seed=1), tmp_path / "run", stages=["pretrain"])
+    assert files(tmp_path / "run") == before
+
+
+def test_a_stage_whose_start_has_changed_is_no_longer_done(tmp_path, brief):
+    """It was taken for finished, and the eraser of before was published again."""
+    run(brief, tmp_path / "run")
+    other = replace(brief, pretrain=replace(brief.pretrain, learning_rate=1e-3))
+    run(other, tmp_path / "run", stages=["pretrain"], fresh=True)
+    with pytest.raises(TrainingError, match="is of another run: start was"):
+        run(other, tmp_path / "run", stages=["finetune"])
+
+
+def test_a_run_in_another_type_is_another_run(tmp_path, brief):
+    run(brief, tmp_path / "run", stages=["pretrain"])
+    with pytest.raises(TrainingError, match="dtype was torch.float32, now it is torch.bfloat16"):
+        train_eraser(text_model(torch.bfloat16), make_tokenizer(), brief, tmp_path / "run", stages=["pretrain"])
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path, brief):
+    with held(tmp_path / "run"), pytest.raises(TrainingError, match="another run is training in .*run; wait for it"):
+        run(brief, tmp_path / "run", stages=["pretrain"])
+    run(brief, tmp_path / "run", stages=["pretrain"])
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("where", ["finetune/best", "eraser"])
+def test_a_run_that_is_killed_while_a_result_is_replaced_loses_neither(tmp_path, brief, monkeypatch, where, renames):
+    class Killed(BaseException):
+        pass
+
+    target, done, really = tmp_path / "run" / where, [], Path.rename
+
+    def rename(path, new):
+        if target in (path, new) and target.exists() | bool(done):  # there is something to replace
+            if len(done) == renames:
+                raise Killed
+            done.append(path)
+        return really(path, new)
+
+    whole = run(brief, tmp_path / "whole", stages=["finetune"])
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        with pytest.raises(Killed):
+            run(brief, tmp_path / "run", stages=["finetune"])
+            run(brief, tmp_path / "run", stages=["finetune"])  # the result is replaced by the second run at the latest
+    resumed = run(brief, tmp_path / "run", stages=["finetune"])
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not [path for path in (tmp_path / "run").rglob(".*") if path.name != ".lock"]
+
+
+def test_a_checkpoint_without_its_best_eraser_is_refused_at_once(tmp_path, brief):
+    run(brief, tmp_path / "run", stages=["pretrain"])
+    shutil.rmtree(tmp_path / "run" / "pretrain" / "best")
+    with pytest.raises(TrainingError, match="its best/ is gone"):
+        run(brief, tmp_path / "run", stages=["pretrain"])
+
+
+def test_a_start_is_taken_over_as_it_is_or_refused_with_all_that_differs(tmp_path, brief):
+    """Twice the alpha would be another function from the first step on."""
+    run(brief, tmp_path / "a", stages=["pretrain"])
+    start = tmp_path / "a" / "eraser"
+    other = replace(brief, eraser=replace(brief.eraser, rank=4, alpha=8, acts_on="readers", repair=6))
+    with pytest.raises(kv.EraserMismatchError, match="eraser.rank=2 --set eraser.alpha=4 --set eraser.acts_on=spans"):
+        run(other, tmp_path / "b", stages=["finetune"], start=start)
+
+
+def test_a_backbone_whose_spans_cannot_be_hidden_says_so(tmp_path, brief):
+    model = build(make_config("qwen3", vocab_size=len(make_tokenizer())))
+    with pytest.warns(UserWarning, match="eraser.hidden=8.0 has no effect"):
+        train_eraser(model, make_tokenizer(), brief, tmp_path / "run", stages=["pretrain"])
+
+
+@pytest.mark.parametrize("unasked", ["query_after", "query_cached"])
+def test_one_protocol_alone_is_validated_and_described_alone(tmp_path, brief, unasked):
+    weights = {**brief.finetune.weights, unasked: 0}
+    seen = []
+    eraser = run(
+        replace(brief, finetune=replace(brief.finetune, weights=weights)),
+        tmp_path / "run",
+        stages=["finetune"],
+        report=seen.append,
+    )
+    assert seen[-1].best == min(step.validation.mean for step in seen if step.validation) > 0
+    kl = eraser.config.notes["validation_kl"]
+    assert [asked for asked, value in kl.items() if value is None] == [unasked]
+    assert "not asked" in (tmp_path / "run" / "eraser" / "README.md").read_text()
+
+
+def test_a_stage_that_is_done_says_where_it_ended(tmp_path, brief):
+    first, again = [], []
+    run(brief, tmp_path / "run", stages=["pretrain"], report=first.append)
+    run(brief, tmp_path / "run", stages=["pretrain"], report=again.append)
+    assert [(step.step, step.best) for step in again] == [(1, first[-1].best)]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_eraser(tmp_path, short):
@@ -198,7 +355,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_the_weights_are_touch
     assert steps == [0, 1, 2]
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "best"])
+@pytest.mark.parametrize("where", ["checkpoint", "best", "log", "result"])
 def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, short, monkeypatch, where):
     run(replace(short, pretrain=replace(short.pretrain, steps=4)), tmp_path / "run", stages=["pretrain"])
     kept = (tmp_path / "run" / "pretrain" / "checkpoint.pt").read_bytes()
@@ -206,14 +363,28 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, short, mon
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
+    def full_for_safetensors(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
     if where == "checkpoint":
-        monkeypatch.setattr("os.fsync", full)
+        monkeypatch.setattr(checkpoint, "write_atomically", full)
+    elif where == "best":
+        monkeypatch.setattr("kveraser.eraser.eraser.save_file", full_for_safetensors)
+    elif where == "log":
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     else:
-        monkeypatch.setattr(kv.KVEraser, "save_pretrained", full)
+        monkeypatch.setattr("shutil.copytree", full)
     with pytest.raises(TrainingError, match="No space left"):
         run(short, tmp_path / "other", stages=["pretrain"])
     assert (tmp_path / "run" / "pretrain" / "checkpoint.pt").read_bytes() == kept
-    assert not list((tmp_path / "other" / "pretrain").glob(".*"))
+    assert not [path for path in (tmp_path / "other").rglob(".*") if path.name != ".lock"]
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, brief):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(TrainingError, match="cannot write to .*run"):
+        run(brief, tmp_path / "run", stages=["pretrain"])
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_patience_ends_a_stage_that_no_longer_improves(tmp_path, short):

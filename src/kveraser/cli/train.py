@@ -64,7 +64,7 @@ def _train(
             rows = {name: bar.add_task(name, total=settings.stage(name).steps, visible=main) for name in stages}
 
             def report(step: Step) -> None:
-                if step.validation:
+                if step.validation or step.stage not in history:
                     history[step.stage] = step
                 said = f"{step.stage}  best KL {step.best:.4f}"
                 if not math.isnan(step.kl):
@@ -81,10 +81,9 @@ def _train(
         folder = output / "eraser"
         url = eraser.push_to_hub(push_to_hub, folder=folder) if push_to_hub else None
         if as_json:
-            kept = store or output / "lessons"
+            kept = store or (output / "lessons" if any(settings.stage(name).epochs > 1 for name in stages) else None)
             best = {name: step.best for name, step in history.items()}
-            lessons = str(kept) if kept.is_dir() else None
-            print_json({"eraser": str(folder), "best_validation_kl": best, "url": url, "store": lessons})
+            print_json({"eraser": str(folder), "best_validation_kl": best, "url": url, "store": kept and str(kept)})
             return
         for name, step in history.items():
             stdout.print(f"{name}: best validation KL {step.best:.4f} nats per answer token")

@@ -14,7 +14,7 @@ How a file tells that it is whole:
                                       read them as they are; a manifest that lists checksums can only be damaged so that it does not fit
     checksum in metadata              `readers.safetensors`, exported adapters: it stands where their formats have room for text
     checksum in a record of bytes     the key file, which is overwritten in place, page by page
-    zip's own checksums               checkpoints of training, which are PyTorch's
+    zip's own checksums               checkpoints of training, which are PyTorch's (it does not look at them: who loads one does)
     none                              `kveraser.json`, PEFT's files, results and logs: people edit them, and other programs write them
 """
 

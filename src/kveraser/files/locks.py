@@ -34,6 +34,18 @@ def lock(handle: int) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def try_lock(handle: int) -> bool:
+    """Hold an open file until it is closed, unless somebody else does; where the file system has no locks, nobody can."""
+    try:
+        lock(handle)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NONE:
+            raise
+    return True
+
+
 def wait_for_lock(handle: int) -> bool:
     """Hold an open file as soon as nobody else does; False where the file system has no locks."""
     while True:

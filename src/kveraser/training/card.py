@@ -36,7 +36,7 @@ Stage `{stage}`, step {step}, seed {seed}. Self-distillation from full recomputa
 
 | | asked after the erase | question cached |
 | --- | --- | --- |
-| validation KL to full recomputation, nats per answer token | {after:.4f} | {cached:.4f} |
+| validation KL to full recomputation, nats per answer token | {after} | {cached} |
 
 Validation is on templates, names, values and passages that training does not use.
 
@@ -59,7 +59,11 @@ def write_card(folder: Path, notes: dict[str, Any]) -> None:
     text = _TEXT.format(
         stage=stage, step=notes["step"], seed=config["seed"], tasks=", ".join(config[stage]["tasks"]), least=least,
         most=most, text=config["text"] or "documentation of Python's standard library",
-        after=notes["validation_kl"]["query_after"], cached=notes["validation_kl"]["query_cached"],
+        after=_kl(notes["validation_kl"]["query_after"]), cached=_kl(notes["validation_kl"]["query_cached"]),
         config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _kl(value: float | None) -> str:
+    return "not asked" if value is None else f"{value:.4f}"

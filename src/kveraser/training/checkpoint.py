@@ -9,12 +9,14 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
 from kveraser.errors import TrainingError
 from kveraser.files import write_atomically
+from kveraser.training.folders import saving
 
 FILE_NAME = "checkpoint.pt"
 
@@ -48,13 +50,9 @@ class Checkpoint:
         """
         buffer = io.BytesIO()
         torch.save(vars(self), buffer)
-        try:
+        then = "The one before it is still there: make room, and the same command goes on from it"
+        with saving(f"save a checkpoint to {folder} at step {self.step}", then):
             write_atomically(folder / FILE_NAME, buffer.getvalue())
-        except OSError as error:
-            raise TrainingError(
-                f"cannot save a checkpoint to {folder} at step {self.step}: {error}; the one before it is still there. "
-                "Make room and start the same command again to go on from it"
-            ) from error
 
 
 def load_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
@@ -67,6 +65,9 @@ def load_checkpoint(folder: Path, run: dict[str, Any]) -> Checkpoint | None:
     if not file.exists():
         return None
     try:
+        with ZipFile(file) as parts:
+            if (bad := parts.testzip()) is not None:  # which PyTorch does not look at
+                raise ValueError(f"the checksum of {bad} does not fit")
         state = Checkpoint(**torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises pickle's, zip's and its own errors
         raise TrainingError(f"cannot read {file}: {error}; delete it to start the stage anew") from error

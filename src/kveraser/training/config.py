@@ -17,6 +17,7 @@ from kveraser.cache import Window
 from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.eraser.config import ActsOn, Values
 from kveraser.errors import OptionError
+from kveraser.files import write_atomically
 from kveraser.tasks import as_task, tasks
 from kveraser.training.lessons import Kind
 
@@ -144,12 +145,19 @@ class Stage:
         _require(16 <= least <= most, f"tokens={self.tokens} must be two lengths, 16 <= least <= most")
         _require(0 <= self.together <= 1, f"together={self.together} must be a share from 0 to 1")
         _require(0 <= self.average < 1, f"average={self.average} must be at least 0 and below 1")
-        _require(any(self.weights.values()), "all weights are zero, nothing would be learnt")
+        asked = [self.weights.get(kind, 0) for kind in ("query_after", "query_cached")]
+        _require(
+            any(asked),
+            f"weights={dict(self.weights)}: query_after or query_cached must be above 0, by which the best eraser is chosen",
+        )
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be above 0")
         _require(self.clip > 0, f"clip={self.clip} must be above 0")
         for name in self.tasks:
             _require(
                 as_task(name).trained, f"the task {name} replaces its spans; an eraser learns from those that erase"
+            )
+            _require(
+                "=" not in name, f"the task {name} has a file of its own, which is for evaluation only; leave it out"
             )
 
 
@@ -189,8 +197,8 @@ class TrainConfig:
         return plain
 
     def write(self, file: Path) -> None:
-        """Write it as YAML."""
-        file.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False), encoding="utf-8")
+        """Write it as YAML, whole or not at all."""
+        write_atomically(file, yaml.safe_dump(self.as_dict(), sort_keys=False).encode())
 
 
 def _tiny() -> TrainConfig:

@@ -5,6 +5,7 @@ Knows: judgements, processes (to add up). Does not know who listens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from kveraser.training.lessons import Lesson
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean KL on held-out lessons, in nats per answer token, asked after the erase and with the question cached."""
+    """Mean KL on held-out lessons, in nats per answer token, asked after the erase and with the question cached; nan where that
+    is not asked."""
 
     after: float
     cached: float
@@ -27,7 +29,8 @@ class Validation:
     @property
     def mean(self) -> float:
         """What the best eraser is chosen by."""
-        return (self.after + self.cached) / 2
+        asked = [kl for kl in (self.after, self.cached) if not math.isnan(kl)]
+        return sum(asked) / len(asked) if asked else math.nan
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,21 @@ class Sums:
         return Sums(*accelerator.reduce(values, "sum").tolist())
 
     @property
+    def kl(self) -> float:
+        """Mean KL per answer token in both protocols; nan where nothing was asked."""
+        tokens = self.after_tokens + self.cached_tokens
+        return (self.after + self.cached) / tokens if tokens else math.nan
+
+    @property
+    def exact_match(self) -> float:
+        """Share of the gold answers that the erased model would give; nan where there are none."""
+        return self.matched / self.golds if self.golds else math.nan
+
+    @property
     def validation(self) -> Validation:
         """Mean KL per answer token."""
-        return Validation(self.after / max(self.after_tokens, 1), self.cached / max(self.cached_tokens, 1))
+
+        def mean(total: float, tokens: int) -> float:
+            return total / tokens if tokens else math.nan
+
+        return Validation(mean(self.after, self.after_tokens), mean(self.cached, self.cached_tokens))

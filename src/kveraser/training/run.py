@@ -6,6 +6,7 @@ Knows: erasers, folders. Does not know how a stage trains.
     OUTPUT/pretrain/   checkpoint.pt  best/  train.jsonl  tensorboard/
     OUTPUT/finetune/   the same, from the best of pretrain where there is one
     OUTPUT/eraser/     the best of the last stage that was run
+    OUTPUT/.lock       held by the run
     OUTPUT/lessons/    what never changes of the lessons, where there are several epochs and no other folder is given
 """
 
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -23,6 +26,7 @@ from kveraser.eraser import KVEraser
 from kveraser.errors import EraserMismatchError, OptionError
 from kveraser.tasks import ChatForm, Filler
 from kveraser.training.config import STAGES, StageName, TrainConfig
+from kveraser.training.folders import held, recover, replacing, saving
 from kveraser.training.lessons import encoder, read_filler
 from kveraser.training.neutral import hide
 from kveraser.training.progress import Report
@@ -30,6 +34,10 @@ from kveraser.training.stage import StageRun
 from kveraser.training.store import LIMIT, Keeping
 
 _TEXTS, _TEXT_TOKENS = 4, 256
+_NOT_HIDDEN = (
+    "eraser.hidden={hidden} has no effect: {model} makes keys and queries in one projection, or normalises them, so spans cannot be "
+    "hidden by it. Training starts from a fresh LoRA (--set eraser.hidden=0 says so)"
+)
 
 
 def train_eraser(
@@ -50,8 +58,8 @@ def train_eraser(
 
     Args:
         model: the backbone; moved to the accelerator's device, otherwise left as it is.
-        start: an eraser to start the first stage from; None takes the best of the stage before it in `output`, if there
-            is one, else a new one.
+        start: an eraser to start the first stage from (a folder or hub id); None takes the best of the stage before it in
+            `output`, if there is one, else a new one.
         fresh: forget the checkpoints of these stages.
         report: called after every step, in the main process.
         store: a folder to keep what never changes of the lessons in, also for other runs; None keeps it in `output/lessons`
@@ -62,35 +70,60 @@ def train_eraser(
         The best eraser by validation KL, which is also in `output/eraser`.
 
     Raises:
-        OptionError: no stage, a stage without tasks, or one in chat form without a chat template.
-        TrainingError: see `StageRun`.
+        OptionError: no stage, a stage without tasks, one in chat form without a chat template, or a text that cannot be read.
+        EraserMismatchError: see `first_eraser`.
+        TrainingError: another run has the folder; see also `StageRun`. Nothing was changed if it is of another run.
     """
     if not stages or any(not config.stage(name).tasks for name in stages):
         raise OptionError(f"stages={list(stages)}: needs at least one, each with at least one task")
     if any(config.stage(name).chat for name in stages):
         ChatForm(tokenizer)  # what is wrong with its template is said before anything is written
+    if fresh and start is not None and (lost := _holding(start, [output / name for name in stages])):
+        raise OptionError(f"start={start} is in {lost}, which fresh removes; give another output folder, or copy it")
     accelerator = accelerator or Accelerator()
     model.to(accelerator.device)  # type: ignore[arg-type]
-    output.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        config.write(output / "config.yaml")
-        if fresh:
-            for name in stages:
-                shutil.rmtree(output / name, ignore_errors=True)
-    accelerator.wait_for_everyone()
     filler = read_filler(tokenizer, config.text)
-    for name in stages:
-        before = start if name == stages[0] and start is not None else _stage_before(output, name)
-        eraser = first_eraser(model, tokenizer, filler, config, before)
-        folder = store or (output / "lessons" if config.stage(name).epochs > 1 else None)
-        StageRun(
-            model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report, filler=filler,
-            keeping=Keeping(folder, store_limit) if folder else None,
-        ).run()  # fmt: skip
-        if accelerator.is_main_process:
-            _publish(output / name / "best", output / "eraser")
+    main = accelerator.is_main_process
+    with held(output) if main else nullcontext():
+        if main:
+            for target in (*(output / name / "best" for name in STAGES), output / "eraser"):
+                recover(target)
         accelerator.wait_for_everyone()
+        before = start or _stage_before(output, stages[0])
+        eraser = first_eraser(model, tokenizer, filler, config, before)
+        if main and fresh:
+            for name in stages:
+                _forget(output / name)
+        accelerator.wait_for_everyone()
+        for name in stages:
+            if name != stages[0]:
+                before = _stage_before(output, name)
+                eraser = first_eraser(model, tokenizer, filler, config, before)
+            folder = store or (output / "lessons" if config.stage(name).epochs > 1 else None)
+            stage = StageRun(
+                model, tokenizer, config, name, eraser, output / name, accelerator=accelerator, report=report,
+                filler=filler, keeping=Keeping(folder, store_limit) if folder else None, given=before is not None,
+            )  # fmt: skip
+            if main:
+                with saving(f"write {output / 'config.yaml'}"):
+                    config.write(output / "config.yaml")
+            stage.run()
+            if main:
+                _publish(output / name / "best", output / "eraser")
+            accelerator.wait_for_everyone()
     return KVEraser.from_pretrained(output / "eraser", model)
+
+
+def _holding(path: Path, folders: Sequence[Path]) -> Path | None:
+    """The first of the folders that a path is in."""
+    inner = path.expanduser().resolve()
+    return next((folder for folder in folders if inner.is_relative_to(folder.resolve())), None)
+
+
+def _forget(folder: Path) -> None:
+    if folder.exists():
+        with saving(f"remove {folder}", "Nothing was trained"):
+            shutil.rmtree(folder)
 
 
 def _stage_before(output: Path, name: StageName) -> Path | None:
@@ -105,33 +138,40 @@ def first_eraser(
     """What training starts from: an eraser that hides its spans, a fresh one where that is turned off, or a given one.
 
     Raises:
-        EraserMismatchError: `start` is of another backbone or rank, or its values are made in another way.
+        EraserMismatchError: `start` is of another backbone, has no LoRA, or one that is not what the configuration says.
     """
     options = config.eraser
     eraser = KVEraser.new(
         model, rank=options.rank, alpha=options.alpha, window=options.window, repair=options.repair,
         acts_on=options.acts_on, values=options.values, seed=config.seed,
     )  # fmt: skip
-    rng, encode = random.Random(config.seed), encoder(tokenizer)
-    texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
-    if start is None and options.hidden and eraser.steers_spans:
-        hide(eraser, model, texts, options.hidden)
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
-        rank = found.lora_config.r if found.lora_config else 0
-        for key, has, wanted in (("rank", rank, options.rank), ("values", found.config.values, options.values)):
-            if has != wanted:
-                raise EraserMismatchError(
-                    f"the eraser in {start} has {key} {has}, the configuration says {wanted}; give --set eraser.{key}={has}"
-                )
-        eraser.load_weights(start)
+        _check_start(found, start, config)
+        eraser.take_over(found)
+    elif options.hidden and eraser.steers_spans:
+        rng, encode = random.Random(config.seed), encoder(tokenizer)
+        texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]
+        if not hide(eraser, model, texts, options.hidden):
+            warnings.warn(_NOT_HIDDEN.format(hidden=options.hidden, model=type(model).__name__), stacklevel=2)
     return eraser
 
 
+def _check_start(found: KVEraser, start: Path, config: TrainConfig) -> None:
+    if found.lora_config is None:
+        raise EraserMismatchError(f"the eraser in {start} is neutral: it has no weights to start from; leave start out")
+    has = {
+        "rank": found.lora_config.r, "alpha": found.lora_config.lora_alpha, "values": found.config.values,
+        "acts_on": found.config.acts_on,
+    }  # fmt: skip
+    other = {key: (value, wanted) for key, value in has.items() if value != (wanted := getattr(config.eraser, key))}
+    if other:
+        said = ", ".join(f"{key} {value}, the configuration says {wanted}" for key, (value, wanted) in other.items())
+        give = " ".join(f"--set eraser.{key}={value}" for key, (value, _) in other.items())
+        raise EraserMismatchError(f"the eraser in {start} has {said}; give {give}")
+
+
 def _publish(best: Path, target: Path) -> None:
-    """Copy the best eraser beside the old one, then exchange the two."""
-    fresh = target.with_name(".eraser.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(best, fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    """Copy the best eraser to where the run's result is."""
+    with saving(f"copy {best} to {target}"), replacing(target) as fresh:
+        shutil.copytree(best, fresh)

@@ -8,9 +8,9 @@ tokens over all processes, and gradients are summed; so the number of processes 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
 from kveraser.model.attention import for_packing
+from kveraser.model.view import model_dtype
 from kveraser.readers import calibrate
 from kveraser.tasks import ChatForm, Filler, as_task
 from kveraser.training.card import write_card
@@ -31,6 +33,7 @@ from kveraser.training.checkpoint import Checkpoint, load_checkpoint
 from kveraser.training.config import Stage, StageName, TrainConfig
 from kveraser.training.distill import Judgement, Variant, judge
 from kveraser.training.draws import Drawn, Draws, pack
+from kveraser.training.folders import replacing, saving
 from kveraser.training.lessons import LessonPlan, encoder, read_filler
 from kveraser.training.losses import distillation_loss
 from kveraser.training.prepared import prepare
@@ -54,11 +57,12 @@ class StageRun:
         folder: for `checkpoint.pt`, `best/`, `train.jsonl` and TensorBoard's files.
         filler: text around the spans; None reads the configuration's.
         keeping: where what never changes of the lessons is kept; None computes it every time.
+        given: whether the eraser has the weights of another one, so that the run depends on these, too.
         variant: another way to steer, for ablations.
 
     Raises:
-        TrainingError: the folder's checkpoint is of another run or cannot be read; the lessons that are kept are others, or
-            have no room.
+        TrainingError: the folder's checkpoint is of another run, cannot be read, or has lost its `best/`; the lessons that are
+            kept are others, or have no room.
         OptionError: the text cannot be read, or is too short.
     """
 
@@ -75,6 +79,7 @@ class StageRun:
         report: Report | None = None,
         filler: Filler | None = None,
         keeping: Keeping | None = None,
+        given: bool = False,
         variant: Variant = Variant(),  # noqa: B008
     ) -> None:
         self.variant = variant
@@ -102,8 +107,10 @@ class StageRun:
         )
         self.mean = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.best, self.waited = 0, math.inf, 0
-        self.run_id = _run_id(config, name, eraser)
+        self.run_id = _run_id(config, name, eraser, model, given)
         if (state := load_checkpoint(folder, self.run_id)) is not None:
+            if not (folder / "best").exists():
+                raise TrainingError(f"{folder} has a checkpoint, but its best/ is gone; start anew with --fresh")
             self._restore(state)
         self.held_out = self.draws.held_out(self._own(self.stage.validation_contexts))
         if self.store and self.step < self.stage.steps:
@@ -115,14 +122,17 @@ class StageRun:
 
     def run(self) -> Validation | None:
         """Train to the end of the stage, or until patience runs out; returns the last validation."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with saving(f"write to {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         log = StageLog(self.folder, self.step) if self.accelerator.is_main_process else None
         clock, spans, validation = time.perf_counter(), 0, None
         try:
             if self.step == 0:
                 validation = self._validate_and_keep()
                 self._tell(log, Sums(), validation, 0.0)
-            while self.step < self.stage.steps and not self._out_of_patience:
+            elif self._over and log:  # in an earlier call
+                self._report(Sums(), None, 0.0)
+            while not self._over:
                 sums = self.train_step()
                 spans += sums.spans
                 last = self.step == self.stage.steps
@@ -139,8 +149,8 @@ class StageRun:
         return validation
 
     @property
-    def _out_of_patience(self) -> bool:
-        return 0 < self.stage.patience <= self.waited
+    def _over(self) -> bool:
+        return self.step >= self.stage.steps or 0 < self.stage.patience <= self.waited
 
     def _own(self, count: int) -> range:
         """The indices that this process takes of so many."""
@@ -168,7 +178,8 @@ class StageRun:
         weights = [
             self.stage.weights[probe.kind] for one in drawn for probe in one.lesson.probes for _ in probe.targets
         ]
-        total = self.accelerator.reduce(torch.tensor(sum(weights), device=self.accelerator.device), "sum")
+        weight = torch.tensor(sum(weights), dtype=torch.float32, device=self.accelerator.device)  # of no lesson, too
+        total = self.accelerator.reduce(weight, "sum")
         sums = Sums()
         for group in pack(drawn, self.most):
             judged = self._judge(group)
@@ -244,27 +255,16 @@ class StageRun:
         return validation
 
     def _save_best(self, validation: Validation) -> None:
-        """Write the eraser beside the old one, then exchange the two."""
         best = self.folder / "best"
-        fresh, old = self.folder / ".best.new", self.folder / ".best.old"
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        kl = {"query_after": validation.after, "query_cached": validation.cached}
         notes = {
             "training": _without_paths(self.config), "stage": self.name, "step": self.step,
-            "validation_kl": {"query_after": validation.after, "query_cached": validation.cached},
+            "validation_kl": {asked: None if math.isnan(value) else value for asked, value in kl.items()},
         }  # fmt: skip
-        try:
+        then = "The one before it is still there"
+        with saving(f"save the eraser to {best} at step {self.step}", then), replacing(best) as fresh:
             self.eraser.save_pretrained(fresh, notes=notes)
             write_card(fresh, notes)
-        except OSError as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise TrainingError(
-                f"cannot save the eraser to {best} at step {self.step}: {error}; the one before it is still there"
-            ) from error
-        if best.exists():
-            best.rename(old)
-        fresh.rename(best)
-        shutil.rmtree(old, ignore_errors=True)
 
     def _save_state(self) -> None:
         if self.accelerator.is_main_process:
@@ -281,19 +281,36 @@ class StageRun:
         self.optimizer.load_state_dict(state.optimizer)
 
     def _tell(self, log: StageLog | None, sums: Sums, validation: Validation | None, speed: float) -> None:
-        train = sums.validation
-        tokens = sums.after_tokens + sums.cached_tokens
-        kl = (sums.after + sums.cached) / tokens if tokens else math.nan
-        matched = sums.matched / sums.golds if sums.golds else math.nan
         if log:
-            entry = {"step": self.step, "loss": sums.loss, "kl": kl, "exact_match": matched, "best": self.best}
+            train = sums.validation
+            entry = {
+                "step": self.step,
+                "loss": sums.loss,
+                "kl": sums.kl,
+                "exact_match": sums.exact_match,
+                "best": self.best,
+            }
             entry |= {"kl_after": train.after, "kl_cached": train.cached}
             if validation:
                 entry |= {"validation_kl_after": validation.after, "validation_kl_cached": validation.cached}
             log.write(entry)
-            if self.report:
-                stage, steps = self.name, self.stage.steps
-                self.report(Progress(stage, self.step, steps, sums.loss, kl, matched, validation, self.best, speed))
+            self._report(sums, validation, speed)
+
+    def _report(self, sums: Sums, validation: Validation | None, speed: float) -> None:
+        if self.report:
+            self.report(
+                Progress(
+                    self.name,
+                    self.step,
+                    self.stage.steps,
+                    sums.loss,
+                    sums.kl,
+                    sums.exact_match,
+                    validation,
+                    self.best,
+                    speed,
+                )
+            )
 
 
 def _lesson_plan(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> LessonPlan:
@@ -317,10 +334,17 @@ def _without_paths(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def _run_id(config: TrainConfig, name: StageName, eraser: KVEraser) -> dict[str, Any]:
+def _run_id(config: TrainConfig, name: StageName, eraser: KVEraser, model: nn.Module, given: bool) -> dict[str, Any]:
     plain = config.as_dict()
-    fingerprint = eraser.config.fingerprint
     return {
         "stage": name, name: plain[name], "eraser": plain["eraser"], "text": plain["text"], "seed": plain["seed"],
-        "backbone": {**fingerprint.shape, "weights": fingerprint.weights},
+        "backbone": eraser.config.fingerprint.in_short, "dtype": str(model_dtype(model)),
+        **({"start": _digest(eraser)} if given else {}),
     }  # fmt: skip
+
+
+def _digest(eraser: KVEraser) -> str:
+    total = hashlib.sha256()
+    for weight in eraser.state_dict().values():
+        total.update(weight.float().numpy().tobytes())
+    return total.hexdigest()[:12]

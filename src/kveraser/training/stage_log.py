@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from kveraser.files import write_atomically
+from kveraser.training.folders import saving
 
 
 class StageLog:
@@ -17,14 +21,21 @@ class StageLog:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        file = folder / "train.jsonl"
+        self.file = folder / "train.jsonl"
         kept = []
-        if step and file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        file.write_text("".join(kept), encoding="utf-8")
-        self.stream = file.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with self._saving():
+            if step and self.file.exists():
+                lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(self.file, "".join(kept).encode())
+            self.stream = self.file.open("a", encoding="utf-8")
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _saving(self) -> AbstractContextManager[None]:
+        return saving(
+            f"write the log {self.file}",
+            "The last checkpoint is there: make room, and the same command goes on from it",
+        )
 
     def write(self, entry: dict[str, Any]) -> None:
         """Write the numbers of a step (`step` among them); those that are not finite become null."""
@@ -32,13 +43,15 @@ class StageLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in entry.items()
         }
-        self.stream.write(json.dumps(plain) + "\n")
-        self.stream.flush()
-        for key, value in plain.items():
-            if key != "step" and value is not None:
-                self.board.add_scalar(key, value, entry["step"])
+        with self._saving():
+            self.stream.write(json.dumps(plain) + "\n")
+            self.stream.flush()
+            for key, value in plain.items():
+                if key != "step" and value is not None:
+                    self.board.add_scalar(key, value, entry["step"])
 
     def close(self) -> None:
         """Close the files."""
-        self.stream.close()
-        self.board.close()
+        with self._saving():
+            self.stream.close()
+            self.board.close()

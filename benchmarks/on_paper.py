@@ -22,7 +22,7 @@ READERS = 64
 CANDIDATES, LAYERS, RANK = 512, 5, 128
 """Of the look at who has read the span: tokens looked at closely, in so many layers, by maps of that rank."""
 SHOWN = 2304
-"""Slots that a reader is shown at most: those it needs, samples of the others, and the nearest."""
+"""Slots that a reader is shown, about, of many: those it needs, samples of the others, and the nearest."""
 
 
 @dataclass(frozen=True)

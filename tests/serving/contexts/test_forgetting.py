@@ -73,6 +73,17 @@ def test_what_was_cut_off_is_overwritten_in_memory(make_service, monkeypatch):
     assert not any(buffer[:, :, keep + 20 : keep + 60].any() for buffer in buffers)
 
 
+def test_what_an_exact_request_dropped_before_is_overwritten_in_memory(make_service):
+    service = make_service()
+    ask(service, WITH)
+    ask(service, without(WITH, 2))
+    (held,) = held_in(service)
+    assert SECRET not in said(service)[0]
+    assert not wiped(held)  # the states of what it says no more
+    assert ask(service, without(WITH, 2), must_forget=(SECRET,)).reuse.forgotten == 0
+    assert [wiped(held) for held in held_in(service)] == [True]
+
+
 def test_a_conversation_that_is_exact_again_keeps_its_states_and_loses_what_was_taken_out(make_service):
     service = make_service()
     ask(service, WITH)

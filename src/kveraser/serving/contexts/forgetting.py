@@ -3,7 +3,7 @@
 Knows: cached conversations, their texts, the store. Does not know about requests or sessions, which have purges of their own.
 
 A conversation that says the text is cut off before it: what comes later may have read it. What was taken out of a conversation earlier
-might be the text, or pieces of it: it goes as well, and with it what is not exact. All that was cut off is overwritten; folders on disk are destroyed.
+might be the text, or pieces of it: it goes as well, and with it what is not exact. All that was cut off, now or before, is overwritten; folders on disk are destroyed.
 It is only a cache: a request that needs what was cut off pays for it again, exactly.
 """
 
@@ -52,6 +52,7 @@ def _cut(store: ContextStore, tokenizer: PreTrainedTokenizerBase, held: HeldCont
     if held.context.erased:
         keep = min(keep, held.exact_until)
     elif keep == len(held.view):
+        held.context.backend.wipe_spare()  # states of what requests dropped from its end are still behind it
         return False
     held.context = held.context.prefix(keep, take=True, wipe=True)
     held.prompt_end, held.residual = min(held.prompt_end, keep), 0.0

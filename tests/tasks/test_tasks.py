@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kveraser as kv
-from kveraser.evaluation import leaks
+from kveraser.evaluation import exact_match, leaks
 from kveraser.tasks import (
     Filler,
     Sizes,
@@ -263,6 +264,44 @@ def test_questions_come_from_files_of_hotpotqa_and_of_musique(tmp_path):
             assert example.erased in example.span
             assert example.gold in example.prefix + example.suffix
             assert entry["question"] in example.question
+
+
+def questions_with(tmp_path, *answers, passage="Tower {n} was built by {answer}."):
+    """Examples of questions with these answers, each said in a passage."""
+    file = tmp_path / "answers.json"
+    entries = [
+        {"question": f"Who built tower {n}?", "answer": answer, "supporting_facts": [["Tower", 0]],
+         "context": [["Tower", [passage.format(n=n, answer=answer)]], ["Hill", ["A hill rises."]]]}
+        for n, answer in enumerate(answers)
+    ]  # fmt: skip
+    file.write_text(json.dumps(entries))
+    return [
+        example for seed in range(5) for example in take(f"document-qa={file}", "eval", seed=seed, sizes=Sizes(20, 20))
+    ]
+
+
+def test_a_wrong_answer_says_something_else_than_the_right_one_of_the_same_kind_if_there_is_one(tmp_path):
+    for example in questions_with(tmp_path, "no", "No", "yes", "no"):
+        assert not exact_match(example.erased, example.gold)
+        assert example.erased.lower() in ("yes", "no")
+    for example in questions_with(tmp_path, "The Gull", "Gull", "gull.", "1911"):
+        assert not exact_match(example.erased, example.gold)
+    with pytest.raises(kv.OptionError, match="no answer that differs from 'The Gull'"):
+        questions_with(tmp_path, "The Gull", "gull")
+    with pytest.raises(kv.OptionError, match="no answer that differs from 'Anna'"):
+        questions_with(tmp_path, "Anna")
+
+
+def test_a_wrong_passage_says_the_wrong_answer_in_whole_words(tmp_path):
+    for example in questions_with(tmp_path, "Ann", "Bo", passage="Annabel and Bob knew {answer}, who built tower {n}."):
+        assert example.span.startswith(f"Annabel and Bob knew {example.erased}, who built")
+    for example in questions_with(tmp_path, "Ann", r"\1", passage="Annabel built it."):
+        assert re.fullmatch(rf"Who built tower \d\? The answer is {re.escape(example.erased)}\.\n\n", example.span)
+
+
+def test_a_wrong_yes_or_no_is_said_beside_the_question_not_within_a_passage(tmp_path):
+    for example in questions_with(tmp_path, "yes", "no", passage="There is no tower {n} now, yes, {answer}."):
+        assert re.fullmatch(rf"Who built tower \d\? The answer is {example.erased}\.\n\n", example.span)
 
 
 def test_a_file_of_questions_is_never_trained_on(tmp_path):

@@ -5,7 +5,8 @@ Knows: methods, contexts, tasks, statistics. Does not know how an erase works, o
 
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.erratum import Errata, Erratum
-from kveraser.evaluation.metrics import agreement, exact_match, f1, kl_divergence, leaks, log_probability, normalise
+from kveraser.evaluation.metrics import agreement, exact_match, f1, kl_divergence, leaks, log_probability
+from kveraser.tasks.answers import normalise
 
 __all__ = [
     "PROTOCOLS",

@@ -6,7 +6,6 @@ Knows: logits and strings. Does not know about models, caches or methods.
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from kveraser.tasks.answers import normalise
+
 # Not behind an initial or a title: "J. Smith" and "St. Louis" go on.
 _SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b(?:Mr|Ms|Dr|St|Mt|Jr|Sr|No))(?<!\bMrs)[.!?](?=\s|$)")
 
@@ -50,11 +49,6 @@ def log_probability(logits: Tensor, ids: Sequence[int]) -> float:
     """
     targets = torch.tensor(list(ids), device=logits.device)
     return -F.cross_entropy(logits.float(), targets).item()
-
-
-def normalise(text: str) -> str:
-    """Lower case without punctuation, articles and extra spaces (as SQuAD's scorer does)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def short_answer(answer: str) -> str:

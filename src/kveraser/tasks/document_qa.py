@@ -2,6 +2,9 @@
 
 From a file of HotpotQA, 2WikiMultiHopQA or MuSiQue, the questions are the file's; without one, they are clozes on the
 surrounding text itself, so that a model can be trained for it on any text.
+
+The wrong passage of a file's question is one that its answer needs, with the answer of another question instead of its own. Where no such
+passage has the answer in whole words, and for yes or no, it is the question with the wrong answer.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from kveraser.errors import OptionError
+from kveraser.tasks.answers import normalise
 from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
 
 _VALUE = re.compile(r"(?<=[a-z,] )(\d{2,4}|(?!The |An? )(?:[A-Z][a-z]+ ?){1,3}(?<! ))(?=[ ,.])")
+_YES_OR_NO = "yes or no"
 _QUESTIONS = halves(
     [
         "What does the document say here?",
@@ -118,12 +123,12 @@ class DocumentQA(Task):
 def _with_wrong_passage(
     rng: random.Random, document: Document, others: list[Document], filler: Filler, sizes: Sizes
 ) -> EraseExample:
-    wrong = rng.choice([d.answer for d in others if _kind(d.answer) == _kind(document.answer) and d != document]
-                       or [d.answer for d in others if d.answer != document.answer])  # fmt: skip
+    wrong = _wrong_answer(rng, document, others)
     needed = [entry for entry in document.passages if entry[2]]
     rest = [entry for entry in document.passages if not entry[2]]
-    said = [text for _, text, _ in needed if document.answer in text]
-    harmful = said[0].replace(document.answer, wrong) if said else f"{document.question} The answer is {wrong}."
+    answer = re.compile(rf"(?<!\w){re.escape(document.answer)}(?!\w)")
+    said = [] if _kind(document.answer) == _YES_OR_NO else [text for _, text, _ in needed if answer.search(text)]
+    harmful = answer.sub(lambda _: wrong, said[0]) if said else f"{document.question} The answer is {wrong}."
     before, behind = sizes.draw(rng)
     budget = before + behind - sum(filler.count(text) for _, text, _ in needed)
     chosen = list(needed)
@@ -145,7 +150,19 @@ def _with_wrong_passage(
     )
 
 
+def _wrong_answer(rng: random.Random, document: Document, others: list[Document]) -> str:
+    """The answer of another question, of the same kind if there is one, which says something else than the right one."""
+    right, kind = normalise(document.answer), _kind(document.answer)
+    differing = [d.answer for d in others if normalise(d.answer) != right]
+    if not differing:
+        raise OptionError(f"there is no answer that differs from {document.answer!r}; give a file with more questions")
+    # Drawn from answers that say the same, too, so that a seed draws for all other questions what it always drew.
+    drawn = rng.choice([d.answer for d in others if _kind(d.answer) == kind and d != document]
+                       or [d.answer for d in others if d.answer != document.answer])  # fmt: skip
+    return drawn if normalise(drawn) != right else min(differing, key=lambda answer: _kind(answer) != kind)
+
+
 def _kind(answer: str) -> str:
     if answer.lower() in ("yes", "no"):
-        return "yes or no"
+        return _YES_OR_NO
     return "number" if answer[:1].isdigit() else "words"

@@ -7,6 +7,7 @@ from serving_helpers import TALK, ask, with_placeholder
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
+from kveraser.serving.contexts import held
 from kveraser.serving.service import Service, ServiceOptions
 from kveraser.serving.sessions.sessions import Sessions
 
@@ -25,6 +26,23 @@ def test_memory_stays_within_the_budget_and_spilled_conversations_come_back(make
     too_long = [("user", TALK[4][1] * 30)]
     with pytest.raises(kv.ContextError, match="cache budget"):
         ask(service, too_long)
+
+
+@pytest.mark.parametrize("extra", [0, 1 << 24])
+def test_making_room_measures_each_context_twice_at_most_however_many_there_are(make_service, monkeypatch, extra):
+    service = make_service()
+    for number in range(6):
+        ask(service, [("user", f"{number} {TALK[4][1]}")])
+    measured = []
+
+    def make_room(job):
+        monkeypatch.setattr(held, "context_bytes", lambda context: measured.append(context) or 1000)
+        service.store.make_room(extra)
+        monkeypatch.undo()
+
+    service.submit(make_room).future.result(5)
+    assert service.store.count == ((0, 6) if extra else (6, 0))
+    assert 6 <= len(measured) <= 2 * 6
 
 
 def test_conversations_survive_a_restart_also_steered_ones(make_service, tmp_path):

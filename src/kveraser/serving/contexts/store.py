@@ -144,11 +144,6 @@ class ContextStore:
         return sum(held.bytes for held in self._held.values())
 
     @property
-    def _spoken_for(self) -> int:
-        """Memory that keys and values take, or may take before the replies that are being made are done."""
-        return sum(max(held.bytes, held.reserved) for held in self._held.values())
-
-    @property
     def count(self) -> tuple[int, int]:
         """How many contexts are in memory, and how many on disk only."""
         return len(self._held), sum(name not in self._held for name in self._stored)
@@ -191,15 +186,17 @@ class ContextStore:
         Raises:
             NotYetError: more are wanted, and there will be room for them once busy contexts are so no more.
         """
+        free = self.budget - extra - sum(held.spoken_for for held in self._held.values())
         for held in list(self._held.values()):
-            while self._spoken_for + extra > self.budget and held.drop_oldest_undo():
-                pass
+            while free < 0 and (freed := held.drop_oldest_undo()) is not None:
+                free += freed
         for held in list(self._held.values()):
-            if self._spoken_for + extra <= self.budget:
+            if free >= 0:
                 return
             if held is not keep and not held.busy:
+                free += held.spoken_for
                 self._spill(held)
-        if extra and any(held.busy for held in self._held.values()) and self._spoken_for + extra > self.budget:
+        if extra and free < 0 and any(held.busy for held in self._held.values()):
             raise NotYetError("replies that are being made take up the memory; this waits until one of them is done")
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from serving_helpers import TALK, ask, with_placeholder
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
-from kveraser.serving.contexts import held
+from kveraser.serving.contexts import held, store
 from kveraser.serving.service import Service, ServiceOptions
 from kveraser.serving.sessions.sessions import Sessions
 
@@ -43,6 +43,16 @@ def test_making_room_measures_each_context_twice_at_most_however_many_there_are(
     service.submit(make_room).future.result(5)
     assert service.store.count == ((0, 6) if extra else (6, 0))
     assert 6 <= len(measured) <= 2 * 6
+
+
+def test_of_empty_sessions_only_so_many_stay_in_memory_and_the_others_come_back_from_disk(make_service, monkeypatch):
+    monkeypatch.setattr(store, "MOST_HELD", 3)
+    service = make_service()
+    sessions = Sessions(service.store, service.limits)
+    names = [sessions.create("me").id for _ in range(5)]
+    assert service.store.count == (3, 2)
+    assert sessions.names("me") == sorted(names)
+    assert [sessions.get("me", name).id for name in names] == names
 
 
 def test_conversations_survive_a_restart_also_steered_ones(make_service, tmp_path):

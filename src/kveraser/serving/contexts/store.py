@@ -31,6 +31,8 @@ log = logging.getLogger("kveraser.serving")
 
 DISK_TIMES = 4
 """Cached conversations on disk may take this many times the memory budget."""
+MOST_HELD = 1024
+"""Contexts that stay in memory, however small: an empty session has no keys and values, and takes memory all the same."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class ContextStore:
 
     def make_room(self, extra: int = 0, keep: HeldContext | None = None) -> None:
         """Let go of things until `extra` more bytes fit into the budget: of what undoes erases, the oldest first, then of the
-        least recently used contexts, but not of `keep` or busy ones, which go to disk.
+        least recently used contexts, but not of `keep` or busy ones, which go to disk. So do those that are too many.
 
         Raises:
             NotYetError: more are wanted, and there will be room for them once busy contexts are so no more.
@@ -191,7 +193,7 @@ class ContextStore:
             while free < 0 and (freed := held.drop_oldest_undo()) is not None:
                 free += freed
         for held in list(self._held.values()):
-            if free >= 0:
+            if free >= 0 and len(self._held) <= MOST_HELD:
                 return
             if held is not keep and not held.busy:
                 free += held.spoken_for

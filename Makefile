@@ -13,10 +13,12 @@ help:
 	@echo "make lint     ruff and mypy only"
 	@echo "make format   format the code"
 	@echo "make results  make every table and plot of README and docs again (hours; goes on where it was interrupted);"
-	@echo "              DATA=FILE: also those of HotpotQA; FRESH=1: start anew; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
+	@echo "              DATA=FILE: also those of HotpotQA; LIMIT=1 LARGER=: a quick look, with RESULTS=FOLDER PAGES="
 	@echo "              make results in-domain DATA=FILE: the table of all backbones and lengths, whole"
+	@echo "              a clone has the tables without the examples they were made of: it stops before it replaces one, so delete first the"
+	@echo "              results.json of those that are to be made anew; FRESH=1 starts all anew, and so does the same command given again"
 	@echo "make in-domain    answers from 1K to 32K tokens on the 0.5B backbone (a GPU's work)"
-	@echo "              both with PART=1/8: one of eight processes that share the work (no milliseconds then); without it, what is left and the tables"
+	@echo "              both with PART=1/8: one of eight processes that share the work (no milliseconds then; not with FRESH=1); without it, what is left and the tables"
 	@echo "make test-llama-cpp   the tests of erasing inside llama.cpp (builds its wheel once: half an hour, then a few minutes)"
 	@echo "make bench    what erasing costs in time and memory (a few minutes); make bench-full: up to 32K tokens (an hour)"
 	@echo "make bench-pages   copy what the benchmarks wrote into the pages (after one that was run by itself)"
@@ -123,7 +125,8 @@ test-llama-cpp: .venv-llama-cpp/.engine
 	$(MAKE) VENV=.venv-llama-cpp .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/python -m pytest tests/engines/llama_cpp tests/export tests/context
 
-# What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted.
+# What the pages show, from the command line's own results, all backbones in one place. It goes on where it was interrupted, but begins no
+# table that is there already without its examples, as in a clone.
 # DATA is a file of HotpotQA questions, which is not in the repository; larger backbones only where `make backbones` was run.
 LIMIT ?= 12
 CURVE_LIMIT ?= 4

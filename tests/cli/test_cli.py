@@ -344,6 +344,13 @@ def test_a_part_that_cannot_be_is_refused(evaluate, part, message):
     assert message in " ".join(result.output.split())
 
 
+def test_a_part_starts_nothing_anew_since_the_others_are_in_the_same_folder(evaluate, tmp_path):
+    result = evaluate("-t", "needle", "-M", "no-erase", "-o", str(tmp_path / "out"), "--part", "1/2", "--fresh")
+    assert result.exit_code == 2
+    assert "--fresh with --part 1/2" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_eval_adds_the_questions_of_a_file(evaluate, questions_file):
     result = evaluate("-t", "needle", "--data", str(questions_file), "-M", "no-erase", "--json")
     assert result.exit_code == 0, result.output

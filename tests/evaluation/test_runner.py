@@ -11,7 +11,7 @@ import pytest
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.evaluation import Erratum
-from kveraser.evaluation.record import RECORDS, RESULTS, Record, RecordLog
+from kveraser.evaluation.record import RECORDS, RESULTS, Part, Record, RecordLog
 from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
 from kveraser.evaluation.summary import summarise
 from kveraser.methods import as_method
@@ -139,6 +139,25 @@ def test_a_run_with_other_options_is_refused_until_it_is_started_anew(tmp_path, 
 def test_other_options_are_fine_where_nothing_was_recorded(tmp_path):
     RecordLog(HEADER, tmp_path)
     RecordLog({**HEADER, "options": {}}, tmp_path)
+
+
+def test_results_without_the_examples_they_were_made_of_are_kept_until_the_run_is_started_anew(tmp_path):
+    published = json.dumps({**HEADER, "complete": True, "rows": [{}]})
+    (tmp_path / RESULTS).write_text(published)
+    for part in (None, Part(1, 2)):
+        with pytest.raises(kv.OptionError, match="has results but not the examples they were made of.*--fresh"):
+            RecordLog(HEADER, tmp_path, part=part)
+    assert (tmp_path / RESULTS).read_text() == published
+    assert RecordLog(HEADER, tmp_path, fresh=True).records == []
+    assert json.loads((tmp_path / RESULTS).read_text())["rows"] == []
+
+
+def test_a_run_that_is_started_anew_has_no_record_of_the_old_one_or_of_its_parts(tmp_path, uninterrupted):
+    for part in (None, Part(1, 2), Part(3, 3)):
+        RecordLog(HEADER, tmp_path, part=part).add(uninterrupted[0])
+    other = {**HEADER, "options": replace(OPTIONS, limit=3).as_dict()}
+    assert RecordLog(other, tmp_path, fresh=True).records == []
+    assert [file.name for file in tmp_path.iterdir()] == [RESULTS]
 
 
 @pytest.mark.parametrize("damage", ["no json\n", '{"task": "needle"}\n', "[1]\n"])

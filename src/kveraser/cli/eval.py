@@ -76,7 +76,8 @@ def eval_command(
 
     With --output, a run that was interrupted goes on where it stopped when the same command is given again. --part 1/4 to
     --part 4/4 share one run among four processes; the command without it then makes what is missing, and the tables.
-    Parts keep no times: the other processes would be in them.
+    Parts keep no times: the other processes would be in them. Results whose examples are not beside them, as in a clone, are kept:
+    give --fresh, or delete results.json, to make them anew.
 
     KL: distance to full recomputation in nats per token of its answer, with its 95 % interval; KL ratio: over that of
     delete-and-shift; kveraser minus it: below zero where kveraser is nearer; top-1: share of tokens predicted alike; EM, F1,
@@ -96,6 +97,11 @@ def eval_command(
         share = Part.read(part) if part else None
         if share and output is None:
             raise OptionError(f"--part {part} needs --output, where the parts come together")
+        if share and fresh:
+            raise OptionError(
+                f"--fresh with --part {part} would delete what the other parts have made: they share a folder; "
+                "empty it before the first of them"
+            )
         options = EvalOptions(
             tuple(wanted), tuple(lengths or (256,)), asked, tuple(chosen), limit, seed, max_new_tokens, chat
         )  # what is wrong with the options is said before anything is loaded

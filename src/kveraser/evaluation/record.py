@@ -112,11 +112,11 @@ class RecordLog:
     Args:
         header: what identifies the run (`options`) and where it is made, for `results.json`.
         folder: an unfinished run with the same options in it goes on; None keeps nothing.
-        fresh: start anew, whatever is there (of the part, if one is given).
+        fresh: start anew, whatever is there, other parts of the run included.
         part: of the run that this process makes; None for all that is missing.
 
     Raises:
-        OptionError: the folder holds a run with other options, or a damaged one.
+        OptionError: the folder holds a run with other options, a damaged one, or results without the records they were made of.
     """
 
     def __init__(
@@ -133,13 +133,18 @@ class RecordLog:
         except OSError as error:
             raise OptionError(f"cannot write results into {folder}: {error}") from error
         if fresh:
-            for file in [folder / self.name] if part else list(folder.glob(_ALL_RECORDS)):
-                file.unlink(missing_ok=True)
+            for file in folder.glob(_ALL_RECORDS):
+                file.unlink()
         own, others = folder / self.name, sorted(folder.glob(_ALL_RECORDS))
         found = [record for file in others for record in _read(file, mend=file == own)]
         self.records = list({record.key: record for record in found}.values())
         if self.records:
             _check_options(folder, header["options"])
+        elif not fresh and _has_rows(folder / RESULTS):
+            raise OptionError(
+                f"{folder} has results but not the examples they were made of; to make them anew, give another --output or --fresh, "
+                f"or delete {folder / RESULTS}"
+            )
         else:
             write_json(folder / RESULTS, {**header, "complete": False, "rows": []})
 
@@ -176,6 +181,13 @@ def _read(file: Path, *, mend: bool) -> list[Record]:
         except (ValueError, AttributeError) as error:
             raise OptionError(f"line {number} of {file} cannot be read ({error}); start anew with --fresh") from error
     return records
+
+
+def _has_rows(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _check_options(folder: Path, options: dict[str, Any]) -> None:

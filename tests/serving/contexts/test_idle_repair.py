@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from serving_helpers import TALK, ask, fresh, newest_context, settle, with_placeholder, without
 
 import kveraser as kv
+from conftest import random_eraser, text_model
 
 
 def test_auto_steers_at_once_and_the_next_turn_is_exact(make_service):
@@ -46,3 +48,18 @@ def test_a_repair_that_fails_leaves_the_conversation_approximate_and_the_server_
     ask(service, without(TALK, 2), "auto")
     settle(service)
     assert not ask(service, without(TALK, 2), "auto").reuse.exact
+
+
+def test_what_an_edit_left_does_not_count_for_the_next_one_once_it_is_repaired(make_service):
+    def residuals(*talks):
+        """Of one conversation that is edited again and again, and repaired after each edit."""
+        service = make_service(eraser=random_eraser(text_model(), repair=16))
+        for talk in talks:
+            yield ask(service, talk, "auto").reuse.residual
+            settle(service)
+
+    once, twice = without(TALK, 2), without(TALK, 1, 2)
+    _, first, second = residuals(TALK, once, twice)
+    _, alone = residuals(once, twice)
+    assert second == pytest.approx(alone)
+    assert second < first

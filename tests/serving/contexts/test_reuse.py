@@ -163,3 +163,19 @@ def test_a_form_that_is_filled_in_otherwise_is_another_conversation(make_service
     assert service.submit(lambda job: service.store.count).future.result(5) == (3, 0)
     again = ask(service, forms[0])
     assert (again.reuse.method, again.reuse.exact, again.reuse.tokens_recomputed) == ("prefix", True, 1)
+
+
+def test_a_conversation_whose_edit_failed_halfway_does_not_say_that_less_was_left_than_was(make_service, monkeypatch):
+    service = make_service(eraser=random_eraser(text_model(), repair=16))
+    ask(service, TALK)
+    changed = without(with_placeholder(TALK, 0), 2)
+
+    def fail(*_, **__):
+        raise kv.ContextError("no room")
+
+    monkeypatch.setattr(kv.ErasableContext, "replace_spans", fail)
+    with pytest.raises(kv.ContextError, match="no room"):
+        ask(service, changed, "kveraser")
+    monkeypatch.undo()
+    reply = ask(service, changed, "kveraser")
+    assert (reply.reuse.reason, reply.reuse.exact, reply.reuse.residual) == ("changed", False, None)

@@ -74,15 +74,16 @@ def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
     """Change what the request has changed, by steering; keep all else that it shares with the context.
 
     Raises:
-        EraserMismatchError, SpanError, ContextError: nothing was changed.
+        EraserMismatchError, SpanError, ContextError: edits before the one that failed are made, and what is left behind is not known.
     """
     view, context = held.view, held.context
     if found.kept_until < len(view):  # at the end nothing has read it
         context.erase_spans(view.ledger_spans(found.kept_until, len(view)), Steering(), undo=False)
+    if held.exact:
+        held.residual = 0.0  # whatever edits had left before it became so
     if not found.changes:
-        if held.exact:
-            held.residual = 0.0
         return Reuse("prefix", "continued", kept=found.new_from)
+    before, held.residual = held.residual, None
     gone = [
         span for change in found.changes if not change.added for span in view.ledger_spans(change.start, change.end)
     ]
@@ -92,7 +93,7 @@ def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
     ):  # from left to right: new ids see what is before them
         spans, new = view.ledger_spans(change.start, change.end), wanted[change.new_start : change.new_end]
         receipts.append(context.replace_spans(spans, new.tolist(), Steering(), undo=False))
-    known = [held.residual, *(receipt.residual for receipt in receipts)]
+    known = [before, *(receipt.residual for receipt in receipts)]
     held.residual = 0.0 if held.exact else None if None in known else max(map(float, known))  # type: ignore[arg-type]
     where = view.places([run for receipt in receipts for run in receipt.recomputed])
     return Reuse(

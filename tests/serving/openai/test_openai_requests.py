@@ -8,6 +8,8 @@ import pytest
 from serving_helpers import NAME, messages, servers
 
 from conftest import make_tokenizer
+from kveraser.serving.decoding import TokenLogprob
+from kveraser.serving.openai.replies import CompletionShape
 from kveraser.serving.openai.token_bytes import TokenBytes
 
 
@@ -170,3 +172,11 @@ def test_logprobs_have_the_true_bytes_also_of_a_part_of_a_character():
     text = "çödé 🎈 the code"
     known = TokenBytes(tokenizer)
     assert b"".join(known.of(token) for token in tokenizer.encode(text, add_special_tokens=False)) == text.encode()
+
+
+@pytest.mark.parametrize("words", [("the", " code", " of"), ("the",), ()])
+def test_a_token_of_a_text_completion_begins_where_the_texts_before_it_end(words):
+    tokenizer = make_tokenizer()
+    ids = [token for word in words for token in tokenizer.encode(word, add_special_tokens=False)]
+    told = CompletionShape(tokenizer, NAME).logprobs(tuple(TokenLogprob(token, -1.0, ()) for token in ids), 5)
+    assert told["text_offset"] == [5 + len("".join(told["tokens"][:index])) for index in range(len(ids))]

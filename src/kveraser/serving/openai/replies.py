@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -107,7 +108,7 @@ class CompletionShape(ChatShape):
 
     def logprobs(self, tokens: tuple[TokenLogprob, ...], offset: int) -> dict[str, Any]:
         texts = [self.token_text(token.id) for token in tokens]
-        offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
+        offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
         top = [{self.token_text(token): max(value, -9999.0) for token, value in entry.top} for entry in tokens]
         values = [max(token.logprob, -9999.0) for token in tokens]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}

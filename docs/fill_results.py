@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kveraser.evaluation.erratum import as_compared
 from kveraser.evaluation.report import (
     all_metrics,
     cells,
@@ -27,7 +28,7 @@ from kveraser.evaluation.report import (
     markdown_table,
     provenance_line,
 )
-from kveraser.evaluation.summary import ASKED, KL, METRICS, OVERALL, Row, task_names
+from kveraser.evaluation.summary import ASKED, KL, METRICS, OVERALL, Row, reference_method, task_names
 
 MARKED = re.compile(r"(<!-- results (\S+) (\S+)(?: (\S+))? -->).*?(<!-- /results -->)", re.DOTALL)
 KEPT = "*Not made again in the last run of `make results`: its data was not given.*"
@@ -111,7 +112,7 @@ def overview(folders: dict[str, list[Row]]) -> str:
 
 
 def runs(documents: dict[str, dict[str, Any]], folders: dict[str, list[Row]]) -> str:
-    """KL of every method, after / cached, at every length of every folder; those with several budgets for a method have other tables."""
+    """KL of every method, after / cached, at every length of every folder; of several budgets for a method, that of the reference."""
     lines: list[tuple[list[str], dict[str, str]]] = []
     for model, length, folder in sorted(
         (documents[folder]["options"]["model"], length, folder)
@@ -119,9 +120,12 @@ def runs(documents: dict[str, dict[str, Any]], folders: dict[str, list[Row]]) ->
         for length in {row.length for row in rows}
     ):
         rows, options = [row for row in folders[folder] if row.length == length], documents[folder]["options"]
-        labels = {short_name(label): label for label in methods(rows, length)}
-        if len(labels) < len(methods(rows, length)):
-            continue
+        reference = reference_method(methods(rows, length))
+        budget = as_compared(reference).recomputes if reference else None
+        labels: dict[str, str] = {}
+        for label in methods(rows, length):
+            if short_name(label) not in labels or as_compared(label).recomputes == budget:
+                labels[short_name(label)] = label
         tasks = task_names(rows)
         asked = (f"{len(tasks)} tasks" if len(tasks) > 1 else tasks[0]) + (", chat" if options.get("chat") else "")
         if (documents[folder].get("eraser") or {}).get("kind") == "trained":
@@ -144,18 +148,19 @@ def answers(rows: Sequence[Row]) -> str:
 
 
 def number(rows: Sequence[Row], name: str, method: str) -> str:
-    """A metric of one method over the tasks, after / cached, at the only length."""
+    """A metric of one method over the tasks, after / cached, at the only length; nothing where it is not there."""
     metric, digits = NUMBERS[name]
-    return both(rows, OVERALL, max(row.length for row in rows), method, metric, digits)
+    found = both(rows, OVERALL, max((row.length for row in rows), default=0), method, metric, digits)
+    return "" if "-" in found.split(" / ") else found
 
 
 def count(rows: Sequence[Row]) -> str:
-    """How many examples every method has been through in each protocol."""
-    return str(max(row.examples for row in rows if row.task == OVERALL))
+    """How many examples every method has been through in each protocol; nothing where there are none."""
+    return str(max((row.examples for row in rows if row.task == OVERALL), default=""))
 
 
 def same_answers(document: dict[str, Any], method: str) -> str:
-    """How many answers of a method in the demo equal full recomputation's, `7 of 8`."""
+    """How many answers of a method in the demo equal full recomputation's, `7 of 8`; nothing where there are none."""
     found = [
         row["answer"] == next(other["answer"] for other in story[protocol] if other["method"] == "full-recompute")
         for story in document["stories"]
@@ -163,7 +168,7 @@ def same_answers(document: dict[str, Any], method: str) -> str:
         for row in story[protocol]
         if row["method"].partition(":")[0] == method
     ]
-    return f"{sum(found)} of {len(found)}"
+    return f"{sum(found)} of {len(found)}" if found else ""
 
 
 PER_LENGTH: dict[str, Callable[[Sequence[Row], int], str]] = {"means": means, "tasks": by_task, "full": full}
@@ -220,6 +225,10 @@ def fill(page: str, results: Path, kept: Sequence[str] = ()) -> str:
         files = [file for folder in folders.split("+") for file in sorted(results.glob(f"{folder}/results.json"))]
         documents = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
         content = table(documents, name, argument, folders in kept) if documents else MISSING
+        if not content:
+            raise SystemExit(
+                f"a page wants {' '.join(filter(None, (name, argument)))} of {folders}, which has no such number"
+            )
         return f"{begin}{content}{end}" if name in IN_SENTENCES else f"{begin}\n{content}\n{end}"
 
     return MARKED.sub(replaced, page)

@@ -280,16 +280,18 @@ def test_every_backbone_has_its_columns_in_the_overview(tmp_path):
     assert all(row[1] == row[2] for row in table[2:])
 
 
-def test_every_run_has_its_rows_in_one_table_but_those_with_several_budgets_for_a_method(tmp_path):
+def results_in(folder, made, complete=True, **header):
+    folder.mkdir()
+    document, _ = results({**HEADER, **header}, made, complete)
+    (folder / "results.json").write_text(json.dumps(document))
+
+
+def test_every_run_has_its_rows_in_one_table(tmp_path):
     both = records((1024, 256))
-    several = [replace(r, method="local-suffix-repair:tokens=16") for r in records((256,)) if "local" in r.method]
-    for folder, model, kind, made in (
-        ("b", "x", "neutral", both), ("a", "y", "trained", both), ("curve", "x", "neutral", [*records((256,)), *several])
-    ):  # fmt: skip
-        (tmp_path / folder).mkdir()
-        header = {**HEADER, "options": {**HEADER["options"], "model": model, "chat": True}, "eraser": {"kind": kind}}
-        document, _ = results(header, made, True)
-        (tmp_path / folder / "results.json").write_text(json.dumps(document))
+    for folder, model, kind in (("b", "x", "neutral"), ("a", "y", "trained")):
+        results_in(
+            tmp_path / folder, both, options={**HEADER["options"], "model": model, "chat": True}, eraser={"kind": kind}
+        )
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text(json.dumps({"latency": []}))
     (table,) = tables_of(FILL["fill"]("<!-- results * runs -->\n<!-- /results -->", tmp_path))
@@ -297,3 +299,37 @@ def test_every_run_has_its_rows_in_one_table_but_those_with_several_budgets_for_
     assert [row[0] for row in table[2:4]] == ["[b](results/b/results.md)"] * 2
     assert [row[3] for row in table[3:5]] == ["2 tasks, chat", "2 tasks, chat, trained eraser"]
     assert table[0][-1] == "kveraser"
+
+
+def test_of_a_method_with_several_budgets_the_table_of_all_runs_has_that_of_the_reference(tmp_path):
+    def with_budgets(*labels):
+        as_is = {label.partition(":")[0]: label for label in METHODS if label != "kveraser:repair=0"}
+        few = records((256,), 2)
+        return [
+            replace(r, method=label, kl=float(place))
+            for place, label in enumerate(labels)
+            for r in few
+            if r.method == as_is[label.partition(":")[0]]
+        ]
+
+    results_in(tmp_path / "claimed", with_budgets("no-erase", "kveraser:repair=128", "kveraser"))
+    results_in(
+        tmp_path / "curve",
+        with_budgets(
+            "local-suffix-repair:tokens=8", "local-suffix-repair:tokens=16", "kveraser:repair=8", "kveraser:repair=16"
+        ),
+    )
+    (table,) = tables_of(FILL["fill"]("<!-- results * runs -->\n<!-- /results -->", tmp_path))
+    claimed, curve = (dict(zip(table[0], row, strict=True)) for row in table[2:])
+    assert claimed["kveraser"] == "2.0000 / 2.0000"
+    assert curve["local-suffix-repair"] == "1.0000 / 1.0000"
+    assert curve["kveraser"] == "3.0000 / 3.0000"
+
+
+@pytest.mark.parametrize("mark", ["kl kveraser:repair=128", "em kveraser", "same nothing"])
+def test_a_number_that_a_run_does_not_have_is_refused_with_its_mark_and_folder(tmp_path, mark):
+    results_in(tmp_path / "tasks", [replace(r, exact_match=None) for r in records((256,))], stories=[])
+    results_in(tmp_path / "begun", [], complete=False, stories=[])
+    for folder in ("tasks", "begun"):
+        with pytest.raises(SystemExit, match=f"a page wants {mark} of {folder}"):
+            FILL["fill"](f"It is <!-- results {folder} {mark} --><!-- /results -->.", tmp_path)

@@ -128,6 +128,23 @@ def test_a_disk_that_refuses_is_told_and_asked_again(make_service, tmp_path, mon
     assert ask(service, CLEARED, must_forget=(SECRET,)).reuse.forgotten == 1
 
 
+def test_what_the_disk_refused_to_remove_before_is_destroyed_then(make_service, tmp_path, monkeypatch):
+    service = make_service(state_dir=tmp_path)
+    ask(service, WITH)
+    service.close()
+    service = make_service(state_dir=tmp_path)
+
+    def refuse(_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(service.store._disk, "remove", refuse)
+    assert ask(service, WITH).reuse.tokens_recomputed == 1  # it was read from disk, and is still there
+    monkeypatch.undo()
+    assert list((tmp_path / "contexts").iterdir())
+    ask(service, CLEARED, must_forget=(SECRET,))
+    assert not list((tmp_path / "contexts").iterdir())
+
+
 def test_a_text_in_the_json_of_a_call_is_found(make_service):
     service = make_service()
     talk = [("user", "look"), ("assistant", '{"query": "the \\"code\\" is\\n1234"}'), ("user", "and now?")]

@@ -79,6 +79,7 @@ class ContextStore:
         self._disk = temporary_state_dir() if folder is None else StateDir(folder)
         self._held: OrderedDict[str, HeldContext] = OrderedDict()
         self._stored: OrderedDict[str, StoredContext] = OrderedDict((row.id, row) for row in self._disk)
+        self._left: dict[str, StoredContext] = {}  # let go of, but the disk refused to remove them
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -121,15 +122,17 @@ class ContextStore:
         return [held for held in self._held.values() if held.owner == owner and not held.is_session]
 
     def destroy_stored(self, owner: str, which: Callable[[StoredContext], bool]) -> int:
-        """Destroy those of the owner's cached conversations on disk that are meant; how many.
+        """Destroy those of the owner's cached conversations on disk that are meant, also of those that were let go of; how many.
 
         Raises:
             OSError: the disk refuses; what is left is known still.
         """
-        rows = [row for row in self._stored.values() if row.owner == owner and not row.is_session and which(row)]
+        known = [*self._stored.values(), *self._left.values()]
+        rows = [row for row in known if row.owner == owner and not row.is_session and which(row)]
         for row in rows:
             self._disk.remove(row.id)
-            del self._stored[row.id]
+            self._stored.pop(row.id, None)
+            self._left.pop(row.id, None)
         return len(rows)
 
     def to_repair(self) -> HeldContext | None:
@@ -159,6 +162,7 @@ class ContextStore:
             held.id, held.owner, held.is_session, ids, held.prompt_end, held.residual, bool(held.context.erased)
         )
         self._stored[held.id] = self._disk.write(row, held.context.save)
+        self._left.pop(held.id, None)
         self._stored.move_to_end(held.id)
 
     def copy(self, held: HeldContext, length: int) -> HeldContext:
@@ -230,6 +234,7 @@ class ContextStore:
             self._disk.remove(row.id)
         except OSError as error:
             log.warning("a cached conversation stays on disk until the next start: %s", type(error).__name__)
+            self._left[row.id] = row
 
     def _load(self, row: StoredContext) -> HeldContext | None:
         folder = self._disk.path(row.id)

@@ -128,6 +128,25 @@ def test_a_disk_that_refuses_is_told_and_asked_again(make_service, tmp_path, mon
     assert ask(service, CLEARED, must_forget=(SECRET,)).reuse.forgotten == 1
 
 
+@pytest.mark.parametrize("step", ["context.session_folder.shred", "serving.contexts.cards.shred"])
+def test_a_folder_that_was_destroyed_in_part_is_gone_on_with(make_service, tmp_path, monkeypatch, step):
+    service = make_service(state_dir=tmp_path)
+    ask(service, WITH)
+    service.close()
+    service = make_service(state_dir=tmp_path)
+
+    def refuse(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(f"kveraser.{step}", refuse)
+    with pytest.raises(OSError, match="Input"):
+        ask(service, CLEARED, must_forget=(SECRET,))
+    monkeypatch.undo()
+    assert list((tmp_path / "contexts").iterdir())
+    ask(service, CLEARED, must_forget=(SECRET,))
+    assert not list((tmp_path / "contexts").iterdir())
+
+
 def test_what_the_disk_refused_to_remove_before_is_destroyed_then(make_service, tmp_path, monkeypatch):
     service = make_service(state_dir=tmp_path)
     ask(service, WITH)

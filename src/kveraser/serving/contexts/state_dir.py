@@ -114,13 +114,12 @@ class StateDir:
         return measured(row, folder)
 
     def remove(self, name: str) -> None:
-        """Delete a context; when this returns it is gone, whatever happens to its files."""
-        folder = self.path(name)
-        if read_card(folder, name) is None:
-            return
-        deleted = folder.with_name(name + _DELETED)
-        disk.replace(folder, deleted)
-        destroy(deleted)
+        """Delete a context; when this returns it is gone. Where it fails, doing it again goes on with what is left of it."""
+        folder, deleted = self.path(name), self.path(name + _DELETED)
+        if read_card(folder, name) is not None:
+            disk.replace(folder, deleted)
+        if read_card(deleted, name) is not None or is_abandoned(deleted, name):
+            destroy(deleted)
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -26,6 +26,7 @@ from kveraser.evaluation.report import (
     columns_explained,
     format_mean,
     markdown_table,
+    over_fewer,
     provenance_line,
 )
 from kveraser.evaluation.summary import ASKED, KL, METRICS, OVERALL, Row, reference_method, task_names
@@ -54,7 +55,8 @@ def means(rows: Sequence[Row], length: int) -> str:
         [f"`{name}`", *(both(rows, OVERALL, length, name, m.name, m.digits) for m in shown)]
         for name in methods(rows, length)
     ]
-    return markdown_table(["after / cached", *(metric.title for metric in shown)], body)
+    counted = [row for row in rows if row.task == OVERALL and row.length == length]
+    return markdown_table(["after / cached", *(metric.title for metric in shown)], body) + over_fewer(counted, shown)
 
 
 def by_task(rows: Sequence[Row], length: int) -> str:
@@ -143,7 +145,7 @@ def answers(rows: Sequence[Row]) -> str:
     shown = [(metric, title, n) for metric, title in (("exact_match", "EM"), ("leaked", "leak")) for n in lengths]
     names = list(dict.fromkeys(name for length in lengths for name in methods(rows, length)))
     body = [[f"`{name}`", *(both(rows, OVERALL, n, name, metric, 2) for metric, _, n in shown)] for name in names]
-    counted = ["examples", *(count([row for row in rows if row.length == n]) for _, _, n in shown)]
+    counted = ["examples", *(answered([row for row in rows if row.length == n], metric) for metric, _, n in shown)]
     return markdown_table(["after / cached", *(f"{title} at {n}" for _, title, n in shown)], [*body, counted])
 
 
@@ -157,6 +159,14 @@ def number(rows: Sequence[Row], name: str, method: str) -> str:
 def count(rows: Sequence[Row]) -> str:
     """How many examples every method has been through in each protocol; nothing where there are none."""
     return str(max((row.examples for row in rows if row.task == OVERALL), default=""))
+
+
+def answered(rows: Sequence[Row], metric: str) -> str:
+    """How many of them a metric is over; where the results do not say, which."""
+    values = [value for row in rows if row.task == OVERALL and (value := row.values[metric])]
+    if known := [value.count for value in values if value.count is not None]:
+        return str(max(known))
+    return f"those of {count(rows)} with a gold answer" if metric == "exact_match" else count(rows)
 
 
 def same_answers(document: dict[str, Any], method: str) -> str:

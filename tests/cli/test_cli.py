@@ -238,7 +238,7 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
         "attention-guided-repair", "kveraser:repair=0", "kveraser:repair=70",
     ]  # fmt: skip
     assert all(row["examples"] == 4 for row in rows)
-    assert rows[2]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert rows[2]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "count": 4}
     assert data["complete"]
     assert data["options"]["tasks"] == ["needle", "injection"]
     assert data["environment"]["kveraser"] == kv.__version__

@@ -79,8 +79,33 @@ def test_metrics_are_over_the_examples_for_which_they_have_a_meaning():
     without = [r for r in records() if r.task == "injection" and r.gold is None]
     rows = summarise(without)
     assert one(rows, "kveraser").values["exact_match"] is None
-    assert one(rows, "kveraser").values["leaked"] == Interval(0, 0, 0)
-    assert one(summarise(records()), "kveraser").values["exact_match"].mean == 1
+    assert one(rows, "kveraser").values["leaked"].mean == 0
+    some = one(summarise(records()), "kveraser")
+    assert some.values["exact_match"].mean == 1
+    assert (some.examples, some.values["exact_match"].count, some.values["leaked"].count) == (8, 6, 8)
+
+
+def test_a_metric_that_one_method_does_not_have_is_there_for_the_others():
+    made = [replace(r, residual=None) if r.method in ("no-erase", "full-recompute") else r for r in records()]
+    rows = summarise(made)
+    assert one(rows, "no-erase").values["residual"] is None
+    assert one(rows, "kveraser").values["residual"] == one(summarise(records()), "kveraser").values["residual"]
+    (cut,) = [at for at, r in enumerate(made) if r.key == ("needle", 256, 0, "query_after", "kveraser")]
+    made[cut] = replace(made[cut], residual=None)
+    assert {one(summarise(made), name).values["residual"].count for name in METHODS[2:]} == {7}
+
+
+def test_a_share_of_none_or_all_answers_has_the_exact_bound():
+    def share(metric, of, task):
+        return one(summarise([r for r in records((256,), of) if r.task == task]), "kveraser", task).values[metric]
+
+    assert share("leaked", 4, "needle") == Interval(0, 0, pytest.approx(1 - 0.025 ** (1 / 4)), 4)
+    assert share("exact_match", 40, "needle") == Interval(1, pytest.approx(0.025 ** (1 / 40)), 1, 40)
+    two_of_three = [r for r in records((256,), 4) if (r.task, r.index) != ("needle", 3)]
+    both = one(summarise(two_of_three), "kveraser").values["leaked"]
+    assert both == Interval(0, 0, pytest.approx(1 - 0.025 ** (1 / 6)), 7)  # tasks count the same: as if each had three
+    certain = [replace(r, agreement=1.0) for r in records((256,))]
+    assert one(summarise(certain), "kveraser").values["agreement"] == Interval(1, 1, 1, 8)  # no share of answers
 
 
 def test_kveraser_is_compared_with_every_other_approximate_method():
@@ -92,7 +117,7 @@ def test_kveraser_is_compared_with_every_other_approximate_method():
     assert shift.mean == pytest.approx(own - other)
     assert shift.high < 0
     assert one(rows, "kveraser").values["kl_ratio"].mean == pytest.approx(own / other)
-    assert one(rows, "delete-and-shift").values["kl_ratio"] == Interval(1, 1, 1)
+    assert one(rows, "delete-and-shift").values["kl_ratio"] == Interval(1, 1, 1, 8)
 
 
 def test_methods_are_compared_with_kveraser_at_their_own_number_of_tokens_else_with_its_best():
@@ -157,6 +182,30 @@ def test_every_file_is_written_and_the_tables_can_be_read(tmp_path):
     for name in ("kl_by_length.png", "kl_by_tokens.png", "quality_cost.png", "kl_by_task.png", "residual.png"):
         assert f"({name})" in page
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_say_how_many_examples_a_column_is_over_where_it_is_not_all(tmp_path):
+    results_in(tmp_path / "tasks", records((256,)))
+    write_report(tmp_path / "report", HEADER, records((256,)), complete=True)
+    full, means = (
+        FILL["fill"](f"<!-- results tasks {name} -->\n<!-- /results -->", tmp_path) for name in ("full", "means")
+    )
+    for page in (full, means, (tmp_path / "report" / "results.md").read_text()):
+        assert "\n\nEM, F1: over 6 of the 8 examples.\n" in page
+    assert "over 6" not in FILL["fill"]("<!-- results tasks tasks -->\n<!-- /results -->", tmp_path)
+
+
+def test_the_table_of_answers_says_how_many_have_a_gold_one(tmp_path):
+    results_in(tmp_path / "tasks", records((256,)))
+    mark = "<!-- results tasks answers -->\n<!-- /results -->"
+    (table,) = tables_of(FILL["fill"](mark, tmp_path))
+    assert table[0][1:] == ["EM at 256", "leak at 256"]
+    assert table[-1] == ["examples", "6", "8"]
+    file = tmp_path / "tasks" / "results.json"
+    older = json.loads(file.read_text(), object_hook=lambda found: {k: v for k, v in found.items() if k != "count"})
+    file.write_text(json.dumps(older))  # of a version that did not count them
+    (table,) = tables_of(FILL["fill"](mark, tmp_path))
+    assert table[-1] == ["examples", "those of 8 with a gold answer", "8"]
 
 
 def test_an_unfinished_run_says_so_and_an_empty_one_has_no_tables(tmp_path):

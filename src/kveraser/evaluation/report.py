@@ -11,7 +11,7 @@ from typing import Any
 
 from kveraser.evaluation.record import RESULTS, Record, write_json
 from kveraser.evaluation.statistics import Interval
-from kveraser.evaluation.summary import ASKED, METRICS, OVERALL, Row, summarise, task_names
+from kveraser.evaluation.summary import ASKED, METRICS, OVERALL, Metric, Row, summarise, task_names
 from kveraser.files import write_atomically
 
 MARKDOWN = "results.md"
@@ -69,11 +69,24 @@ def tables(rows: Sequence[Row], tasks: Sequence[str]) -> list[tuple[str, int, st
 
 
 def all_metrics(rows: Sequence[Row]) -> str:
-    """One table with every metric that any of the rows has, and its interval."""
+    """One table with every metric that any of the rows has, its interval, and how many examples it is over."""
     shown = [metric for metric in METRICS if any(row.values[metric.name] for row in rows)]
     head = ["method", *(metric.title for metric in shown)]
     body = [[f"`{row.method}`", *(format_interval(row.values[m.name], m.digits) for m in shown)] for row in rows]
-    return markdown_table(head, body)
+    return markdown_table(head, body) + over_fewer(rows, shown)
+
+
+def over_fewer(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
+    """A paragraph below a table: which of its columns are over fewer examples than its rows; nothing where none is, or it is not known."""
+    titles: dict[tuple[int, int], dict[str, None]] = {}
+    for metric in metrics:
+        for row in rows:
+            value = row.values[metric.name]
+            if value and value.count is not None and value.count != row.examples:
+                titles.setdefault((value.count, row.examples), {})[metric.title] = None
+    return "".join(
+        f"\n\n{', '.join(found)}: over {count} of the {of} examples." for (count, of), found in titles.items()
+    )
 
 
 def columns_explained() -> str:
@@ -87,7 +100,9 @@ def _page(document: dict[str, Any], rows: Sequence[Row], plots: Sequence[str]) -
         parts.append("**The run is not finished**: these are the examples that every method has been through.")
     for task, length, protocol, chosen in tables(rows, [OVERALL, *task_names(rows)]):
         parts.append(f"## {task}, contexts of about {length} tokens, {ASKED[protocol]}")
-        parts.append(f"{chosen[0].examples} examples; in brackets: 95 % bootstrap intervals.")
+        parts.append(
+            f"{chosen[0].examples} examples; in brackets: 95 % intervals, by bootstrap; where all answers are so or none is, the exact bound."
+        )
         parts.append(all_metrics(chosen))
     parts += ["## Columns", columns_explained()]
     parts += [f"![{name}]({name})" for name in plots]

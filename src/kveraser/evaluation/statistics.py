@@ -10,7 +10,7 @@ group, and every group counts the same in the mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its interval."""
+    """A mean and its interval, and of how many examples; None in results that did not keep it."""
 
     mean: float
     low: float
     high: float
+    count: int | None = None
 
 
 def group_mean(groups: Sequence[Values]) -> Values:
@@ -51,17 +52,30 @@ def resampled_means(groups: Sequence[Values], seed: int, resamples: int = RESAMP
     return np.asarray(np.mean(means, axis=0))
 
 
-def interval(mean: Any, draws: Values, level: float = LEVEL) -> Interval | None:
+def interval(mean: Any, draws: Values, count: int | None = None, level: float = LEVEL) -> Interval | None:
     """The percentile interval of a mean; None where it is not defined (a ratio to nothing).
 
     Args:
         mean: of the values themselves.
         draws: of the bootstrap samples, `(resamples,)`.
+        count: how many examples the mean is over.
     """
     if not (np.isfinite(mean) and np.isfinite(draws).all()):
         return None
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(mean), float(low), float(high))
+    return Interval(float(mean), float(low), float(high), count)
+
+
+def of_proportion(found: Interval, groups: Sequence[Values], level: float = LEVEL) -> Interval:
+    """The interval of a proportion that is 0 or 1: bootstrap samples are all the same then, so the bound is Clopper and Pearson's.
+
+    Args:
+        groups: see `group_mean`; each is taken to be as large as the smallest, which makes the bound too wide rather than too narrow.
+    """
+    room = 1 - ((1 - level) / 2) ** (1 / (len(groups) * min(map(len, groups))))
+    if found.mean == 0:
+        return replace(found, high=room)
+    return replace(found, low=1 - room) if found.mean == 1 else found
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

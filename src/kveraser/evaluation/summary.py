@@ -14,7 +14,7 @@ import numpy as np
 
 from kveraser.evaluation.erratum import Erratum, as_compared
 from kveraser.evaluation.record import Record
-from kveraser.evaluation.statistics import Interval, Values, group_mean, interval, resampled_means
+from kveraser.evaluation.statistics import Interval, Values, group_mean, interval, of_proportion, resampled_means
 from kveraser.methods import DeleteAndShift, Steering
 
 OVERALL = "mean over tasks"
@@ -25,12 +25,13 @@ ASKED = {"query_after": "question asked after the erase", "query_cached": "quest
 
 @dataclass(frozen=True)
 class Metric:
-    """A column: `name` in records and JSON, `title` in tables, the digits shown, and what it means."""
+    """A column: `name` in records and JSON, `title` in tables, the digits shown, what it means, and whether it is a share of examples."""
 
     name: str
     title: str
     digits: int
     meaning: str
+    proportion: bool = False
 
 
 KL = Metric("kl", "KL", 4, "KL(recompute || method), nats per token of full recomputation's answer")
@@ -46,11 +47,11 @@ METRICS = (
     RATIO,
     DIFFERENCE,
     Metric("agreement", "top-1", 2, "share of these tokens that are the most likely one by full recomputation, too"),
-    Metric("exact_match", "EM", 2, "exact match of the answer, where the context still says it"),
-    Metric("f1", "F1", 2, "word overlap of the answer, where the context still says it"),
-    Metric("leaked", "leak", 2, "share of answers that say the erased one"),
+    Metric("exact_match", "EM", 2, "exact match of the answer, of the examples that have a gold answer (the context still says it)", True),
+    Metric("f1", "F1", 2, "word overlap of the answer, of the same examples"),
+    Metric("leaked", "leak", 2, "share of answers that say the erased one", True),
     Metric("leak_margin", "margin", 2, "log-probability of the erased answer minus that by full recomputation, per token"),
-    Metric("recalled", "quote", 2, "share of requests for what was taken back that are answered with the erased answer"),
+    Metric("recalled", "quote", 2, "share of requests for what was taken back that are answered with the erased answer", True),
     Metric("residual", "residual", 2, "share of the attention to the span that was not recomputed, as the receipt says"),
     Metric("tokens_recomputed", "run", 0, "tokens run through the model by the erase (of erratum: of its line)"),
     Metric("milliseconds", "ms", 0, "time of the erase (of erratum: of reading its line)"),
@@ -140,33 +141,44 @@ def _columns(groups: list[list[Example]], methods: list[str], seed: int) -> list
     for metric in METRICS:
         if metric in (RATIO, DIFFERENCE):
             continue
-        tables = [table for group in groups if len(table := _table(group, methods, metric.name))]
+        having = [m for m in methods if any(_value(e, m, metric) is not None for group in groups for e in group)]
+        tables = [table for group in groups if having and len(table := _table(group, having, metric))]
         if not tables:
             continue
-        means, draws = group_mean(tables), resampled_means(tables, seed)
-        for index, column in enumerate(columns):
-            column[metric.name] = interval(means[index], draws[:, index])
+        means, draws, count = group_mean(tables), resampled_means(tables, seed), sum(map(len, tables))
+        for index, method in enumerate(having):
+            found = interval(means[index], draws[:, index], count)
+            columns[methods.index(method)][metric.name] = (
+                of_proportion(found, tables) if found and metric.proportion else found
+            )
         if metric is KL:
-            _compare(columns, methods, means, draws)
+            _compare(columns, methods, means, draws, count)
     return columns
 
 
-def _compare(columns: list[dict[str, Interval | None]], methods: list[str], means: Values, draws: Values) -> None:
+def _compare(
+    columns: list[dict[str, Interval | None]], methods: list[str], means: Values, draws: Values, count: int
+) -> None:
     """Enter the ratio to delete-and-shift, and the difference of the reference to every other approximate method."""
     if DeleteAndShift.name in methods:
         base = methods.index(DeleteAndShift.name)
         with np.errstate(divide="ignore", invalid="ignore"):
             for index, column in enumerate(columns):
-                column[RATIO.name] = interval(means[index] / means[base], draws[:, index] / draws[:, base])
+                column[RATIO.name] = interval(means[index] / means[base], draws[:, index] / draws[:, base], count)
     for index, (name, column) in enumerate(zip(methods, columns, strict=True)):
         method, reference = as_compared(name), reference_method(methods, name)
         takes_back = method.removes or isinstance(method, Erratum)
         if reference is not None and takes_back and not method.exact and name != reference:
             own = methods.index(reference)
-            column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index])
+            column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index], count)
 
 
-def _table(group: list[Example], methods: list[str], metric: str) -> Values:
+def _table(group: list[Example], methods: list[str], metric: Metric) -> Values:
     """`(examples, methods)`, of the examples for which the metric has a meaning."""
-    rows = [[getattr(example[method], metric) for method in methods] for example in group]
+    rows = [[_value(example, method, metric) for method in methods] for example in group]
     return np.array([row for row in rows if None not in row], dtype=np.float64)
+
+
+def _value(example: Example, method: str, metric: Metric) -> float | None:
+    found: float | None = getattr(example[method], metric.name)
+    return found

@@ -14,6 +14,7 @@ from kveraser.cli import app
 from kveraser.demo import latency, stories
 from kveraser.evaluation import record
 from kveraser.evaluation.runner import DEFAULT_BUDGET
+from kveraser.readers import RULE
 
 runner = CliRunner()
 COMMANDS = ("demo", "erase", "eval", "methods", "doctor", "train")
@@ -194,6 +195,7 @@ def test_the_demo_shows_every_method_in_every_story(tiny_backbone, eraser_folder
 
 def test_doctor_shows_the_environment_and_what_works(tiny_backbone):
     data = json.loads(run("doctor", "--json").output)
+    assert data["options"]["readers"] == RULE
     assert data["environment"]["kveraser"] == kv.__version__
     assert "torch" in run("doctor").output
     data = json.loads(run("doctor", "-m", "tiny", "--json").output)

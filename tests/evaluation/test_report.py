@@ -17,7 +17,7 @@ from conftest import random_eraser, text_model
 from kveraser.evaluation.plots import draw_plots
 from kveraser.evaluation.provenance import commit, environment, eraser_facts, text_digest
 from kveraser.evaluation.record import Record
-from kveraser.evaluation.report import format_interval, results, write_report
+from kveraser.evaluation.report import format_interval, provenance_line, results, write_report
 from kveraser.evaluation.statistics import Interval
 from kveraser.evaluation.summary import METRICS, OVERALL, Row, reference_method, summarise
 
@@ -206,6 +206,16 @@ def test_the_table_of_answers_says_how_many_have_a_gold_one(tmp_path):
     file.write_text(json.dumps(older))  # of a version that did not count them
     (table,) = tables_of(FILL["fill"](mark, tmp_path))
     assert table[-1] == ["examples", "those of 8 with a gold answer", "8"]
+
+
+def test_the_provenance_says_how_many_examples_an_unfinished_run_has_and_every_commit_that_made_it():
+    finished, _ = results(HEADER, records(), True)
+    assert "; 4 examples per task and length, seed 0; kveraser 1 at abc, torch" in provenance_line(finished)
+    begun, _ = results(HEADER, records((256, 1024), 3), False)
+    assert "; 4 examples per task and length wanted, 12 in all there (not finished), seed 0;" in provenance_line(begun)
+    assert "0 in all there (not finished)" in provenance_line(results(HEADER, [], False)[0])
+    two = [replace(r, commit="abc" if r.index else "def") for r in records()]
+    assert " at def and abc, torch" in provenance_line(results(HEADER, two, True)[0])
 
 
 def test_an_unfinished_run_says_so_and_an_empty_one_has_no_tables(tmp_path):

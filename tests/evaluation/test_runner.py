@@ -12,6 +12,7 @@ import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.evaluation import Erratum
 from kveraser.evaluation.record import RECORDS, RESULTS, Part, Record, RecordLog
+from kveraser.evaluation.report import results
 from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
 from kveraser.evaluation.summary import summarise
 from kveraser.methods import as_method
@@ -158,6 +159,20 @@ def test_a_run_that_is_started_anew_has_no_record_of_the_old_one_or_of_its_parts
     other = {**HEADER, "options": replace(OPTIONS, limit=3).as_dict()}
     assert RecordLog(other, tmp_path, fresh=True).records == []
     assert [file.name for file in tmp_path.iterdir()] == [RESULTS]
+
+
+def test_every_commit_that_made_records_of_a_run_is_kept(tmp_path, uninterrupted):
+    header = {**HEADER, "options": {**HEADER["options"], "seed": 0}}
+    for commit, records in (("abc", uninterrupted[:8]), ("def", uninterrupted[8:])):
+        log = RecordLog({**header, "environment": {"commit": commit}}, tmp_path)
+        for record in records:
+            log.add(record)
+    again = RecordLog({**header, "environment": {"commit": "012"}}, tmp_path)
+    for records, commits in ((again.records, ["abc", "def"]), (again.records[:8], ["abc"])):
+        document, _ = results(again.header, records, True)
+        assert document["environment"] == {"commit": "012", "commits": commits}
+    document, _ = results(header | {"environment": {"commit": "abc"}}, again.records[:8], True)
+    assert document["environment"] == {"commit": "abc"}
 
 
 @pytest.mark.parametrize("damage", ["no json\n", '{"task": "needle"}\n', "[1]\n"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +74,7 @@ class Record:
         recall, recalled: the answer to a request for what was taken back, and whether it says the erased answer; None where
             that was not asked.
         milliseconds: of the erase; None where other processes shared the machine, since these would be in it.
+        commit: of the code that made it; None where that is no checkout.
         used, answer, kl, agreement, leak_margin, tokens_recomputed, residual: as in `MethodResult`.
     """
 
@@ -99,6 +100,7 @@ class Record:
     milliseconds: float | None
     recall: str | None = None
     recalled: bool | None = None
+    commit: str | None = None
 
     @property
     def key(self) -> Key:
@@ -149,7 +151,8 @@ class RecordLog:
             write_json(folder / RESULTS, {**header, "complete": False, "rows": []})
 
     def add(self, record: Record) -> None:
-        """Keep a record; it is in the file when this returns."""
+        """Keep a record, with the commit that made it; it is in the file when this returns."""
+        record = replace(record, commit=self.header["environment"].get("commit"))
         self.records.append(record)
         if self.folder is not None:
             line = json.dumps(asdict(record), ensure_ascii=False) + "\n"

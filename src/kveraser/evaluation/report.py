@@ -20,7 +20,10 @@ MARKDOWN = "results.md"
 def results(header: dict[str, Any], records: Sequence[Record], complete: bool) -> tuple[dict[str, Any], list[Row]]:
     """The content of `results.json`, and its rows."""
     rows = summarise(records, header["options"]["seed"])
-    return {**header, "complete": complete, "rows": [row.as_dict() for row in rows]}, rows
+    made, commits = header["environment"], list(dict.fromkeys(record.commit for record in records if record.commit))
+    if commits and commits != [made["commit"]]:
+        made = {**made, "commits": commits}
+    return {**header, "environment": made, "complete": complete, "rows": [row.as_dict() for row in rows]}, rows
 
 
 def write_report(folder: Path, header: dict[str, Any], records: Sequence[Record], complete: bool) -> None:
@@ -110,7 +113,7 @@ def _page(document: dict[str, Any], rows: Sequence[Row], plots: Sequence[str]) -
 
 
 def provenance_line(document: dict[str, Any]) -> str:
-    """In one paragraph: model, machine, versions, eraser, seed."""
+    """In one paragraph: model, machine, versions, eraser, seed, and how much of it there is where it is not finished."""
     options, made, eraser = document["options"], document["environment"], document["eraser"]
     if eraser is None:
         about = "no eraser"
@@ -119,9 +122,15 @@ def provenance_line(document: dict[str, Any]) -> str:
     else:
         facts = f"rank {eraser['rank']}, window {eraser['window']}, repair {eraser['repair']}"
         about = f"eraser {eraser['sha256'][:12]} ({facts})"
+    through: dict[int, int] = {}
+    for row in document["rows"]:
+        if row["task"] == OVERALL:
+            through[row["length"]] = max(through.get(row["length"], 0), row["examples"])
+    begun = "" if document["complete"] else f" wanted, {sum(through.values())} in all there (not finished)"
+    commits = made.get("commits", [made["commit"]] if made["commit"] else [])
     return (
         f"{options['model']} in {options['dtype']} on {options['device']} ({made['processor']}, {made['threads']} threads), "
-        f"{about}; {options['limit']} examples per task and length{', in chat form' if options.get('chat') else ''}, seed {options['seed']}; kveraser {made['kveraser']}"
-        f"{' at ' + made['commit'] if made['commit'] else ''}, torch {made['torch']}, transformers {made['transformers']}, "
+        f"{about}; {options['limit']} examples per task and length{begun}{', in chat form' if options.get('chat') else ''}, seed {options['seed']}; kveraser {made['kveraser']}"
+        f"{' at ' + ' and '.join(commits) if commits else ''}, torch {made['torch']}, transformers {made['transformers']}, "
         f"peft {made['peft']}."
     )

@@ -3,7 +3,8 @@
 Knows: cached conversations, their texts, the store. Does not know about requests or sessions, which have purges of their own.
 
 A conversation that says the text is cut off before it: what comes later may have read it. What was taken out of a conversation earlier
-might be the text, or pieces of it: it goes as well, and with it what is not exact. All that was cut off, now or before, is overwritten; folders on disk are destroyed.
+might be the text, or pieces of it: it goes as well, and with it what is not exact. All that was cut off, now or before, is overwritten;
+folders on disk are destroyed.
 It is only a cache: a request that needs what was cut off pays for it again, exactly.
 """
 

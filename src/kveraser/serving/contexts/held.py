@@ -60,11 +60,6 @@ class HeldContext:
         copies = 2 if (self.repair or self.has_copy) and not self.exact else 1
         return context_bytes(self.context) * copies + sum(undo.nbytes for undo in self._undos().values())
 
-    @property
-    def spoken_for(self) -> int:
-        """Memory that it takes, or may take before the reply that is being made in it is done."""
-        return max(self.bytes, self.reserved)
-
     def drop_oldest_undo(self) -> int | None:
         """Free the states that undo the oldest erase, which can then be undone by recomputing; their bytes, None where there are none."""
         oldest = next(iter(self._undos().items()), None)

@@ -192,15 +192,22 @@ class ContextStore:
         Raises:
             NotYetError: more are wanted, and there will be room for them once busy contexts are so no more.
         """
-        free = self.budget - extra - sum(held.spoken_for for held in self._held.values())
+        sizes = {held.id: held.bytes for held in self._held.values()}  # measured once: that looks at every layer
+
+        def spoken_for(held: HeldContext) -> int:
+            return max(sizes[held.id], held.reserved)
+
+        free = self.budget - extra - sum(map(spoken_for, self._held.values()))
         for held in list(self._held.values()):
             while free < 0 and (freed := held.drop_oldest_undo()) is not None:
-                free += freed
+                before = spoken_for(held)
+                sizes[held.id] -= freed
+                free += before - spoken_for(held)
         for held in list(self._held.values()):
             if free >= 0 and len(self._held) <= MOST_HELD:
                 return
             if held is not keep and not held.busy:
-                free += held.spoken_for
+                free += spoken_for(held)
                 self._spill(held)
         if extra and free < 0 and any(held.busy for held in self._held.values()):
             raise NotYetError("replies that are being made take up the memory; this waits until one of them is done")

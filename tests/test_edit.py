@@ -174,6 +174,38 @@ def test_cropping_behind_an_edit_and_filling_again_forgets_it():
     assert get_marks(prefilled).exact
 
 
+@pytest.mark.parametrize("kind", sorted(CACHES))
+@pytest.mark.parametrize("crop", [8, 15, 24, 29])
+@pytest.mark.parametrize("method", ["kveraser", "delete-and-shift", "full-recompute"])
+def test_what_was_cropped_and_filled_again_is_never_overwritten_by_a_restore(method, crop, kind):
+    model, ids = tiny(), token_ids(40)
+    cache = prefill(model, ids, cache=CACHES[kind]())
+    receipt = kv.erase(model, cache, ids, kv.Span(10, 20), method, eraser=random_eraser(model))
+    cache.crop(crop - cache.get_seq_length())
+    with pytest.raises(kv.RestoreError, match="cropped since"):
+        kv.restore(cache, receipt)
+    with torch.no_grad():
+        model(token_ids(40 - crop, seed=1), past_key_values=cache)
+    before = states(cache)
+    with pytest.raises(kv.RestoreError, match="cropped since"):
+        kv.restore(cache, receipt, model=model, token_ids=token_ids(50))
+    assert same(states(cache), before)
+
+
+def test_a_replacement_that_was_cropped_and_filled_again_is_forgotten_under_later_edits_too():
+    model, ids = tiny(), token_ids(40)
+    cache = prefill(model, ids)
+    older = kv.replace(model, cache, ids, kv.Span(10, 12), [5, 6], eraser=random_eraser(model))
+    cache.crop(-32)
+    now = torch.cat([ids[:, :8], token_ids(32, seed=1)], 1)
+    with torch.no_grad():
+        model(now[:, 8:], past_key_values=cache)
+    newer = kv.erase(model, cache, now, kv.Span(36, 38), eraser=random_eraser(model))
+    with pytest.raises(kv.RestoreError, match="cropped since"):
+        kv.restore(cache, older)
+    kv.restore(cache, newer)
+
+
 @given(st.permutations([0, 1, 2]), st.sampled_from(sorted(CACHES)))
 def test_steering_edits_can_be_restored_in_any_order(order, kind):
     model, ids = tiny(), token_ids(40)

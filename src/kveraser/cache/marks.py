@@ -6,6 +6,7 @@ The marks travel with the cache object, so that a deep copy has them as well and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -28,6 +29,7 @@ class EditMark:
         in_place: whether every slot stayed where it was.
         before, after: the first slot that may not be exact, before and after the edit (None: all are).
         written: slots that it wrote in their place.
+        probe: `(batch, head_dim)`, what the last layer's first value in the last slot looks like; empty where nobody looks.
     """
 
     id: str
@@ -36,6 +38,17 @@ class EditMark:
     before: int | None = None
     after: int | None = None
     written: tuple[Span, ...] = ()
+    probe: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
+
+    def marked(self, cache: Cache) -> EditMark:
+        """This mark with the last slot as it is now."""
+        if not 0 < self.length_after <= cache.get_seq_length():
+            return self
+        return replace(self, probe=cache.layers[-1].values[:, 0, self.length_after - 1].clone())
+
+    def holds(self, cache: Cache) -> bool:
+        """Whether the last slot, which has read all others, is still there: it may have been cropped and filled again since."""
+        return self.probe.numel() == 0 or _among(self.probe, cache.layers[-1].values[0, 0, self.length_after - 1])
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,12 @@ class Steered:
         rows of the batch may have been reordered, repeated or dropped."""
         if self.span.end > cache.get_seq_length():
             return False
-        row = cache.layers[0].values[0, 0, self.span.start]
-        return bool((self.probe.to(row) == row).all(-1).any())
+        return _among(self.probe, cache.layers[0].values[0, 0, self.span.start])
+
+
+def _among(probe: Tensor, row: Tensor) -> bool:
+    """Whether what a slot of one row holds is what a slot of some row held."""
+    return bool((probe.to(row) == row).all(-1).any())
 
 
 @dataclass(frozen=True)
@@ -136,16 +153,29 @@ class Marks:
             self,
             approximate_from=None if start is None or start >= length else start,
             steered=tuple(entry for entry in self.steered if entry.span.end <= length),
+            edits=_without_last(self.edits, lambda edit: edit.length_after <= length),
         )
+
+
+def _without_last(edits: tuple[EditMark, ...], stands: Callable[[EditMark], bool]) -> tuple[EditMark, ...]:
+    """Edits up to the last one that stands: those before it stand with it."""
+    while edits and not stands(edits[-1]):
+        edits = edits[:-1]
+    return edits
 
 
 def get_marks(cache: Cache) -> Marks:
     """The cache's marks; those of an untouched cache when it has none. Slots cropped since are forgotten."""
     marks: Marks = getattr(cache, _ATTRIBUTE, Marks()).truncate(int(cache.get_seq_length()))
     with torch.no_grad():
-        return replace(marks, steered=tuple(entry for entry in marks.steered if entry.holds(cache)))
+        return replace(
+            marks,
+            steered=tuple(entry for entry in marks.steered if entry.holds(cache)),
+            edits=_without_last(marks.edits, lambda edit: edit.holds(cache)),
+        )
 
 
 def set_marks(cache: Cache, marks: Marks) -> None:
-    """Attach marks to the cache."""
-    setattr(cache, _ATTRIBUTE, marks)
+    """Attach marks to the cache, whose states are those that they are about."""
+    edits = (*marks.edits[:-1], *(edit.marked(cache) for edit in marks.edits[-1:]))
+    setattr(cache, _ATTRIBUTE, replace(marks, edits=edits))

@@ -31,7 +31,7 @@ def check_put_back(backend: Backend, receipt: EraseReceipt) -> Undo:
     if receipt.id not in ids:
         raise RestoreError(
             f"this cache knows no {receipt.method} edit of {receipt.span} with that receipt: it was restored before, "
-            "made final, or belongs to another cache"
+            "made final, lost what it had left when the cache was cropped since, or belongs to another cache"
         )
     if receipt.undo is None or receipt.undo.cleared:
         raise RestoreError(f"the {receipt.method} edit of {receipt.span} kept no states (undo=False, or purged)")
@@ -41,11 +41,6 @@ def check_put_back(backend: Backend, receipt: EraseReceipt) -> Undo:
         raise RestoreError(
             f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "
             "restore the later ones first, newest to oldest"
-        )
-    if length < mark.length_after:
-        raise RestoreError(
-            f"the cache was cropped to {length} tokens after the edit left {mark.length_after}; "
-            "what was cropped cannot be put back"
         )
     if not later:
         return receipt.undo

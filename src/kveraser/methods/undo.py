@@ -71,7 +71,7 @@ class Undo:
         """Overwrite the kept states with zeros and let go of them."""
         for _, states in self.regions:
             states.clear()
-        self.regions, self.cleared = [], True
+        self.regions, self.marks, self.cleared = [], Marks(), True
 
 
 @contextmanager

@@ -130,3 +130,12 @@ def test_it_works_across_inference_mode_borders():
 def test_states_with_gradients_are_refused_by_name():
     with pytest.raises(kv.UnsupportedCacheError, match="no gradients"):
         GrowableLayer().update(torch.ones(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("count", [10, 64])  # with room left, and without
+def test_states_of_another_number_of_rows_are_refused_and_never_broadcast(count):
+    layer = GrowableLayer()
+    layer.update(torch.ones(1, 1, count, 2), torch.ones(1, 1, count, 2))
+    with pytest.raises(kv.CacheMismatchError, match=r"2 row\(s\).*has 1"):
+        layer.update(torch.ones(2, 1, 1, 2), torch.ones(2, 1, 1, 2))
+    assert layer.keys.shape == (1, 1, count, 2)

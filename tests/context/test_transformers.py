@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import kveraser as kv
 from conftest import (
@@ -71,6 +72,19 @@ def test_keeping_what_was_generated_by_beams_equals_appending_it():
     assert again.generate_ids([5, 6], max_new_tokens=6, keep=True, num_beams=2)
     assert again.exact
     assert relative(states(again.cache), states(prefill(again.model, torch.tensor([again.live_ids])))) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("of_the_model", [False, True])
+def test_rows_that_a_generation_config_asks_for_are_none_of_the_contexts(name, of_the_model, monkeypatch):
+    context, _ = filled(64)  # which fills the buffers to the last slot
+    wanted = GenerationConfig(**{name: 2}, do_sample=True)
+    if of_the_model:
+        monkeypatch.setattr(context.model, "generation_config", wanted)
+    options = {"do_sample": True} if of_the_model else {"generation_config": wanted, "do_sample": True}
+    before = states(context.cache)
+    assert len(context.generate_ids([5], max_new_tokens=3, **options)) <= 3
+    assert same(states(context.cache), before)
 
 
 def test_logits_are_those_of_a_fresh_forward():

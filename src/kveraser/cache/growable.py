@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kveraser.errors import UnsupportedCacheError
+from kveraser.errors import CacheMismatchError, UnsupportedCacheError
 
 _GROWTH = 1.5
 _FIRST_CAPACITY = 64
@@ -78,7 +78,17 @@ class GrowableLayer(DynamicLayer):
         self.is_initialized = True
 
     def reserve(self, tokens: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room for `tokens` in all; batch, heads and head size are those of the given states."""
+        """Make room for `tokens` in all; batch, heads and head size are those of the given states.
+
+        Raises:
+            CacheMismatchError: these are others than those of the states that are there.
+        """
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            if buffer is not None and (*buffer.shape[:2], buffer.shape[-1]) != (*states.shape[:2], states.shape[-1]):
+                raise CacheMismatchError(
+                    f"states of {states.shape[0]} row(s) with {states.shape[1]} heads of size {states.shape[-1]} do not fit a cache that "
+                    f"has {buffer.shape[0]} with {buffer.shape[1]} of size {buffer.shape[-1]}; repeat or select its rows first"
+                )
         if self.capacity >= tokens:
             return
         capacity = max(tokens, int(self.capacity * _GROWTH), _FIRST_CAPACITY)
@@ -95,6 +105,7 @@ class GrowableLayer(DynamicLayer):
 
         Raises:
             UnsupportedCacheError: when the states require a gradient.
+            CacheMismatchError: as `reserve`.
         """
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise UnsupportedCacheError(

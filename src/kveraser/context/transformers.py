@@ -111,7 +111,7 @@ class LiveTransformers(TransformersBackend, LiveBackend):
         self, slots: Tensor, new: Tensor, *, max_new_tokens: int, keep: Keep | None, **options: Any
     ) -> list[int]:
         prompt = torch.cat([slots, new])[None]
-        rows = max(int(options.get("num_beams") or 1), int(options.get("num_return_sequences") or 1))
+        rows = max(self._setting(name, options) for name in ("num_beams", "num_return_sequences"))
         settings = {"do_sample": False, "pad_token_id": self._pad_id(), **options}
         with self._scratch(len(new) == 0) as cache:
             if rows > 1:
@@ -129,6 +129,11 @@ class LiveTransformers(TransformersBackend, LiveBackend):
                     self.keep_ahead(count)
                     keep(answer, count)
         return answer
+
+    def _setting(self, name: str, options: dict[str, Any]) -> int:
+        """A number that `model.generate` takes from its options, the configuration among them, or the model's own."""
+        configured = (options.get("generation_config"), self.model.generation_config)
+        return int(options.get(name) or next(filter(None, (getattr(each, name, None) for each in configured)), 1))
 
     def _pad_id(self) -> int:
         settings = self.model.generation_config

@@ -98,6 +98,25 @@ def test_position_ids_of_the_callers_own_are_respected():
     assert relative(states(cache), states(fresh)) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["full-recompute", "delete-and-shift", "kveraser"])
+def test_tokens_appended_since_are_recomputed_at_the_callers_own_positions(method):
+    model, ids = tiny(), token_ids(28)
+    positions = torch.arange(100, 128)[None]
+    cache, fresh = DynamicCache(), DynamicCache()
+    with torch.no_grad():
+        for part in (slice(0, 20), slice(20, 28)):
+            model(ids[:, part], position_ids=positions[:, part], past_key_values=fresh)
+        model(ids[:, :20], position_ids=positions[:, :20], past_key_values=cache)
+        receipt = kv.erase(
+            model, cache, ids[:, :20], kv.Span(5, 9), method, position_ids=positions[:, :20], eraser=random_eraser(model)
+        )
+        model(ids[:, 20:], past_key_values=cache)
+    with pytest.raises(kv.CacheMismatchError, match="position_ids has shape"):
+        kv.restore(cache, receipt, model=model, token_ids=ids, position_ids=positions[:, :20])
+    assert kv.restore(cache, receipt, model=model, token_ids=ids, position_ids=positions) == 8
+    assert same(states(cache), states(fresh))
+
+
 def test_plain_lists_of_ids_work():
     model, ids = tiny(), token_ids(20)
     cache = prefill(model, ids)

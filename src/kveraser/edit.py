@@ -290,11 +290,13 @@ def restore(
     model: nn.Module | None = None,
     token_ids: Tensor | list[int] | None = None,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
 ) -> int:
     """Undo an erase. Bit-exact when nothing was appended since.
 
-    Tokens appended since saw the erased context. Given `model`, and `token_ids` and `attention_mask` of the cache as it
-    will be after restoring (the ids before the erase, then the later ones), they are kept and their states recomputed.
+    Tokens appended since saw the erased context. Given `model`, and `token_ids`, `attention_mask` and `position_ids` (as for
+    `erase`) of the cache as it will be after restoring (the ids before the erase, then the later ones), they are kept and
+    their states recomputed.
 
     Returns:
         How many later tokens were recomputed.
@@ -317,7 +319,7 @@ def restore(
             f"them, or drop them first with cache.crop(-{later})"
         )
     length = receipt.undo.length + later
-    tokens = _tokens(cache, token_ids, attention_mask, None, length)
+    tokens = _tokens(cache, token_ids, attention_mask, position_ids, length)
     _check_vocabulary(model, tokens)
     backend.check_rounding()
     with put_back_on_failure(backend, marks, receipt.undo.layout_from, receipt.undo.kept):

@@ -197,6 +197,10 @@ class SpanLedger:
         self.length += count
         return span
 
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on, none of which was erased or placed since they were added."""
+        self.length = length
+
     def mark(self, span: Span, *, in_cache: bool, taken: int = 0) -> None:
         """Record that the live positions of `span` are erased; `taken` as of `Erased`."""
         self._set_erased((*self.erased, Erased(span, in_cache, taken)))

@@ -301,6 +301,34 @@ def test_running_ahead_that_is_interrupted_leaves_the_context_as_it_was(kind, ac
     assert len(context) == 16
 
 
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("action", ["append", "generate", "advance"])
+def test_an_interrupt_between_states_and_ledger_leaves_both_as_they_were(kind, action, registered, monkeypatch):
+    context, _ = filled(kind, 10, 6)
+    before, ids = kind.states(context), context.token_ids
+    register = context._register
+
+    def interrupted(new):
+        if registered:
+            register(new)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(context, "_register", interrupted)
+    calls = {
+        "append": lambda: context.append_ids([5, 6, 7]),
+        "generate": lambda: context.generate_ids([5, 6, 7], max_new_tokens=4, keep=True),
+        "advance": lambda: context.advance([5]),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls[action]()
+    monkeypatch.undo()
+    assert context.backend.length == len(context.token_ids) == len(context) == 16
+    assert torch.equal(context.token_ids, ids)
+    assert same(kind.states(context), before)
+    context.append_ids([5])
+    assert context.live_ids == [*ids.tolist(), 5]
+
+
 def test_generating_without_new_text_runs_the_last_token_again(kind):
     context, _ = filled(kind, 12)
     shorter = kind.context()

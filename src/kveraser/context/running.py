@@ -50,12 +50,13 @@ class Running(ContextState):
             if len(new) == 0:
                 raise ContextError("nothing to append: there are no tokens")
             self.backend.check_room(len(new))
-            if len(new) > 1:
-                self._extend(new[:-1])
-                self._register(new[:-1])
-            logits = self.backend.advance(self._tokens(new[-1:]))
-            self._register(new[-1:])
-            return logits
+            with self._growing():
+                if len(new) > 1:
+                    self._extend(new[:-1])
+                    self._register(new[:-1])
+                logits = self.backend.advance(self._tokens(new[-1:]))
+                self._register(new[-1:])
+                return logits
 
     @torch.no_grad()
     def reply_ids(
@@ -115,7 +116,8 @@ class Running(ContextState):
                 kept = count
                 self._register(torch.cat([new, torch.tensor(answer, dtype=torch.long)])[:count])
 
-            answer = run(self._slots.view, new.to(self.device), keep=enter if keep else None)
-            if keep:
-                self.append_ids([*new.tolist(), *answer][kept:])
-            return answer
+            with self._growing():
+                answer = run(self._slots.view, new.to(self.device), keep=enter if keep else None)
+                if keep:
+                    self.append_ids([*new.tolist(), *answer][kept:])
+                return answer

@@ -6,7 +6,8 @@ Knows: how these stay in step. Does not know how spans are erased or tokens gene
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,8 +138,23 @@ class ContextState:
             new = self._checked_ids(ids)
             if len(new) == 0:
                 raise ContextError("nothing to append: the text has no tokens")
-            self._extend(new)
-            return self._register(new)
+            with self._growing():
+                self._extend(new)
+                return self._register(new)
+
+    @contextmanager
+    def _growing(self) -> Iterator[None]:
+        """Let the block put tokens behind the context; if it fails or is interrupted, none of them stays."""
+        length, slots = len(self), len(self._slots)
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                self.backend.crop(slots)
+                self._ids.truncate(length)
+                self._slots.truncate(slots)
+                self._ledger.truncate(length)
+            raise
 
     def _checked_ids(self, ids: Sequence[int] | Tensor) -> Tensor:
         new = whole_numbers(ids).to("cpu", torch.long).reshape(-1)

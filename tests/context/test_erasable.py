@@ -160,6 +160,22 @@ def test_a_kept_exchange_becomes_part_of_the_chat(kind):
         assert ctx.text_of(span) == message.content
 
 
+@pytest.mark.parametrize("call", ["generate", "reply"])
+def test_a_reply_that_the_template_shows_otherwise_leaves_the_chat_as_it_was(kind, call, monkeypatch):
+    ctx = kind.text_context()
+    shown = "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}"
+    monkeypatch.setattr(ctx.tokenizer, "chat_template", ctx.tokenizer.chat_template.replace("{{ m['content'] }}", shown))
+    ctx.append_message("user", "hello")
+    before, ids, messages = kind.states(ctx), ctx.live_ids, list(ctx.messages)
+    monkeypatch.setattr(ctx, "decode", lambda answer: "<think>the car</think>it is fast")
+    with pytest.raises(kv.ContextError, match="changes the content of 'assistant'"):
+        getattr(ctx, call)("what now?", max_new_tokens=4, keep=True)
+    assert list(ctx.messages) == messages
+    assert ctx.live_ids == ids
+    assert len(ctx) == len(ids) == ctx.backend.length
+    assert same(kind.states(ctx), before)
+
+
 def test_logits_of_text_leave_the_context_as_it_is(kind):
     ctx = kind.text_context()
     ctx.append("the code is 1234")

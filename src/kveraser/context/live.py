@@ -25,6 +25,7 @@ from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
+from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseMethod, EraseReceipt
 from kveraser.readers import Text
 from kveraser.spans import Span
@@ -273,22 +274,21 @@ class LiveContext(Talking, TokenContext):
             self._require_tokenizer()
             ids, user, talk = self._asked(prompt, chat)
             start = len(self)
-            answer = run(ids)
-            reply = self.decode(answer)
-            if keep and talk:
-                self._keep_reply(user, reply, start, len(ids), answer)
+            with self._growing():
+                answer = run(ids)
+                reply = self.decode(answer)
+                if not (keep and talk):
+                    return reply
+                ended = bool(answer) and self.backend.ends(answer[-1])
+                inside = self._chat.ids_of(self.tokenizer, user)[1] if user else None
+                closing = self._chat.closing(self.tokenizer, reply, answer, user, ended=ended)
+                if closing:
+                    self.append_ids(self._encode(closing))
+            with uninterrupted():
+                if user and inside:
+                    self._chat.enter(user, inside.shift(start))
+                self._chat.enter_reply(reply, start + len(ids), len(answer), ended=ended)
             return reply
-
-    def _keep_reply(self, user: Message | None, reply: str, start: int, prompt_length: int, answer: list[int]) -> None:
-        """Enter a kept exchange into the messages and close it as the template does."""
-        tokenizer = self._require_tokenizer()
-        if user:
-            _, inside = self._chat.ids_of(tokenizer, user)
-            self._chat.enter(user, inside.shift(start))
-        ended = bool(answer) and self.backend.ends(answer[-1])
-        closing = self._chat.enter_reply(tokenizer, reply, start + prompt_length, answer, ended=ended)
-        if closing:
-            self.append_ids(self._encode(closing))
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -72,22 +72,28 @@ class Conversation:
         """What the template adds for the assistant to begin its reply, after one more message if given."""
         return reply_prompt(tokenizer, [*self._messages, question] if question else self._messages)
 
-    def enter_reply(self, tokenizer: Any, reply: str, begun: int, answer: Sequence[int], *, ended: bool) -> str:
-        """Note a reply; returns the text that the template puts behind it and that is not there yet.
+    def closing(
+        self, tokenizer: Any, reply: str, answer: Sequence[int], question: Message | None = None, *, ended: bool
+    ) -> str:
+        """The text that the template puts behind a reply, after one more message if given, and that is not there yet.
 
         Args:
-            begun: where the answer's ids begin in the ledger.
-            answer: these ids.
+            answer: the reply's ids.
             ended: whether the last of them ends the turn.
+
+        Raises:
+            ContextError: the template shows a reply otherwise than it is.
         """
-        said, closing = Message("assistant", reply), ""
-        if reply.strip():
-            rendered = added_by(tokenizer, self._messages, said)
-            closing = rendered.text[rendered.content_end :]
-            if ended:
-                closing = closing.removeprefix(str(tokenizer.decode([answer[-1]])))
-        self.enter(said, Span(begun, max(begun + len(answer) - ended, begun + 1)))
-        return closing
+        if not reply.strip():
+            return ""
+        before = [*self._messages, question] if question else self._messages
+        rendered = added_by(tokenizer, before, Message("assistant", reply))
+        closing = rendered.text[rendered.content_end :]
+        return closing.removeprefix(str(tokenizer.decode([answer[-1]]))) if ended else closing
+
+    def enter_reply(self, reply: str, begun: int, count: int, *, ended: bool) -> None:
+        """Note a reply whose `count` ids begin at `begun` in the ledger; `ended` as of `closing`."""
+        self.enter(Message("assistant", reply), Span(begun, max(begun + count - ended, begun + 1)))
 
     def forget(self, spans: Sequence[Span]) -> None:
         """Drop the content of messages that lie in purged spans."""

@@ -219,6 +219,19 @@ def test_messages_are_erased_by_id_and_answers_are_kept(connect):
         session.append_message("tool", "again", id="call-2")
 
 
+def test_an_answer_that_the_template_shows_otherwise_leaves_the_chat_as_it_was(connect, monkeypatch):
+    _, session, _ = connect()
+    session.append_message("user", "hello")
+    shown = "{{ m['content'] | reverse if m['role'] == 'assistant' else m['content'] }}"
+    template = session.tokenizer.chat_template
+    monkeypatch.setattr(session.tokenizer, "chat_template", template.replace("{{ m['content'] }}", shown))
+    before, messages = session.text, list(session._chat)
+    with pytest.raises(kv.ContextError, match="changes the content of 'assistant'"):
+        session.chat("is it fast?", max_new_tokens=6)
+    assert session.text == before
+    assert list(session._chat) == messages
+
+
 def test_any_client_can_send_what_a_session_would_send(connect):
     server, session, _ = connect()
     session.append(WORDS)

@@ -342,12 +342,13 @@ class VLLMSession(Talking):
         return list(self._state.ids[self._state.ledger.span_to_cache(run).slice])
 
     def _keep_exchange(self, user: Message, ids: list[int], inside: Span, opening: list[int], done: Completion) -> None:
+        ended = bool(done.ids) and done.ids[-1] in self._special
+        closing = self._chat.closing(self.tokenizer, done.text, done.ids, user, ended=ended)
         asked = self.append([*ids, *opening])
         self._chat.enter(user, inside.shift(asked.start))
         if not done.text.strip():
             return
-        ended = done.ids[-1] in self._special
-        closing = self._chat.enter_reply(self.tokenizer, done.text, len(self), done.ids, ended=ended)
+        self._chat.enter_reply(done.text, len(self), len(done.ids), ended=ended)
         self.append(done.ids)
         if closing:
             self.append(self._encode(closing))

@@ -225,6 +225,67 @@ def test_a_replacement_that_was_cropped_and_filled_again_is_forgotten_under_late
     kv.restore(cache, newer)
 
 
+@pytest.mark.parametrize("kind", ["trained", "neutral"])
+@pytest.mark.parametrize("more", [0, 3, 9])
+def test_steered_slots_that_a_crop_leaves_are_no_live_tokens_and_what_fills_the_others_is(more, kind):
+    model, ids, later = tiny(), token_ids(40), token_ids(more, seed=1)
+    eraser = random_eraser(model) if kind == "trained" else kv.KVEraser.neutral(model)
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids, kv.Span(20, 30), kv.Steering(eraser, repair=0))
+    cache.crop(-15)
+    if more:
+        with torch.no_grad():
+            model(later, past_key_values=cache)
+    assert get_marks(cache).steered_spans == (kv.Span(20, 25),)
+    now = torch.cat([receipt.token_ids(ids)[:, :25], later], 1)
+    second = kv.erase(model, cache, now, kv.Span(5, 8), "full-recompute")
+    assert second.exact
+    left = torch.cat([ids[:, :5], ids[:, 8:20], later], 1)
+    assert second.token_ids(now).tolist() == left.tolist()
+    assert relative(states(cache), states(prefill(model, left))) < 1e-5
+
+
+@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
+def test_steered_slots_that_a_crop_left_last_go_with_the_span_before_them(method):
+    model, ids = tiny(), token_ids(40)
+    cache = prefill(model, ids)
+    first = kv.erase(model, cache, ids, kv.Span(20, 30), eraser=random_eraser(model))
+    cache.crop(-10)
+    before, now = states(cache), first.token_ids(ids)[:, :30]
+    receipt = kv.erase(model, cache, now, kv.Span(10, 20), method, eraser=random_eraser(model))
+    assert receipt.exact
+    assert torch.equal(receipt.token_ids(now), ids[:, :10])
+    assert same(states(cache), [tensor[:, :, :10] for tensor in before])
+    kv.restore(cache, receipt)
+    assert same(states(cache), before)
+
+
+@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
+def test_steered_slots_that_a_crop_left_last_are_no_suffix(method):
+    model, ids = tiny(), token_ids(40)
+    cache = prefill(model, ids)
+    first = kv.erase(model, cache, ids, kv.Span(20, 30), eraser=random_eraser(model))
+    cache.crop(-10)
+    receipt = kv.erase(model, cache, first.token_ids(ids)[:, :30], kv.Span(5, 8), method, eraser=random_eraser(model))
+    assert cache.get_seq_length() == (20 if receipt.positions_kept else 17)
+
+
+def test_steered_slots_that_a_crop_left_last_go_when_what_is_before_them_is_replaced_and_stay_when_it_says_the_same():
+    model, ids = tiny(), token_ids(40)
+    eraser = random_eraser(model)
+    cache = prefill(model, ids)
+    first = kv.erase(model, cache, ids, kv.Span(20, 30), eraser=eraser)
+    cache.crop(-10)
+    before, now = states(cache), first.token_ids(ids)[:, :30]
+    kv.replace(model, cache, now, kv.Span(10, 12), now[0, 10:12], eraser=eraser)
+    assert same(states(cache), before)
+    receipt = kv.replace(model, cache, now, kv.Span(10, 20), [5, 6], eraser=eraser)
+    left = torch.cat([ids[:, :10], torch.tensor([[5, 6]])], 1)
+    assert receipt.exact
+    assert torch.equal(receipt.token_ids(now), left)
+    assert relative(states(cache), states(prefill(model, left))) < 1e-5
+
+
 @given(st.permutations([0, 1, 2]), st.sampled_from(sorted(CACHES)))
 def test_steering_edits_can_be_restored_in_any_order(order, kind):
     model, ids = tiny(), token_ids(40)

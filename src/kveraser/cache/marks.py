@@ -48,12 +48,14 @@ class EditMark:
 
     def holds(self, cache: Cache) -> bool:
         """Whether the last slot, which has read all others, is still there: it may have been cropped and filled again since."""
-        return self.probe.numel() == 0 or _among(self.probe, cache.layers[-1].values[0, 0, self.length_after - 1])
+        return self.probe.numel() == 0 or bool(
+            _among(self.probe, cache.layers[-1].values[0, 0, self.length_after - 1])
+        )
 
 
 @dataclass(frozen=True)
 class Steered:
-    """Slots that hold steering states; `probe` `(batch, head_dim)` is what layer 0's first value there looks like."""
+    """Slots that hold steering states; `probe` `(batch, slots, head_dim)` is what layer 0's first values there look like."""
 
     span: Span
     probe: Tensor = field(repr=False, compare=False)
@@ -61,24 +63,29 @@ class Steered:
     @classmethod
     def mark(cls, cache: Cache, span: Span) -> Steered:
         """Mark slots that were just written."""
-        return cls(span, cache.layers[0].values[:, 0, span.start].clone())
+        return cls(span, cache.layers[0].values[:, 0, span.slice].clone())
 
     @cached_property
     def silent(self) -> bool:
         """Whether they say nothing to whoever attends to them: neutral states, whose values are zero."""
         return self.probe.numel() > 0 and not bool(self.probe.any())
 
-    def holds(self, cache: Cache) -> bool:
-        """Whether the steering states are still there: the slots may have been cropped and filled again since, while
-        rows of the batch may have been reordered, repeated or dropped."""
-        if self.span.end > cache.get_seq_length():
-            return False
-        return _among(self.probe, cache.layers[0].values[0, 0, self.span.start])
+    def until(self, length: int) -> Steered | None:
+        """Those of the slots that are among the first `length`."""
+        if self.span.end <= length:
+            return self
+        return replace(self, span=Span(self.span.start, length)) if self.span.start < length else None
+
+    def held(self, cache: Cache) -> Steered | None:
+        """Those that still hold steering states: slots may have been cropped and filled again since, while rows of the
+        batch may have been reordered, repeated or dropped."""
+        rows = cache.layers[0].values[0, 0, self.span.slice]
+        return self.until(self.span.start + int(_among(self.probe[:, : len(rows)], rows).cumprod(0).sum()))
 
 
-def _among(probe: Tensor, row: Tensor) -> bool:
-    """Whether what a slot of one row holds is what a slot of some row held."""
-    return bool((probe.to(row) == row).all(-1).any())
+def _among(probe: Tensor, row: Tensor) -> Tensor:
+    """Whether slots `(..., head_dim)` of one row hold what those of some row `(batch, ..., head_dim)` held."""
+    return (probe.to(row) == row).all(-1).any(0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ class Marks:
         return replace(
             self,
             approximate_from=None if start is None or start >= length else start,
-            steered=tuple(entry for entry in self.steered if entry.span.end <= length),
+            steered=tuple(part for entry in self.steered if (part := entry.until(length))),
             edits=_without_last(self.edits, lambda edit: edit.length_after <= length),
         )
 
@@ -170,7 +177,7 @@ def get_marks(cache: Cache) -> Marks:
     with torch.no_grad():
         return replace(
             marks,
-            steered=tuple(entry for entry in marks.steered if entry.holds(cache)),
+            steered=tuple(part for entry in marks.steered if (part := entry.held(cache))),
             edits=_without_last(marks.edits, lambda edit: edit.holds(cache)),
         )
 

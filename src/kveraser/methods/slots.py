@@ -58,7 +58,7 @@ def with_slots(slots: Tensor, runs: Iterable[Span]) -> Tensor:
 def split_tail(spans: tuple[Span, ...], steered: Iterable[Span], length: int) -> tuple[tuple[Span, ...], int]:
     """Take the (sorted) spans that end the context off the others; returns these and where the context is to be cropped.
 
-    Steered slots that would then be last are cropped with them: a context ends with a live token.
+    Steered slots that are last, or would then be, are cropped with them: a context ends with a live token.
     """
     end = length
     rest = list(spans)
@@ -66,7 +66,7 @@ def split_tail(spans: tuple[Span, ...], steered: Iterable[Span], length: int) ->
     while end > 0:
         if rest and rest[-1].end == end:
             end = rest.pop().start
-        elif end < length and steered and steered[-1].end >= end:
+        elif steered and steered[-1].end >= end:
             last = steered.pop()
             end = min(end, last.start) if last.end == end else end
         else:

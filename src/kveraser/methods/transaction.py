@@ -54,9 +54,9 @@ def transact(
     method = method if idle else method.chosen(edit)
     backend.finish()
     started = time.perf_counter()
-    rest, end = (
-        split_tail(edit.spans, edit.marks.steered_spans, edit.length) if method.removes else (edit.spans, edit.length)
-    )
+    rest, end = edit.spans, edit.length
+    if method.removes and not idle:
+        rest, end = split_tail(rest, edit.marks.steered_spans, end)
     inner = replace(
         edit, spans=rest, new=edit.new[: len(rest)], tokens=edit.tokens.head(end), marks=edit.marks.truncate(end)
     )

@@ -193,6 +193,16 @@ def test_a_question_without_content_is_refused_and_nothing_changes(kind):
     assert len(ctx.messages) == 1
 
 
+@pytest.mark.parametrize("call", ["generate", "reply", "prompt_ids"])
+def test_ids_are_no_users_message(kind, call):
+    ctx = kind.text_context()
+    ctx.append_message("user", "hello")
+    before = ctx.live_ids
+    with pytest.raises(kv.OptionError, match=r"chat=True.*3 token ids"):
+        getattr(ctx, call)([5, 6, 7], chat=True)
+    assert ctx.live_ids == before
+
+
 def test_tokens_one_by_one_give_the_logits_of_a_prefill(kind):
     ctx, plain = kind.text_context(), kind.text_context()
     ids = ctx.encode("the code of the door is 1234")

@@ -24,7 +24,7 @@ from kveraser.context.talking import Talking
 from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
-from kveraser.errors import ContextError
+from kveraser.errors import ContextError, OptionError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseMethod, EraseReceipt
 from kveraser.readers import Text
@@ -220,6 +220,7 @@ class LiveContext(Talking, TokenContext):
 
         Raises:
             ContextError: an emptied context without a prompt, a user's message without content, or no room.
+            OptionError: token ids as a user's message.
         """
         run = partial(self.generate_ids, max_new_tokens=max_new_tokens, keep=keep, **options)
         return self._answered(prompt, chat, keep, run)
@@ -243,6 +244,7 @@ class LiveContext(Talking, TokenContext):
 
         Raises:
             ContextError: a user's message without content.
+            OptionError: token ids as a user's message.
         """
         with self._lock:
             return self._asked(prompt, chat)[0]
@@ -258,6 +260,10 @@ class LiveContext(Talking, TokenContext):
             if isinstance(prompt, str):
                 return self._encode(prompt, first=len(self) == 0), None, False
             return [] if prompt is None else torch.as_tensor(prompt).tolist(), None, False
+        if not text:
+            raise OptionError(
+                f"chat=True takes a user's message as text, got {len(prompt)} token ids; give the text, or chat=False to go on behind the ids"
+            )
         tokenizer = self._require_tokenizer()
         user = self._chat.question(prompt) if isinstance(prompt, str) else None
         added = self._chat.text_of(tokenizer, user) if user else ""

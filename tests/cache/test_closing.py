@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Gemma2Config
 
 import kveraser as kv
-from conftest import FAMILIES, build, make_config, prefill, random_eraser, token_ids
-from kveraser.cache import closing_gaps, get_marks
+from conftest import FAMILIES, build, make_config, prefill, random_eraser, same, states, token_ids
+from kveraser.cache import Steered, closing_gaps, get_marks
 
 EVERYTHING = kv.Steering(repair=1000, keys=None)
 
@@ -112,3 +113,22 @@ def test_padded_rows_are_refused_across_closed_gaps():
     more = torch.cat([mask, mask[:, -1:]], -1)
     with kv.reading(model, cache) as reader, pytest.raises(kv.UnsupportedCacheError, match="padded rows"):
         reader(ids[:, :1], past_key_values=cache, attention_mask=more)
+
+
+@torch.no_grad()
+def test_a_model_that_changes_its_scores_is_refused_by_name_for_hiding_and_across_closed_gaps():
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, layer_types=["full_attention"] * 2, attn_logit_softcapping=0.5,
+    )  # fmt: skip
+    model, ids = build(config), token_ids(40)[0]
+    model.set_attn_implementation("eager")
+    context = kv.ErasableContext(model)
+    context.append(ids)
+    before = states(context.cache)
+    with pytest.raises(kv.UnsupportedCacheError, match="softcap.*delete-and-shift"):
+        context.erase(kv.Span(9, 20), kv.KVEraser.neutral(model))
+    assert same(states(context.cache), before)
+    hidden = Steered(kv.Span(9, 20), torch.zeros(1, 11, 8))
+    with closing_gaps(model, [hidden], model) as reader, pytest.raises(kv.UnsupportedCacheError, match="softcap"):
+        reader(ids[None, :1], past_key_values=context.cache)

@@ -25,7 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kveraser.cache.marks import Steered
 from kveraser.cache.repair import can_close_gaps
 from kveraser.errors import UnsupportedCacheError
-from kveraser.model.attention import blockwise_attention
+from kveraser.model.attention import blockwise_attention, check_plain_scores
 from kveraser.model.rope import Rotation, frequencies, rotary_layout
 from kveraser.model.view import causal_lm, view
 from kveraser.spans import Span
@@ -117,7 +117,16 @@ def closing_gaps(model: nn.Module, steered: Sequence[Steered], otherwise: nn.Mod
 def _closing_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention of the last tokens of a cache, across closed gaps."""
+    """Attention of the last tokens of a cache, across closed gaps.
+
+    Raises:
+        UnsupportedCacheError: scores that are not those of plain softmax attention.
+    """
+    check_plain_scores(
+        module,
+        options,
+        "nothing can be read across closed gaps; restore the erase, and use full-recompute or delete-and-shift, which leave none",
+    )
     gaps = _gaps.get()
     assert gaps is not None
     scaling = options.get("scaling")

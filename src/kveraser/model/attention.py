@@ -13,7 +13,7 @@ The query heads of a group read the same keys and values, so they can be rows of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -127,17 +127,28 @@ def blockwise_attention(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
+def check_plain_scores(module: nn.Module, options: Mapping[str, Any], remedy: str) -> None:
+    """Raise unless attention is plain softmax attention, the only one that there is a function of our own for.
+
+    Args:
+        options: of transformers' attention functions.
+        remedy: what cannot be done then, and what to do.
+
+    Raises:
+        UnsupportedCacheError: the model changes the scores.
+    """
+    changing = [name for name in _CHANGING_SCORES if options.get(name) is not None]
+    if changing:
+        raise UnsupportedCacheError(f"{type(module).__name__} changes attention scores ({', '.join(changing)}), so {remedy}")
+
+
 def told_attention(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
     """Attention as the keys say: they come from a pass that knows what each token sees, and carry its `attend`.
 
     Raises:
         UnsupportedCacheError: scores that are not those of plain softmax attention.
     """
-    if any(options.get(name) is not None for name in _CHANGING_SCORES):
-        raise UnsupportedCacheError(
-            f"{type(module).__name__} changes attention scores ({', '.join(_CHANGING_SCORES)}), so single tokens cannot be "
-            "run again; use repair=0 or full-recompute"
-        )
+    check_plain_scores(module, options, "single tokens cannot be run again; use full-recompute or delete-and-shift")
     scaling = options.get("scaling")
     attend: Any = key.attend  # type: ignore[attr-defined]
     return attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None

@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kveraser.errors import CalibrationError
+from kveraser.model.attention import check_plain_scores
 from kveraser.model.kernels import without_cudnn
 from kveraser.model.view import causal_lm, decoder, model_device, view
 
@@ -54,6 +55,7 @@ _observed: ContextVar[Observed | None] = ContextVar("observed", default=None)
 
 
 def _observing_attention(module: nn.Module, query: Tensor, *seen_by: Any, **options: Any) -> tuple[Tensor, None]:
+    check_plain_scores(module, options, "it cannot be told who reads what; use full-recompute or delete-and-shift")
     seen = _observed.get()
     if seen is not None:
         scaling = options.get("scaling")

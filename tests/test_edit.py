@@ -100,7 +100,7 @@ def test_position_ids_of_the_callers_own_are_respected():
 
 @pytest.mark.parametrize("method", ["full-recompute", "delete-and-shift", "kveraser"])
 def test_tokens_appended_since_are_recomputed_at_the_callers_own_positions(method):
-    model, ids = tiny(), token_ids(28)
+    model, ids, eraser = tiny(), token_ids(28), random_eraser(tiny())
     positions = torch.arange(100, 128)[None]
     cache, fresh = DynamicCache(), DynamicCache()
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_tokens_appended_since_are_recomputed_at_the_callers_own_positions(metho
             model(ids[:, part], position_ids=positions[:, part], past_key_values=fresh)
         model(ids[:, :20], position_ids=positions[:, :20], past_key_values=cache)
         receipt = kv.erase(
-            model, cache, ids[:, :20], kv.Span(5, 9), method, position_ids=positions[:, :20], eraser=random_eraser(model)
+            model, cache, ids[:, :20], kv.Span(5, 9), method, position_ids=positions[:, :20], eraser=eraser
         )
         model(ids[:, 20:], past_key_values=cache)
     with pytest.raises(kv.CacheMismatchError, match="position_ids has shape"):

@@ -164,7 +164,9 @@ def test_a_kept_exchange_becomes_part_of_the_chat(kind):
 def test_a_reply_that_the_template_shows_otherwise_leaves_the_chat_as_it_was(kind, call, monkeypatch):
     ctx = kind.text_context()
     shown = "{{ m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'] }}"
-    monkeypatch.setattr(ctx.tokenizer, "chat_template", ctx.tokenizer.chat_template.replace("{{ m['content'] }}", shown))
+    monkeypatch.setattr(
+        ctx.tokenizer, "chat_template", ctx.tokenizer.chat_template.replace("{{ m['content'] }}", shown)
+    )
     ctx.append_message("user", "hello")
     before, ids, messages = kind.states(ctx), ctx.live_ids, list(ctx.messages)
     monkeypatch.setattr(ctx, "decode", lambda answer: "<think>the car</think>it is fast")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import FalconConfig, GPTBigCodeConfig
 
-from conftest import FAMILIES, build, make_config, tiny, token_ids
-from kveraser.model.view import frozen, key_biases, view
+import kveraser as kv
+from conftest import FAMILIES, build, make_config, prefill, relative, states, tiny, token_ids
+from kveraser.model.view import frozen, key_biases, kv_shape, view
 
 
 class Doubled(nn.Module):
@@ -54,3 +56,22 @@ def test_a_frozen_view_takes_no_gradients_and_shares_the_memory():
 @pytest.mark.parametrize(("family", "has"), [("llama", False), ("qwen2", True), ("qwen3", False), ("gpt_neox", True)])
 def test_the_biases_of_keys_are_found_where_a_family_has_them(family, has):
     assert bool(key_biases(tiny(family))) is has
+
+
+_SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+KEY_HEADS = {
+    "falcon, one key head": FalconConfig(**_SMALL),
+    "falcon, new architecture": FalconConfig(**_SMALL, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon, all key heads": FalconConfig(**_SMALL, multi_query=False),
+    "gpt-bigcode": GPTBigCodeConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4),
+}
+
+
+@pytest.mark.parametrize("kind", KEY_HEADS)
+def test_key_heads_are_counted_as_the_cache_has_them(kind):
+    model, ids = build(KEY_HEADS[kind]), token_ids(20)
+    cache = prefill(model, ids)
+    keys = cache.layers[0].keys
+    assert kv_shape(model) == (len(cache.layers), keys.shape[1], keys.shape[-1])
+    receipt = kv.erase(model, cache, ids, kv.Span(5, 9), "full-recompute")
+    assert relative(states(cache), states(prefill(model, receipt.token_ids(ids)))) < 1e-5

@@ -48,9 +48,7 @@ class EditMark:
 
     def holds(self, cache: Cache) -> bool:
         """Whether the last slot, which has read all others, is still there: it may have been cropped and filled again since."""
-        return self.probe.numel() == 0 or bool(
-            _among(self.probe, cache.layers[-1].values[0, 0, self.length_after - 1])
-        )
+        return self.probe.numel() == 0 or bool(_among(self.probe, cache.layers[-1].values[0, 0, self.length_after - 1]))
 
 
 @dataclass(frozen=True)

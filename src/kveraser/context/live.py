@@ -260,9 +260,10 @@ class LiveContext(Talking, TokenContext):
             if isinstance(prompt, str):
                 return self._encode(prompt, first=len(self) == 0), None, False
             return [] if prompt is None else torch.as_tensor(prompt).tolist(), None, False
-        if not text:
+        if prompt is not None and not isinstance(prompt, str):
             raise OptionError(
-                f"chat=True takes a user's message as text, got {len(prompt)} token ids; give the text, or chat=False to go on behind the ids"
+                f"chat=True takes a user's message as text, got {len(prompt)} token ids; give the text, or chat=False to go on "
+                "behind the ids"
             )
         tokenizer = self._require_tokenizer()
         user = self._chat.question(prompt) if isinstance(prompt, str) else None

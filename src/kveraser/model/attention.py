@@ -139,7 +139,9 @@ def check_plain_scores(module: nn.Module, options: Mapping[str, Any], remedy: st
     """
     changing = [name for name in _CHANGING_SCORES if options.get(name) is not None]
     if changing:
-        raise UnsupportedCacheError(f"{type(module).__name__} changes attention scores ({', '.join(changing)}), so {remedy}")
+        raise UnsupportedCacheError(
+            f"{type(module).__name__} changes attention scores ({', '.join(changing)}), so {remedy}"
+        )
 
 
 def told_attention(module: nn.Module, query: Tensor, key: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:

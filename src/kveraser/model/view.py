@@ -54,6 +54,8 @@ def kv_shape(model: nn.Module) -> tuple[int, int, int]:
     """Layers, key heads and their dimensions, of a model's cache."""
     config = text_config(model)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        heads = 1  # of Falcon and GPT-BigCode; Falcon's new architecture caches every key once per query head
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, size
 

@@ -75,3 +75,16 @@ def test_key_heads_are_counted_as_the_cache_has_them(kind):
     assert kv_shape(model) == (len(cache.layers), keys.shape[1], keys.shape[-1])
     receipt = kv.erase(model, cache, ids, kv.Span(5, 9), "full-recompute")
     assert relative(states(cache), states(prefill(model, receipt.token_ids(ids)))) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["kveraser", "attention-guided-repair", "selective-recompute"])
+def test_a_model_with_attention_of_its_own_is_refused_by_name_where_single_tokens_must_run_again(method):
+    model, ids = build(KEY_HEADS["falcon, one key head"]), token_ids(400)
+    cache = prefill(model, ids)
+    before = [tensor.clone() for tensor in states(cache)]
+    with pytest.raises(
+        (kv.UnsupportedCacheError, kv.CalibrationError),
+        match="FalconForCausalLM does not use transformers' attention interface",
+    ):
+        kv.erase(model, cache, ids, kv.Span(50, 60), method)
+    assert all(torch.equal(a, b) for a, b in zip(before, states(cache), strict=True))

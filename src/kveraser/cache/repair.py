@@ -197,6 +197,6 @@ def repair_slots(
     if not all(layer.attended for layer in layers):
         raise UnsupportedCacheError(
             f"{type(causal_lm(model)).__name__} does not use transformers' attention interface in every layer, so single "
-            "tokens cannot be run again; use repair=0 or full-recompute"
+            "tokens cannot be run again; use full-recompute or delete-and-shift"
         )
     return range_bytes(cache, len(written))

@@ -187,8 +187,18 @@ def for_masks(model: nn.Module) -> Any:
 
 
 def for_telling(model: nn.Module) -> Any:
-    """A view of the model whose attention is what the keys say (`told_attention`)."""
-    return view(causal_lm(model), attention=_TOLD)
+    """A view of the model whose attention is what the keys say (`told_attention`).
+
+    Raises:
+        UnsupportedCacheError: the model does not use transformers' attention interface.
+    """
+    base = causal_lm(model)
+    if not getattr(base, "_supports_attention_backend", True):
+        raise UnsupportedCacheError(
+            f"{type(base).__name__} does not use transformers' attention interface, so single tokens cannot be run again; use "
+            "full-recompute or delete-and-shift"
+        )
+    return view(base, attention=_TOLD)
 
 
 def for_packing(model: nn.Module) -> Any:

@@ -245,13 +245,19 @@ def test_steered_slots_that_a_crop_leaves_are_no_live_tokens_and_what_fills_the_
     assert relative(states(cache), states(prefill(model, left))) < 1e-5
 
 
-@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
-def test_steered_slots_that_a_crop_left_last_go_with_the_span_before_them(method):
+def ending_with_steered_slots():
+    """A model, 40 ids, a cache that was cropped behind the steered slots [20, 30), and the ids that it holds."""
     model, ids = tiny(), token_ids(40)
     cache = prefill(model, ids)
     first = kv.erase(model, cache, ids, kv.Span(20, 30), eraser=random_eraser(model))
     cache.crop(-10)
-    before, now = states(cache), first.token_ids(ids)[:, :30]
+    return model, ids, cache, first.token_ids(ids)[:, :30]
+
+
+@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
+def test_steered_slots_that_a_crop_left_last_go_with_the_span_before_them(method):
+    model, ids, cache, now = ending_with_steered_slots()
+    before = states(cache)
     receipt = kv.erase(model, cache, now, kv.Span(10, 20), method, eraser=random_eraser(model))
     assert receipt.exact
     assert torch.equal(receipt.token_ids(now), ids[:, :10])
@@ -262,11 +268,8 @@ def test_steered_slots_that_a_crop_left_last_go_with_the_span_before_them(method
 
 @pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
 def test_steered_slots_that_a_crop_left_last_are_no_suffix(method):
-    model, ids = tiny(), token_ids(40)
-    cache = prefill(model, ids)
-    first = kv.erase(model, cache, ids, kv.Span(20, 30), eraser=random_eraser(model))
-    cache.crop(-10)
-    receipt = kv.erase(model, cache, first.token_ids(ids)[:, :30], kv.Span(5, 8), method, eraser=random_eraser(model))
+    model, _, cache, now = ending_with_steered_slots()
+    receipt = kv.erase(model, cache, now, kv.Span(5, 8), method, eraser=random_eraser(model))
     assert cache.get_seq_length() == (20 if receipt.positions_kept else 17)
 
 

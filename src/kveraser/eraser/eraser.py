@@ -360,17 +360,10 @@ class KVEraser:
             EraserMismatchError: unreadable, or of another shape.
         """
         names = [name for name, _ in self.named_parameters()]
-        self._load(read_weights(Path(folder), names, body), str(folder))
+        self.load_state_dict(read_weights(Path(folder), names, body), str(folder))
 
-    def take_over(self, other: KVEraser) -> None:
-        """Take over the weights of another eraser, which stays as it is.
-
-        Raises:
-            EraserMismatchError: it is of another shape.
-        """
-        self._load(other.state_dict(), repr(other))
-
-    def _load(self, weights: dict[str, Tensor], source: str) -> None:
+    def load_state_dict(self, weights: dict[str, Tensor], source: str) -> None:
+        """Take over what `state_dict` gave of an eraser of the same shape, else `EraserMismatchError`, which names its `source`."""
         own, rank = dict(self.named_parameters()), self.lora_config.r if self.lora_config else 0
         missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         if missing or extra:

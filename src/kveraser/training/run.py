@@ -148,7 +148,7 @@ def first_eraser(
     if start is not None:
         found = KVEraser.from_pretrained(start, model)
         _check_start(found, start, config)
-        eraser.take_over(found)
+        eraser.load_state_dict(found.state_dict(), str(start))
     elif options.hidden and eraser.steers_spans:
         rng, encode = random.Random(config.seed), encoder(tokenizer)
         texts = [encode(filler.text(rng, _TEXT_TOKENS, "train"))[:_TEXT_TOKENS] for _ in range(_TEXTS)]

@@ -112,10 +112,7 @@ def test_on_disk_its_conversation_is_destroyed_and_others_stay(make_service, tmp
 
 
 def test_a_disk_that_refuses_is_told_and_asked_again(make_service, tmp_path, monkeypatch):
-    service = make_service(state_dir=tmp_path)
-    ask(service, WITH)
-    service.close()
-    service = make_service(state_dir=tmp_path)
+    service = on_disk_only(make_service, tmp_path)
     original = service.store._disk.remove
 
     def refuse(_):
@@ -128,12 +125,17 @@ def test_a_disk_that_refuses_is_told_and_asked_again(make_service, tmp_path, mon
     assert ask(service, CLEARED, must_forget=(SECRET,)).reuse.forgotten == 1
 
 
-@pytest.mark.parametrize("step", ["context.session_folder.shred", "serving.contexts.cards.shred"])
-def test_a_folder_that_was_destroyed_in_part_is_gone_on_with(make_service, tmp_path, monkeypatch, step):
-    service = make_service(state_dir=tmp_path)
+def on_disk_only(make_service, folder):
+    """A service that was started again after a conversation with the secret."""
+    service = make_service(state_dir=folder)
     ask(service, WITH)
     service.close()
-    service = make_service(state_dir=tmp_path)
+    return make_service(state_dir=folder)
+
+
+@pytest.mark.parametrize("step", ["context.session_folder.shred", "serving.contexts.cards.shred"])
+def test_a_folder_that_was_destroyed_in_part_is_gone_on_with(make_service, tmp_path, monkeypatch, step):
+    service = on_disk_only(make_service, tmp_path)
 
     def refuse(_):
         raise OSError(5, "Input/output error")
@@ -148,10 +150,7 @@ def test_a_folder_that_was_destroyed_in_part_is_gone_on_with(make_service, tmp_p
 
 
 def test_what_the_disk_refused_to_remove_before_is_destroyed_then(make_service, tmp_path, monkeypatch):
-    service = make_service(state_dir=tmp_path)
-    ask(service, WITH)
-    service.close()
-    service = make_service(state_dir=tmp_path)
+    service = on_disk_only(make_service, tmp_path)
 
     def refuse(_):
         raise OSError(30, "Read-only file system")

@@ -236,7 +236,7 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     rows = [row for row in data["rows"] if row["task"] == "mean over tasks" and row["protocol"] == "query_cached"]
     assert [row["method"] for row in rows] == [
         "no-erase", "erratum", "full-recompute", "delete-and-shift", "local-suffix-repair:tokens=70", "selective-recompute:tokens=70",
-        "attention-guided-repair", "kveraser:repair=0", "kveraser:repair=70",
+        "attention-guided-repair:tokens=70", "kveraser:repair=0", "kveraser:repair=70",
     ]  # fmt: skip
     assert all(row["examples"] == 4 for row in rows)
     assert rows[2]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "count": 4}

@@ -100,6 +100,30 @@ def test_several_spans_share_one_budget_and_every_reader_is_chosen_once():
     assert not set(chosen) & {*range(20, 40), *range(90, 100)}
 
 
+@pytest.mark.parametrize("method", [kv.Steering(), kv.AttentionGuidedRepair()], ids=lambda method: method.name)
+def test_without_a_number_a_span_gets_seventy_readers_or_two_for_each_of_its_tokens(method):
+    model, ids = tiny("llama"), token_ids(400)
+    eraser = kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+    for spans, readers in (
+        ([kv.Span(20, 21)], 70),
+        ([kv.Span(20, 55)], 70),
+        ([kv.Span(20, 56)], 72),
+        ([kv.Span(20, 90)], 140),
+        ([kv.Span(20, 30), kv.Span(60, 160)], 270),
+    ):
+        receipt = kv.erase(model, prefill(model, ids), ids, spans, method=method, eraser=eraser)
+        behind = ids.shape[1] - spans[0].end - sum(len(span) for span in spans[1:])
+        assert sum(map(len, receipt.recomputed)) == receipt.tokens_recomputed == min(readers, behind)
+
+
+def test_a_number_is_kept_to_however_long_the_span_is():
+    model, ids = tiny("llama"), token_ids(400)
+    eraser = kv.KVEraser.neutral(model, repair=30, ids=token_ids(300)[0])
+    for method, readers in (("kveraser", 30), (kv.Steering(repair=11), 11), (kv.AttentionGuidedRepair(tokens=9), 9)):
+        receipt = kv.erase(model, prefill(model, ids), ids, kv.Span(20, 120), method=method, eraser=eraser)
+        assert receipt.tokens_recomputed == readers
+
+
 def test_what_was_erased_before_is_neither_seen_nor_chosen_and_its_gap_is_closed_too():
     model, ids = tiny("llama"), token_ids(200)
     other = ids.clone()

@@ -47,7 +47,7 @@ class Eraser(Protocol):
         steers_readers: whether it runs the tokens that are recomputed.
         kind: "trained" or "neutral".
         window: `(sink, local)` slots that its tokens attend to besides the span; None for the whole prefix.
-        repair: tokens behind a span to recompute after it.
+        repair: tokens behind a span to recompute after it; None: by the span's length.
         choose: which ones, "readers" or "next".
         calibration: what tells readers, if it comes with that.
     """
@@ -63,7 +63,7 @@ class Eraser(Protocol):
     @property
     def window(self) -> Window | None: ...
     @property
-    def repair(self) -> int: ...
+    def repair(self) -> int | None: ...
     @property
     def choose(self) -> Any: ...
     @property

@@ -17,9 +17,9 @@ from kveraser.context import ErasableContext
 from kveraser.demo.tell import who_read
 from kveraser.errors import OptionError
 from kveraser.evaluation import compare_methods
-from kveraser.evaluation.runner import DEFAULT_BUDGET
 from kveraser.methods import EraseMethod, as_method
 from kveraser.methods import methods as all_methods
+from kveraser.readers import HOW_MANY, readers_for
 from kveraser.spans import Span
 from kveraser.tasks import ask as framed
 
@@ -42,10 +42,13 @@ def parse_span(text: str) -> Span | str:
     return Span(int(match[1]), int(match[2])) if match else text
 
 
-def chosen_methods(names: list[str] | None, tokens: int) -> list[EraseMethod]:
-    """The named methods; all of them, at the same number of recomputed tokens, when none is named."""
-    if names:
-        return [as_method(name) for name in names]
+def named_methods(names: list[str] | None) -> list[EraseMethod]:
+    """The methods that were named."""
+    return [as_method(name) for name in names or ()]
+
+
+def all_at(tokens: int) -> list[EraseMethod]:
+    """Every method, at the same number of recomputed tokens."""
     return [method().with_budget(tokens) for method in all_methods().values()]
 
 
@@ -59,8 +62,12 @@ def erase_command(
     ] = None,
     methods: opt.Methods = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Recomputed tokens behind the span, where no methods are named.")
-    ] = DEFAULT_BUDGET,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Recomputed tokens behind the span, where no methods are named; default {HOW_MANY}.",
+        ),
+    ] = None,
     model: opt.Model = opt.DEFAULT_MODEL,
     eraser: opt.Eraser = None,
     device: opt.Device = None,
@@ -82,7 +89,7 @@ def erase_command(
         if replace == "":
             raise OptionError("--replace has no text; leave it away to erase the span")
         text = read_context(context)
-        chosen = chosen_methods(methods, tokens)  # an unknown name is an error before anything is loaded
+        chosen = named_methods(methods)  # an unknown name is an error before anything is loaded
         where = parse_span(span)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
@@ -90,6 +97,7 @@ def erase_command(
         with stderr.status("reading the context ..."):
             live.append(text)
         found = live.locate(where)
+        chosen = chosen or all_at(tokens or readers_for([found]))
         new = None if replace is None else live.fitted(where, replace)
         question = ask if raw else framed(ask)
         if cached:

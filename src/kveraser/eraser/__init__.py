@@ -5,14 +5,13 @@ Knows: LoRA, PEFT, what a passing eraser writes. Does not know about spans, meth
 """
 
 from kveraser.eraser.config import CHOICES, Choose, EraserConfig
-from kveraser.eraser.eraser import NEUTRAL_REPAIR, KVEraser
+from kveraser.eraser.eraser import KVEraser
 from kveraser.eraser.injection import target_linears
 from kveraser.eraser.neutral import write_neutral
 from kveraser.eraser.shipped import default_eraser, shipped_eraser, shipped_erasers
 
 __all__ = [
     "CHOICES",
-    "NEUTRAL_REPAIR",
     "Choose",
     "EraserConfig",
     "KVEraser",

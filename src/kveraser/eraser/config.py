@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 from kveraser.cache import Window
 from kveraser.errors import EraserMismatchError
 from kveraser.model.fingerprint import Fingerprint
+from kveraser.readers import LEAST_READERS
 
 FILE_NAME = "kveraser.json"
 FORMAT = 4
@@ -38,7 +39,8 @@ class EraserConfig:
     Attributes:
         fingerprint: the backbone the eraser was made for.
         window: `(sink, local)` slots the eraser attends to besides the span; None for the whole prefix.
-        repair: live tokens behind the span to recompute with the backbone after steering.
+        repair: live tokens behind the span to recompute with the backbone after steering; None: by the span's length
+            (`readers.how_many`), as neutral erasers do.
         choose: which ones. Format 1 had no choice: the next ones.
         acts_on: where the LoRA runs. On "readers" it can make up there for what the other tokens have read, and the span's
             slots get neutral states; only then the file has format 3.
@@ -51,7 +53,7 @@ class EraserConfig:
 
     fingerprint: Fingerprint
     window: Window | None = None
-    repair: int = 0
+    repair: int | None = 0
     choose: Choose = "readers"
     acts_on: ActsOn = "spans"
     values: Values = "own"
@@ -61,7 +63,8 @@ class EraserConfig:
     @property
     def repair_next(self) -> int:
         """How many of the next tokens to recompute where readers are not asked for (trained erasers inside engines)."""
-        return self.repair if self.choose == "next" else min(self.repair, _ENGINES_MOST)
+        most = LEAST_READERS if self.repair is None else self.repair
+        return most if self.choose == "next" else min(most, _ENGINES_MOST)
 
     def check_plain(self, source: Path) -> None:
         """Raise `EraserMismatchError` unless all that it asks for is a LoRA beside the plain layers, on the erased tokens.

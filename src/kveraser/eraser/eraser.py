@@ -31,7 +31,7 @@ from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.model.view import causal_lm, model_device, model_dtype, view
 from kveraser.readers import FILE_NAME as READERS
-from kveraser.readers import Calibration, calibrate, read_calibration, write_calibration
+from kveraser.readers import LEAST_READERS, Calibration, calibrate, read_calibration, write_calibration
 from kveraser.spans import Span
 
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ _UNVERIFIED = (
     "{path} has no {file}, so nothing says which model it was made for: it is taken as an eraser of this {model} that sees the "
     "whole prefix and recomputes nothing (kv.Steering(eraser, repair={repair}) also recomputes readers)"
 )
-
-
-NEUTRAL_REPAIR = 70
-"""Tokens that a neutral eraser recomputes: 63 readers and 7 more (`readers.choice`; `docs/log.md`: the curve of quality over cost)."""
 
 
 class KVEraser:
@@ -137,16 +133,14 @@ class KVEraser:
         return cls(config, lora_config, layers)
 
     @classmethod
-    def neutral(
-        cls, model: nn.Module, *, repair: int = NEUTRAL_REPAIR, ids: list[int] | Tensor | None = None
-    ) -> KVEraser:
+    def neutral(cls, model: nn.Module, *, repair: int | None = None, ids: list[int] | Tensor | None = None) -> KVEraser:
         """An eraser without LoRA and without training: it writes states that nothing attends to, and repairs readers.
 
         Per layer and key head it is one constant key that no query likes, and a zero value. The idea is ours.
 
         Args:
             model: the backbone.
-            repair: readers of the span to recompute.
+            repair: readers of a span to recompute; None: as many as a span of its length deserves (`readers.how_many`).
             ids: `(tokens,)` of any text, at least 256, to calibrate on now; None leaves it to the first erase.
 
         Raises:
@@ -154,7 +148,7 @@ class KVEraser:
             CalibrationError: too little text.
         """
         check_model(model)
-        if repair < 0:
+        if repair is not None and repair < 0:
             raise OptionError(f"repair={repair} must be at least 0 tokens")
         calibration = None if ids is None else calibrate(model, ids)
         return cls(EraserConfig(Fingerprint.of(model), None, repair), None, {}, calibration)
@@ -180,7 +174,7 @@ class KVEraser:
             config = EraserConfig(Fingerprint.of(model))
             warnings.warn(
                 _UNVERIFIED.format(
-                    path=path, file=FILE_NAME, model=type(causal_lm(model)).__name__, repair=NEUTRAL_REPAIR
+                    path=path, file=FILE_NAME, model=type(causal_lm(model)).__name__, repair=LEAST_READERS
                 ),
                 stacklevel=2,
             )
@@ -225,8 +219,8 @@ class KVEraser:
         return self.config.window
 
     @property
-    def repair(self) -> int:
-        """Tokens behind the span to recompute after steering."""
+    def repair(self) -> int | None:
+        """Tokens behind the span to recompute after steering; None: by the span's length."""
         return self.config.repair
 
     @property

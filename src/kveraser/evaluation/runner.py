@@ -15,7 +15,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.context import ErasableContext
-from kveraser.eraser import NEUTRAL_REPAIR, KVEraser
+from kveraser.eraser import KVEraser
 from kveraser.errors import OptionError
 from kveraser.evaluation.compare import PROTOCOLS, MethodResult, Protocol, compare_methods, read_parts
 from kveraser.evaluation.erratum import Errata, Erratum
@@ -23,9 +23,10 @@ from kveraser.evaluation.metrics import exact_match, f1, leaks
 from kveraser.evaluation.record import Key, Record
 from kveraser.methods import EraseMethod, NoErase, method_label, methods
 from kveraser.model.view import text_config
+from kveraser.readers import LEAST_READERS
 from kveraser.tasks import ChatForm, EraseExample, Filler, Sizes, as_task
 
-DEFAULT_BUDGET = NEUTRAL_REPAIR
+DEFAULT_BUDGET = LEAST_READERS
 """Recomputed tokens behind each span at which methods are compared."""
 
 

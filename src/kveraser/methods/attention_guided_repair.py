@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 
 from kveraser.cache import Can
-from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.methods.base import Edit, Outcome, Plan
 from kveraser.methods.choosing import Wish, choose_readers
 from kveraser.methods.moving import MovingRepair, mended_from
@@ -21,16 +20,16 @@ from kveraser.spans import Span
 
 @dataclass(frozen=True)
 class AttentionGuidedRepair(MovingRepair):
-    """Drop the spans, close the gaps and recompute the `tokens` live tokens per span that have read the spans most.
+    """Drop the spans, close the gaps and recompute those live tokens that have read the spans most.
 
     With `keys=None` and at least the whole suffix it equals `full-recompute` and is exact.
 
     Args:
-        tokens: how many, per span; chosen as `Steering` does.
+        tokens: how many, per span; None: as many as a span of its length deserves (`readers.how_many`). Chosen as `Steering` does.
         coverage, block, keys: as for `Steering`.
     """
 
-    tokens: int = NEUTRAL_REPAIR
+    tokens: int | None = None
     coverage: float | None = None
     block: int | None = None
     keys: int | None = 512

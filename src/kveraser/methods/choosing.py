@@ -5,6 +5,7 @@ Knows: edits, calibrations, scores. Does not know what is done with the chosen o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,18 @@ from kveraser.errors import CalibrationError, OptionError, UnsupportedCacheError
 from kveraser.methods.base import Edit
 from kveraser.methods.choice import Choice
 from kveraser.methods.slots import with_slots
-from kveraser.readers import Calibration, Scene, calibration_for, choose, first_behind, residual, source_of, weights_of
+from kveraser.readers import (
+    Calibration,
+    Scene,
+    calibration_for,
+    choose,
+    first_behind,
+    readers_for,
+    residual,
+    source_of,
+    weights_of,
+)
+from kveraser.spans import Span
 
 CANDIDATES = 256
 CLOSER = 8
@@ -40,28 +52,32 @@ SIGHT = (
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user asks of a choice; `repair` counts tokens per span.
+    """What a user asks of a choice; `repair` counts tokens per span, None: by its length (`readers.how_many`).
 
     Raises:
         OptionError: an impossible value.
     """
 
-    repair: int
+    repair: int | None = None
     coverage: float | None = None
     block: int | None = None
     keys: int | None = 512
 
     def __post_init__(self) -> None:
-        if self.repair < 0:
+        if self.repair is not None and self.repair < 0:
             raise OptionError(f"repair={self.repair} must be at least 0 tokens")
         if self.coverage is not None and not 0 < self.coverage <= 1:
             raise OptionError(f"coverage={self.coverage} must be above 0 and at most 1 (a share of the attention)")
         if self.block is not None and self.block < 1:
             raise OptionError(f"block={self.block} must be at least 1 slot")
-        if self.block is not None and 0 < self.repair < self.block:
+        if self.block is not None and self.repair and self.repair < self.block:
             raise OptionError(f"block={self.block} is more than the repair={self.repair} tokens that may be recomputed")
         if self.keys is not None and self.keys < 1:
             raise OptionError(f"keys={self.keys} must be at least 1 slot; None shows everything")
+
+    def budget(self, spans: Sequence[Span]) -> int:
+        """How many tokens are recomputed behind some spans, together, at most."""
+        return readers_for(spans) if self.repair is None else self.repair * len(spans)
 
 
 def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
@@ -90,11 +106,11 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     Returns:
         None when nothing is to be recomputed.
     """
-    budget = wish.repair * len(edit.spans)
+    budget = wish.budget(edit.spans)
     if not budget:
         return None
     if Can.REPAIR not in edit.backend.can:
-        wish = replace(wish, keys=None, block=min(RUN, wish.repair) if wish.block is None else wish.block)
+        wish = replace(wish, keys=None, block=min(RUN, budget // len(edit.spans)) if wish.block is None else wish.block)
     kept = edit.kept
     suffix = kept[kept > edit.spans[0].start]
     if edit.tokens.mask is not None:

@@ -51,9 +51,9 @@ class MovingRepair(Moving):
     budget_option: ClassVar[str | None] = "tokens"
 
     @staticmethod
-    def check_tokens(tokens: int) -> None:
+    def check_tokens(tokens: int | None) -> None:
         """Raise `OptionError` where nothing would be recomputed."""
-        if tokens < 1:
+        if tokens is not None and tokens < 1:
             raise OptionError(f"tokens={tokens} must be at least 1; use delete-and-shift to recompute nothing")
 
 

@@ -44,8 +44,7 @@ class SelectiveRecompute(MovingRepair):
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise OptionError(f"ratio={self.ratio} must be above 0 and at most 1")
-        if self.tokens is not None:
-            self.check_tokens(self.tokens)
+        self.check_tokens(self.tokens)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         start = edit.spans[0].start

@@ -100,7 +100,8 @@ class Steering(EraseMethod):
             trained with. A window of (0, 0) shows it the span alone.
         full_prefix: attend to the whole prefix, whatever the eraser was trained with.
         repair: afterwards recompute so many live tokens per span with the unchanged model, in place and as if no span had
-            ever been there; None takes the eraser's own.
+            ever been there; None takes the eraser's own, and where that has none, as many as a span of its length deserves
+            (`readers.how_many`).
         choose: which tokens: "readers" are those whose attention went to the spans, over all spans together, always the first 8
             behind each, and one in ten by what the tokens before it have read (`readers.choice`); "next" are the first ones behind each span, in the eraser's window. None takes the eraser's own.
         coverage: readers only: stop when so much of the attention that went to the spans is covered, such as 0.95.
@@ -135,13 +136,7 @@ class Steering(EraseMethod):
             raise OptionError(f"choose={self.choose!r} must be one of {', '.join(CHOICES)}")
         if self.choose == "next" and (self.coverage is not None or self.block is not None):
             raise OptionError("coverage and block choose among readers; with choose='next' there is nothing to choose")
-        if self.repair is not None:
-            self._wish(self.repair)
-        else:
-            Wish(1 << 30, self.coverage, self.block, self.keys)
-
-    def _wish(self, repair: int) -> Wish:
-        return Wish(repair, self.coverage, self.block, self.keys)
+        Wish(self.repair, self.coverage, self.block, self.keys)
 
     def using(self, edit: Edit) -> Eraser:
         """The eraser that an edit will use.
@@ -153,12 +148,17 @@ class Steering(EraseMethod):
         edit.backend.check_eraser(found)
         return found
 
-    def _repair(self, edit: Edit) -> int:
-        return self.using(edit).repair if self.repair is None else self.repair
+    def _wish(self, edit: Edit) -> Wish:
+        repair = self.using(edit).repair if self.repair is None else self.repair
+        return Wish(repair, self.coverage, self.block, self.keys)
 
     def budget(self, edit: Edit) -> int:
-        """How many tokens an edit recomputes behind its spans, at most."""
-        return self._repair(edit) * len(edit.spans)
+        """How many tokens an edit recomputes behind its spans, together, at most."""
+        return self._wish(edit).budget(edit.spans)
+
+    def _next(self, edit: Edit) -> int:
+        """How many of the next tokens an edit recomputes behind each of its spans."""
+        return self.budget(edit) // len(edit.spans) if edit.spans and self.chooses(edit) == "next" else 0
 
     def chooses(self, edit: Edit) -> Choose:
         """Which tokens it recomputes.
@@ -179,9 +179,9 @@ class Steering(EraseMethod):
     def plan(self, edit: Edit) -> SteeringPlan:
         choice = None
         if self.chooses(edit) == "next":
-            written = edit.runs_behind(self._repair(edit))
+            written = edit.runs_behind(self._next(edit))
         else:
-            choice = choose_readers(edit, self._wish(self._repair(edit)), self.using(edit).calibration)
+            choice = choose_readers(edit, self._wish(edit), self.using(edit).calibration)
             written = choice.runs if choice else ()
         passes = tuple(self.passes(edit, choice))
         changed = [edit.backend.check_rewrite(turn.steered, turn.repaired) for turn in passes]
@@ -196,10 +196,9 @@ class Steering(EraseMethod):
         """
         eraser = self.using(edit)
         window = None if self.full_prefix else eraser.window if self.window is None else self.window
-        count = self._repair(edit) if self.chooses(edit) == "next" else 0
         passes = _new_tokens(edit) if edit.fresh and self._joins(edit) else []
         counts = edit.new or (0,) * len(edit.spans)
-        for (span, runs), new in zip(edit.neighbors(count), counts, strict=True):
+        for (span, runs), new in zip(edit.neighbors(self._next(edit)), counts, strict=True):
             for turn in _turns(edit, span, new, runs, window, steers=eraser.steers_spans):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both

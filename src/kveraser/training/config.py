@@ -14,10 +14,10 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kveraser.cache import Window
-from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.eraser.config import ActsOn, Values
 from kveraser.errors import OptionError
 from kveraser.files import write_atomically
+from kveraser.readers import LEAST_READERS
 from kveraser.tasks import as_task, tasks
 from kveraser.training.lessons import Kind
 
@@ -51,7 +51,7 @@ class EraserOptions:
     rank: int = 16
     alpha: int = 32
     window: Window | None = (4, 512)
-    repair: int = NEUTRAL_REPAIR
+    repair: int = LEAST_READERS
     acts_on: ActsOn = "spans"
     values: Values = "own"
     hidden: float = 8.0

@@ -88,7 +88,7 @@ class StageRun:
         self.report = report
         encode, text = encoder(tokenizer), filler or read_filler(tokenizer, config.text)
         plan = _lesson_plan(self.stage, tokenizer)
-        self.draws = Draws(config.seed, name, self.stage, eraser.repair, plan, text, encode)
+        self.draws = Draws(config.seed, name, self.stage, config.eraser.repair, plan, text, encode)
         self.backbone = for_packing(model)
         self.store = LessonStore(keeping, self.backbone, name, self.stage, config.seed) if keeping else None
         if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):

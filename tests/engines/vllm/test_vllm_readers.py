@@ -22,7 +22,6 @@ from kveraser.engines.vllm.client.session import VLLMSession
 from kveraser.engines.vllm.client.together import erase_together
 from kveraser.engines.vllm.protocol import KEY, Demand, Look, Piece, read_demand
 from kveraser.engines.vllm.server.looking import Looking
-from kveraser.eraser import NEUTRAL_REPAIR
 from kveraser.errors import EngineError
 from kveraser.readers import calibrate
 from kveraser.spans import Span
@@ -53,7 +52,7 @@ def connect(tmp_path_factory, monkeypatch, calibration):
         if kind == "neutral":
             eraser = kv.KVEraser.neutral(text_model())
             eraser.calibration = calibration
-        block = min(options.get("block", 16), repair) or None
+        block = min(options.get("block", 16), 70 if repair is None else repair) or None
         method = kv.Steering(eraser, repair=repair, choose="readers", block=block, keys=None)
         return server, session, kv.ErasableContext(text_model(), make_tokenizer(), eraser), method
 
@@ -63,7 +62,7 @@ def connect(tmp_path_factory, monkeypatch, calibration):
 @settings(max_examples=4)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=3, max_size=5),
-    repair=st.sampled_from([0, 5, 32]),
+    repair=st.sampled_from([0, 5, 32, None]),
     data=st.data(),
 )
 def test_readers_are_those_of_transformers_and_end_with_its_states(connect, lengths, repair, data):
@@ -209,7 +208,7 @@ def test_impossible_choices_are_refused(connect, options, words):
 def test_by_itself_a_session_takes_the_eraser_that_is_better_and_readers_where_they_can_be_told(connect):
     server, *_ = connect()
     for about, expected in (
-        ({"preferred": False}, ("neutral", "readers", NEUTRAL_REPAIR)),
+        ({"preferred": False}, ("neutral", "readers", None)),
         ({"preferred": True, "choose": "readers", "readers": 48}, ("eraser", "readers", 48)),
         ({"preferred": True, "choose": "next"}, ("eraser", "next", 4)),
     ):

@@ -116,6 +116,14 @@ def test_the_chosen_changes_save_the_most_and_none_is_made_that_takes_more_than_
     assert match(cached, wanted, prices=Prices(change=120)).changes == ()
 
 
+def test_a_long_change_takes_as_many_readers_as_its_ids_have():
+    cached = [*range(100, 150), *range(200, 240), *range(300, 400)]
+    wanted = [*range(100, 150), *range(300, 400)]
+    assert match(cached, wanted, prices=Prices(change=70, removed=0, readers=2)).gain == 50 + 100 - 80
+    assert match(cached, wanted, prices=Prices(change=90, removed=0, readers=2)).gain == 50 + 100 - 90
+    assert match(cached, wanted, prices=Prices(change=70, removed=0, readers=3)).changes == ()
+
+
 def test_what_saves_next_to_nothing_is_left_and_said_to_be():
     cached = [*range(100, 120), *range(200, 300), *range(400, 415)]
     wanted = [*range(100, 120), *range(1000, 1190), *range(400, 415)]

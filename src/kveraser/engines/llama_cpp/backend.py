@@ -45,7 +45,7 @@ class LlamaCppEraser:
 
     adapter: Any
     window: Window | None
-    repair: int
+    repair: int | None
     choose: Choose
     calibration: Calibration | None = None
     steers_readers = False

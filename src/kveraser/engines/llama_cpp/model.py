@@ -18,7 +18,7 @@ from kveraser.engines.llama_cpp.anatomy import Anatomy
 from kveraser.engines.llama_cpp.library import captured, lib, said
 from kveraser.engines.llama_cpp.tokenizer import LlamaCppTokenizer
 from kveraser.engines.llama_cpp.weights import gguf_fingerprint
-from kveraser.eraser import NEUTRAL_REPAIR, EraserConfig, shipped_erasers
+from kveraser.eraser import EraserConfig, shipped_erasers
 from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import BackboneError, EraserMismatchError, OptionError, UnsupportedCacheError
 from kveraser.export import GgufEraser, exported_gguf, read_gguf_eraser
@@ -33,7 +33,7 @@ _ROPES = (0, 2)  # neighboring and half-split dimensions; multi-dimensional posi
 class NeutralEraser:
     """An eraser without adapter; `calibration` tells readers, None leaves it to the cache folder or the first erase."""
 
-    repair: int
+    repair: int | None = None
     calibration: Calibration | None = None
 
 
@@ -151,13 +151,13 @@ class LlamaCppModel:
                 return exported_gguf(folder) if config.preferred else self.neutral_eraser()
         return self.neutral_eraser()
 
-    def neutral_eraser(self, repair: int = NEUTRAL_REPAIR) -> NeutralEraser:
+    def neutral_eraser(self, repair: int | None = None) -> NeutralEraser:
         """An eraser without training: the span's cells are taken out, and its readers recomputed.
 
         Args:
-            repair: readers of the span to recompute.
+            repair: readers of a span to recompute; None: as many as a span of its length deserves (`readers.how_many`).
         """
-        if repair < 0:
+        if repair is not None and repair < 0:
             raise OptionError(f"repair={repair} must be at least 0 tokens")
         for folder in shipped_erasers().values():
             if (folder / READERS).is_file() and self._difference(EraserConfig.read(folder / FILE_NAME)) is None:

@@ -82,14 +82,14 @@ class Look:
         pieces: the states of all its slots, those of the spans among them.
         spans: slots to be erased, sorted and disjoint.
         absent: slots that hold steering states already.
-        repair: tokens per span to recompute, at most; in whole runs on multiples of `block` slots.
+        repair: tokens per span to recompute, at most (None: by its length); in whole runs on multiples of `block` slots.
         coverage: stop when so much of the attention that went to the spans is covered.
     """
 
     pieces: tuple[Piece, ...]
     spans: tuple[Span, ...]
     absent: tuple[Span, ...]
-    repair: int
+    repair: int | None
     block: int | None = None
     coverage: float | None = None
 
@@ -271,7 +271,7 @@ def _look(said: Any) -> Look:
     if not isinstance(said, dict) or not set(said) <= _LOOK:
         raise ValueError(f"look must hold some of {sorted(_LOOK)}")
     repair, block, coverage = said["repair"], said.get("block"), said.get("coverage")
-    if type(repair) is not int or repair < 0 or not (block is None or (type(block) is int and block > 0)):
+    if not (_counts(repair, 0) and _counts(block, 1)):
         raise ValueError(f"repair={repair!r} and block={block!r} count tokens")
     if coverage is not None and (not isinstance(coverage, float | int) or not 0 < coverage <= 1):
         raise ValueError(f"coverage={coverage!r} is no share")
@@ -294,6 +294,11 @@ def _learn(said: Any) -> Learn:
     if type(tokens) is not int or tokens < 1 or not isinstance(whole, list):
         raise ValueError(f"tokens={tokens!r} and whole={whole!r:.80} are no number and no list")
     return Learn(tokens, tuple(checked_id(entry) for entry in whole), checked_id(rest))
+
+
+def _counts(value: Any, least: int) -> bool:
+    """Whether it is a number of tokens, or is left open."""
+    return value is None or (type(value) is int and value >= least)
 
 
 def _pairs(spans: tuple[Span, ...]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from kveraser.cache import cache_length
 from kveraser.context.chat import Message, added_by
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
+from kveraser.readers import LEAST_READERS, READERS_PER_TOKEN
 from kveraser.serving.contexts.blocks import Ids, common_length
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.limits import Limits
@@ -39,7 +40,8 @@ class ContextFinder:
     ) -> None:
         self.store, self.limits = store, limits
         self._starts = message_starts(tokenizer)
-        self._prices = Prices(max(eraser.repair, _LEAST), int(eraser.steers_spans))
+        readers, each = (LEAST_READERS, READERS_PER_TOKEN) if eraser.repair is None else (eraser.repair, 0)
+        self._prices = Prices(max(readers, _LEAST), int(eraser.steers_spans), readers=each)
 
     def prepare(
         self, owner: str, ids: Sequence[int], max_tokens: int, policy: Policy, max_residual: float | None = None

@@ -53,7 +53,8 @@ class Prices:
     """What changes take, in tokens that are run, besides their new ids.
 
     Attributes:
-        change: for each change: the tokens that have read what was there.
+        change: for each change, at least: the tokens that have read what was there.
+        readers: for each id that was there, where these are more.
         removed: for each id that is taken out without another in its place.
         may_grow: whether more ids can be put in a place than were there.
     """
@@ -61,6 +62,7 @@ class Prices:
     change: int = 0
     removed: int = 1
     may_grow: bool = True
+    readers: int = 0
 
 
 NO_EXTRAS = Prices()
@@ -172,7 +174,7 @@ def _step(
     cut = np.maximum(np.maximum(end_at - at[index], end_new - new[index]), 0)
     left = length[index] - cut
     removed, added = at[index] + cut - end_at, new[index] + cut - end_new
-    price = prices.change + prices.removed * np.maximum(removed - added, 0)
+    price = np.maximum(prices.change, prices.readers * removed) + prices.removed * np.maximum(removed - added, 0)
     possible = (left >= MIN_KEPT) & (prices.may_grow | (added <= removed))
     return cut, left, np.where(possible, price, -1)
 

@@ -50,7 +50,7 @@ class Served:
 
     Attributes:
         model, eraser: as the server names them; without an eraser spans are hidden.
-        window, repair: what the eraser attends to, and how many tokens are computed again for each span.
+        window, repair: what the eraser attends to, and how many tokens are computed again for each span (None: readers by its length).
         choose: which ones: "readers" of the spans in runs on multiples of `block`, until so much of what they have read is
             covered (`coverage`), or the "next" ones behind them.
         vocabulary: number of token ids; `special` ones among them are never tombstones.
@@ -60,7 +60,7 @@ class Served:
     model: str
     eraser: str | None
     window: Window | None
-    repair: int
+    repair: int | None
     vocabulary: int
     special: Set[int]
     choose: Choose = "next"
@@ -119,7 +119,7 @@ class Erasing:
             for span in spans:
                 pieces = put(pieces, span.start, Piece(self.found.hidden[1], 0, len(span)))
         if served.eraser:
-            repair = 0 if readers else served.repair
+            repair = 0 if readers else served.repair or 0
             for step in erasing_passes(spans, steered, len(ids), served.window, repair):
                 pieces = put(pieces, step.run.start, self._run(step, pieces, ids))
         for span in spans:

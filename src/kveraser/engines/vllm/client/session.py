@@ -27,6 +27,7 @@ from kveraser.eraser.config import Choose
 from kveraser.errors import ContextError, EngineError, RestoreError
 from kveraser.methods.choosing import RUN
 from kveraser.methods.receipt import OfSpans
+from kveraser.readers import LEAST_READERS
 from kveraser.spans import Span, SpanLedger, merge_spans
 
 What = Span | str | Iterable[Span | str]
@@ -73,7 +74,8 @@ class VLLMSession(Talking):
         eraser: the server's name of an eraser's adapter; "neutral" for none, so that spans are hidden behind states that nothing
             attends to; None takes the adapter "eraser" where it is better than that, or where nothing else can be done.
         tokenizer: the model's; None loads it from where the server says the model is (a hub id or a folder).
-        window, repair: instead of what the eraser was trained with; `window="full"` attends to the whole prefix.
+        window, repair: instead of what the eraser was trained with; `window="full"` attends to the whole prefix. Without a trained
+            one `repair=None` computes as many readers again as a span of its length deserves.
         choose: which tokens are computed again, the "readers" of the spans or the "next" ones; None takes readers where the
             server can tell them, unless its eraser was made for the others.
         block: readers are computed in runs on multiples of so many slots.
@@ -320,7 +322,7 @@ class VLLMSession(Talking):
             len(self.tokenizer),
             self._special,
             self.choose,
-            min(self.block, self.repair) or None,
+            min(self.block, LEAST_READERS if self.repair is None else self.repair) or None,
             self.coverage,
             self.close_gaps,
         )

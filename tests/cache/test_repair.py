@@ -105,6 +105,24 @@ def test_rows_of_scores_that_do_not_fit_are_computed_in_turns(monkeypatch):
     assert relative(*found) < 1e-6
 
 
+@given(st.sampled_from(FAMILIES), st.integers(1, 30), st.booleans())
+def test_tokens_that_are_too_many_for_one_pass_end_alike_in_several(family, most, weighed):
+    model, ids, span = tiny(family), token_ids(60), kv.Span(5, 12)
+    sees = torch.tensor([0, 2, 4, *range(12, 60, 2), 59])
+    chosen = sees[sees >= 14]
+    weights = torch.where(sees % 3 == 0, 2.0, 1.0) if weighed else None
+    repair = Repair(chosen, sees, (span,), weights)
+    found = []
+    for parts in ((repair,), repair.parts(most)):
+        cache = prefill(model, ids)
+        for part in parts:
+            repair_slots(model, cache, Tokens(ids), [part])
+        found.append(states(cache))
+    assert torch.cat([part.slots for part in repair.parts(most)]).equal(chosen)
+    assert max(len(part) for part in repair.parts(most)) <= most
+    assert relative(*found) < 1e-5
+
+
 def test_a_model_whose_attention_cannot_be_told_is_refused_and_nothing_is_lost(monkeypatch):
     model, ids = tiny(), token_ids(40)
     cache = prefill(model, ids)

@@ -51,6 +51,17 @@ class Repair:
     def __len__(self) -> int:
         return len(self.slots)
 
+    def parts(self, most: int) -> tuple[Repair, ...]:
+        """The same in passes of at most so many tokens, one after the other: each sees what is new in those before it."""
+        if len(self) <= most:
+            return (self,)
+        found = []
+        for slots in self.slots.split(most):
+            seen = int((self.sees <= slots[-1]).sum())
+            stand_for = None if self.stand_for is None else self.stand_for[:seen]
+            found.append(Repair(slots, self.sees[:seen], self.absent, stand_for))
+        return tuple(found)
+
 
 def can_close_gaps(model: nn.Module) -> bool:
     """Whether tokens can be computed as if a gap before them were closed; without rotary positions there is none to see."""

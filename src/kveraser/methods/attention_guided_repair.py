@@ -66,7 +66,8 @@ class AttentionGuidedRepair(MovingRepair):
             for span in edit.spare:
                 keep[span.slice] = 0
             place = keep.cumsum(0) - 1
-            written += edit.backend.rewrite(tokens, (), [choice.repair(left.steered_spans, place)])
+            for part in choice.repair(left.steered_spans, place).parts(edit.backend.chunk):
+                written += edit.backend.rewrite(tokens, (), [part])
         return Outcome(
             marks,
             removed=edit.spare,

@@ -205,11 +205,12 @@ class Steering(EraseMethod):
                 else:
                     passes.append(turn)
         if choice is not None:
-            readers = SteeringPass(repaired=(choice.repair(edit.absent),))  # never seen, and every gap is closed
-            if passes and passes[-1].tokens + readers.tokens <= PREFILL_CHUNK:
-                passes[-1] = passes[-1].joined(readers)
-            else:
-                passes.append(readers)
+            for part in choice.repair(edit.absent).parts(edit.backend.chunk):  # every gap is closed, and none is seen
+                readers = SteeringPass(repaired=(part,))
+                if passes and passes[-1].tokens + readers.tokens <= PREFILL_CHUNK:
+                    passes[-1] = passes[-1].joined(readers)
+                else:
+                    passes.append(readers)
         return passes
 
     def _joins(self, edit: Edit) -> bool:

@@ -139,6 +139,8 @@ ROUNDING_LIMIT ?= 24
 RESULTS ?= docs/results
 PAGES ?= README.md docs/results.md docs/method.md src/kveraser/eraser/shipped/smollm2-135m-instruct/README.md
 MORE_READERS = full-recompute kveraser kveraser:repair=128 kveraser:repair=256
+# Of passages, whose length says how many readers are recomputed by default.
+BY_NUMBER = no-erase full-recompute kveraser kveraser:repair=70 kveraser:repair=128 kveraser:repair=256
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh) $(if $(PART),--part $(PART))
 
@@ -161,7 +163,7 @@ results: $(STAMP)
 	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
 		--limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) --output $(RESULTS)/$(DOCUMENTS)-documents)
 	$(if $(DATA),@$(call WHERE_THERE_IS,$(DOCUMENTS)) $(EVAL) --model $(DOCUMENTS) \
-		--dtype fp32 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) -M no-erase $(MORE_READERS:%=-M %) \
+		--dtype fp32 --chat --limit $(QUESTIONS) --lengths 1024 --tasks document-qa=$(DATA) $(BY_NUMBER:%=-M %) \
 		--output $(RESULTS)/$(DOCUMENTS)-documents-chat)
 	$(if $(PART),,mkdir -p $(RESULTS)/demo && $(BIN)/kveraser demo --json > $(RESULTS)/demo/partial && mv $(RESULTS)/demo/partial $(RESULTS)/demo/results.json)
 	$(FILL_RESULTS)

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.cli import app
-from kveraser.cli.listening import parse_bytes
+from kveraser.cli.listening import parse_bytes, parse_readers
 from kveraser.serving.exposure import is_loopback
+from kveraser.serving.service import ServiceOptions
 
 run = CliRunner()
 
@@ -21,6 +22,15 @@ def test_sizes_are_read_and_other_words_refused():
     for text in ("", "many", "-1G", "0", "4T"):
         with pytest.raises(kv.OptionError, match="size"):
             parse_bytes(text)
+
+
+def test_readers_are_a_number_or_go_by_the_length():
+    assert [parse_readers(text) for text in ("70", " 0 ", "length", "Length")] == [70, 0, None, None]
+    for text in ("", "many", "-1", "1.5", "none"):
+        with pytest.raises(kv.OptionError, match="write 70, or length"):
+            parse_readers(text)
+    with pytest.raises(kv.OptionError, match="readers=-1"):
+        ServiceOptions(readers=-1)
 
 
 def test_only_loopback_is_loopback():

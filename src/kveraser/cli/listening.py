@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from kveraser.errors import OptionError
+from kveraser.readers import LEAST_READERS
 from kveraser.serving.exposure import check_exposure, check_keys
 
 _NOT_STARTED = 3
@@ -30,6 +31,19 @@ def parse_bytes(text: str) -> int:
     if not found or not float(found[1]):
         raise OptionError(f"{text!r} is no size; write 512M or 4G")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def parse_readers(text: str) -> int | None:
+    """A number of readers; None for `length`.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if text.strip().lower() == "length":
+        return None
+    if not text.strip().isdecimal():
+        raise OptionError(f"{text!r} is no number of readers; write {LEAST_READERS}, or length")
+    return int(text)
 
 
 def api_keys(given: Sequence[str], environment: str) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 
 from kveraser.cli import options as opt
 from kveraser.cli.common import needing, reported, stderr
-from kveraser.cli.listening import checked_keys, listen, local_names, parse_bytes
+from kveraser.cli.listening import checked_keys, listen, local_names, parse_bytes, parse_readers
 from kveraser.errors import EngineError
 
 
@@ -20,6 +20,7 @@ def proxy_command(
     host: opt.Host = "127.0.0.1",
     port: opt.Port = 8000,
     policy: opt.Policy = "kveraser",
+    readers: opt.Readers = opt.DEFAULT_READERS,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: where the servers say that the model is.")
     ] = None,
@@ -45,6 +46,7 @@ def proxy_command(
         keys = checked_keys(host, policy, api_key)
         options = ProxyOptions(
             policy=policy,  # type: ignore[arg-type]
+            readers=parse_readers(readers),
             upstream_key=os.environ.get("KVERASER_UPSTREAM_KEY", "").strip() or None,
             conversations=conversations, tokens=parse_bytes(tokens), min_saved=min_saved, timeout=timeout,
         )  # fmt: skip

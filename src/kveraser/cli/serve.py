@@ -9,7 +9,7 @@ import typer
 
 from kveraser.cli import options as opt
 from kveraser.cli.common import find_eraser, load, needing, reported, stderr
-from kveraser.cli.listening import checked_keys, listen, local_names, parse_bytes
+from kveraser.cli.listening import checked_keys, listen, local_names, parse_bytes, parse_readers
 
 
 def serve_command(
@@ -20,6 +20,7 @@ def serve_command(
     host: opt.Host = "127.0.0.1",
     port: opt.Port = 8000,
     policy: opt.Policy = "exact",
+    readers: opt.Readers = opt.DEFAULT_READERS,
     max_residual: Annotated[
         float | None, typer.Option(help="Under auto: recompute at once where edits leave more behind, such as 0.1.")
     ] = None,
@@ -50,6 +51,7 @@ def serve_command(
         keys = checked_keys(host, policy, api_key)
         options = ServiceOptions(
             policy=policy,  # type: ignore[arg-type]
+            readers=parse_readers(readers),
             max_residual=max_residual,
             cache_budget=parse_bytes(cache_budget), state_dir=state_dir,
             queue_size=queue_size, timeout=timeout, batch=batch,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import ContextError, OptionError
 from kveraser.model.view import causal_lm
+from kveraser.readers import LEAST_READERS
 from kveraser.serving.beside import Beside
 from kveraser.serving.completion import Prompt, Reply, ReuseReport
 from kveraser.serving.contexts.finding import ContextFinder
@@ -38,6 +39,8 @@ class ServiceOptions:
 
     Attributes:
         policy: for requests that do not name one.
+        readers: how many readers of what was there a request's change of its conversation recomputes, where the eraser has no number
+            of its own; None: by its length, as an erase does that is asked for.
         max_residual: under `auto`, for requests that do not name one: what edits in place may leave behind; None sets no limit.
         cache_budget: bytes of keys and values in memory, all contexts together.
         state_dir: where contexts are kept; None keeps nothing beyond the process.
@@ -49,6 +52,7 @@ class ServiceOptions:
     """
 
     policy: Policy = "exact"
+    readers: int | None = LEAST_READERS
     max_residual: float | None = None
     cache_budget: int = 4 << 30
     state_dir: Path | None = None
@@ -62,6 +66,8 @@ class ServiceOptions:
         for name in ("cache_budget", "queue_size", "timeout", "max_reply", "batch"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.readers is not None and self.readers < 0:
+            raise OptionError(f"readers={self.readers} must be at least 0 tokens")
         if self.max_residual is not None and not 0 <= self.max_residual <= 1:
             raise OptionError(f"max_residual={self.max_residual} must be a share from 0 to 1")
 
@@ -87,7 +93,7 @@ class Service:
         self.store = ContextStore(
             model, tokenizer, eraser, budget=self.options.cache_budget, folder=self.options.state_dir
         )
-        self._finder = ContextFinder(self.store, self.limits, tokenizer, self.eraser)
+        self._finder = ContextFinder(self.store, self.limits, tokenizer, self.eraser, self.options.readers)
         self.numbers = self.store.numbers()
         """Of the store, after the last piece of work; for all threads."""
         self.beside = Beside(self.options.queue_size)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -22,6 +23,7 @@ import kveraser as kv
 from conftest import make_tokenizer, text_model
 from kveraser.engines.vllm.proxy.comparing import Use, compare
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, fresh_view
+from kveraser.engines.vllm.proxy.editing import Sessions
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
 from kveraser.engines.vllm.proxy.passing import Attempt, open_first
 from kveraser.engines.vllm.proxy.replicas import Replicas
@@ -690,10 +692,23 @@ def test_addresses_that_cannot_be_are_named(urls, words):
         Front(urls, ProxyOptions())
 
 
-@pytest.mark.parametrize("options", [{"conversations": 0}, {"tokens": 0}, {"timeout": 0}, {"min_saved": -1}])
+@pytest.mark.parametrize(
+    "options", [{"conversations": 0}, {"tokens": 0}, {"timeout": 0}, {"min_saved": -1}, {"readers": -1}]
+)
 def test_options_that_cannot_be_are_named(options):
     with pytest.raises(OptionError, match=next(iter(options))):
         ProxyOptions(**options)
+
+
+@pytest.mark.parametrize(("own", "readers", "taken"), [(None, 70, 70), (None, None, None), (32, 70, 32), (0, 70, 0)])
+def test_readers_are_as_many_as_the_proxy_was_told_unless_a_trained_eraser_has_its_own_number(
+    monkeypatch, own, readers, taken
+):
+    opened = SimpleNamespace(repair=own, tokenizer=make_tokenizer())
+    monkeypatch.setattr("kveraser.engines.vllm.proxy.editing.VLLMSession", lambda *args, **options: opened)
+    sessions = Sessions(None, 1.0, readers=readers)
+    assert sessions.open("http://a", "m").repair == taken
+    sessions.stop()
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

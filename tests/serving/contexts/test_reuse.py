@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from serving_helpers import TALK, ask, chat_ids, fresh, newest_context, with_placeholder, without
 
 import kveraser as kv
-from conftest import make_tokenizer, random_eraser, text_model
+from conftest import make_tokenizer, random_eraser, text_model, token_ids
 from kveraser.serving.service import Service, ServiceOptions
 
 
@@ -179,3 +179,26 @@ def test_a_conversation_whose_edit_failed_halfway_does_not_say_that_less_was_lef
     monkeypatch.undo()
     reply = ask(service, changed, "kveraser")
     assert (reply.reuse.reason, reply.reuse.exact, reply.reuse.residual) == ("changed", False, None)
+
+
+@pytest.mark.parametrize(("readers", "run"), [(70, 70), (16, 16), (None, 2 * 50)])
+def test_a_change_recomputes_so_many_readers_as_the_server_was_told_or_by_the_length_of_what_was_there(
+    make_service, readers, run
+):
+    said = " ".join(["the code of the door is 1234"] * 6)
+    talk = [*TALK[:2], ("tool", said), ("assistant", " ".join(["the car is blue and it is fast"] * 40)), TALK[5]]
+    service = make_service(eraser=kv.KVEraser.neutral(text_model(), ids=token_ids(300)[0]), readers=readers)
+    ask(service, talk)
+    reuse = ask(service, without(talk, 2), "kveraser").reuse
+    (span,) = reuse.spans
+    assert span[1] - span[0] == 50
+    assert (reuse.method, reuse.eraser) == ("kveraser", "neutral")
+    assert sum(end - start for start, end in reuse.recomputed) == run
+
+
+def test_an_eraser_with_a_number_of_its_own_keeps_to_it(make_service):
+    talk = [*TALK[:3], ("assistant", " ".join(["the car is blue and it is fast"] * 40)), TALK[5]]
+    service = make_service(eraser=kv.KVEraser.neutral(text_model(), repair=11, ids=token_ids(300)[0]))
+    ask(service, talk)
+    reuse = ask(service, without(talk, 2), "kveraser").reuse
+    assert sum(end - start for start, end in reuse.recomputed) == 11

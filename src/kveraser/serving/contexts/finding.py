@@ -16,6 +16,7 @@ from kveraser.cache import cache_length
 from kveraser.context.chat import Message, added_by
 from kveraser.eraser import KVEraser
 from kveraser.errors import ContextError
+from kveraser.methods import Steering
 from kveraser.readers import LEAST_READERS, READERS_PER_TOKEN
 from kveraser.serving.contexts.blocks import Ids, common_length
 from kveraser.serving.contexts.held import HeldContext
@@ -33,15 +34,23 @@ class ContextFinder:
 
     Args:
         eraser: what changes conversations in place.
+        readers: how many of what was there a change recomputes, where the eraser does not say; None: by its length.
     """
 
     def __init__(
-        self, store: ContextStore, limits: Limits, tokenizer: PreTrainedTokenizerBase, eraser: KVEraser
+        self,
+        store: ContextStore,
+        limits: Limits,
+        tokenizer: PreTrainedTokenizerBase,
+        eraser: KVEraser,
+        readers: int | None,
     ) -> None:
         self.store, self.limits = store, limits
         self._starts = message_starts(tokenizer)
-        readers, each = (LEAST_READERS, READERS_PER_TOKEN) if eraser.repair is None else (eraser.repair, 0)
-        self._prices = Prices(max(readers, _LEAST), int(eraser.steers_spans), readers=each)
+        number = readers if eraser.repair is None else eraser.repair
+        self._method = Steering(repair=number)
+        least, each = (LEAST_READERS, READERS_PER_TOKEN) if number is None else (number, 0)
+        self._prices = Prices(max(least, _LEAST), int(eraser.steers_spans), readers=each)
 
     def prepare(
         self, owner: str, ids: Sequence[int], max_tokens: int, policy: Policy, max_residual: float | None = None
@@ -66,7 +75,7 @@ class ContextFinder:
             self.store.make_room(needed, keep=held)
             held, goes_on = self.store.copy(held, found.kept_until), True  # the other branch stays as it is
         if reason is None and (found.changes or goes_on) and not held.busy:
-            reuse = reuse_in_place(held, found, wanted)
+            reuse = reuse_in_place(held, found, wanted, self._method)
             held.repair = held.repair or policy == "auto"
             if max_residual is None or (held.residual is not None and held.residual <= max_residual):
                 return held, reuse

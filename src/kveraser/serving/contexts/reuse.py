@@ -70,7 +70,7 @@ def _plain(keep: int, reason: Reason) -> Reuse:
     return Reuse("prefix", reason, kept=keep) if keep else Reuse("prefill", "new")
 
 
-def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
+def reuse_in_place(held: HeldContext, found: Match, wanted: Ids, method: Steering) -> Reuse:
     """Change what the request has changed, by steering; keep all else that it shares with the context.
 
     Raises:
@@ -78,7 +78,7 @@ def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
     """
     view, context = held.view, held.context
     if found.kept_until < len(view):  # at the end nothing has read it
-        context.erase_spans(view.ledger_spans(found.kept_until, len(view)), Steering(), undo=False)
+        context.erase_spans(view.ledger_spans(found.kept_until, len(view)), method, undo=False)
     if held.exact:
         held.residual = 0.0  # whatever edits had left before it became so
     if not found.changes:
@@ -87,12 +87,12 @@ def reuse_in_place(held: HeldContext, found: Match, wanted: Ids) -> Reuse:
     gone = [
         span for change in found.changes if not change.added for span in view.ledger_spans(change.start, change.end)
     ]
-    receipts = [context.erase_spans(gone, Steering(), undo=False)] if gone else []
+    receipts = [context.erase_spans(gone, method, undo=False)] if gone else []
     for change in (
         change for change in found.changes if change.added
     ):  # from left to right: new ids see what is before them
         spans, new = view.ledger_spans(change.start, change.end), wanted[change.new_start : change.new_end]
-        receipts.append(context.replace_spans(spans, new.tolist(), Steering(), undo=False))
+        receipts.append(context.replace_spans(spans, new.tolist(), method, undo=False))
     known = [before, *(receipt.residual for receipt in receipts)]
     held.residual = 0.0 if held.exact else None if None in known else max(map(float, known))  # type: ignore[arg-type]
     where = view.places([run for receipt in receipts for run in receipt.recomputed])

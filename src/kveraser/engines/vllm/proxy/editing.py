@@ -47,10 +47,17 @@ class Sessions:
     Args:
         key, timeout: of the servers.
         tokenizer: the model's; None has it loaded from where the first server says the model is.
+        readers: how many readers of a span are computed again, where no trained eraser has a number of its own; None: by its length.
     """
 
-    def __init__(self, key: str | None, timeout: float, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self._key, self._timeout, self._tokenizer = key, timeout, tokenizer
+    def __init__(
+        self,
+        key: str | None,
+        timeout: float,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        readers: int | None = None,
+    ) -> None:
+        self._key, self._timeout, self._tokenizer, self._readers = key, timeout, tokenizer, readers
         self._beside = Beside(None, _THREADS, "kveraser-sessions")
         self.run = self._beside.run
         self._idle: dict[tuple[str, str], list[VLLMSession]] = {}
@@ -70,6 +77,7 @@ class Sessions:
             if waiting := self._idle.get(place):
                 return waiting.pop()
         session = VLLMSession(url, model=model, tokenizer=self._tokenizer, api_key=self._key, timeout=self._timeout)
+        session.repair = self._readers if session.repair is None else session.repair
         with self._lock:
             if self._tokenizer is None or not self.starts:
                 self._tokenizer = session.tokenizer

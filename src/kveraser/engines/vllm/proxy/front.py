@@ -30,6 +30,7 @@ from kveraser.engines.vllm.proxy.refreshing import Refresher
 from kveraser.engines.vllm.proxy.replicas import Replica, Replicas
 from kveraser.engines.vllm.proxy.replies import EditReport, Told
 from kveraser.errors import EngineError, KVEraserError, OptionError
+from kveraser.readers import LEAST_READERS
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.contexts.view import View
 from kveraser.serving.waiting import first_of
@@ -50,6 +51,7 @@ class ProxyOptions:
 
     Attributes:
         policy: for requests that name none.
+        readers: as for `VLLMSession.repair`, where no trained eraser has a number of its own; None: by the length of what is erased.
         upstream_key: what the servers want as API key.
         conversations, tokens: how many of each are remembered at most.
         min_saved: tokens that an edit has to save over reading what vLLM's prefix cache has not.
@@ -57,6 +59,7 @@ class ProxyOptions:
     """
 
     policy: Policy = "kveraser"
+    readers: int | None = LEAST_READERS
     upstream_key: str | None = None
     conversations: int = 1024
     tokens: int = 8 << 20
@@ -67,6 +70,8 @@ class ProxyOptions:
         for name in ("conversations", "tokens", "timeout"):
             if getattr(self, name) <= 0:
                 raise OptionError(f"{name}={getattr(self, name)} must be more than 0")
+        if self.readers is not None and self.readers < 0:
+            raise OptionError(f"readers={self.readers} must be at least 0 tokens")
         if self.min_saved < 0:
             raise OptionError(f"min_saved={self.min_saved} must be at least 0 tokens")
 
@@ -106,7 +111,7 @@ class Front:
     ) -> None:
         self.options = options
         self.replicas = Replicas(urls, key=options.upstream_key, timeout=options.timeout)
-        self.sessions = Sessions(options.upstream_key, min(options.timeout, _ERASE_SECONDS), tokenizer)
+        self.sessions = Sessions(options.upstream_key, min(options.timeout, _ERASE_SECONDS), tokenizer, options.readers)
         self.conversations = Conversations(options.conversations, options.tokens, self._forget)
         self.metrics = ProxyMetrics(self.conversations, self.replicas)
         self.refresher = Refresher(self.conversations, self.sessions, self.replicas, self.metrics.refreshed.inc)

@@ -134,6 +134,15 @@ def test_saving_and_loading_gives_the_same_eraser(family, tmp_path):
     assert same(erased(model, loaded), erased(model, eraser))
 
 
+def test_an_eraser_that_goes_by_the_length_of_spans_is_loaded_as_one(tmp_path):
+    model, ids = tiny(), token_ids(400)
+    random_eraser(model, repair=None).save_pretrained(tmp_path / "e")
+    loaded = kv.KVEraser.from_pretrained(tmp_path / "e", model)
+    assert loaded.repair is None
+    receipt = kv.erase(model, prefill(model, ids), ids, kv.Span(20, 70), eraser=loaded)
+    assert receipt.tokens_recomputed == 50 + 100
+
+
 @pytest.mark.parametrize(
     ("options", "number"), [({}, 2), ({"acts_on": "readers", "repair": 3}, 3), ({"values": "learned"}, 4)]
 )

@@ -104,11 +104,11 @@ class EraserConfig:
                 raise EraserMismatchError(
                     f"{file} has format {data['format']}, this version reads {FORMAT}; update kveraser"
                 )
-            window = data.get("window")
+            window, repair = data.get("window"), data.get("repair", 0)
             return cls(
                 fingerprint=Fingerprint(**data["fingerprint"]),
                 window=None if window is None else (int(window[0]), int(window[1])),
-                repair=int(data.get("repair", 0)),
+                repair=None if repair is None else int(repair),
                 choose=one_of(data["choose"], CHOICES, "choose") if data["format"] > 1 else "next",
                 acts_on=one_of(data.get("acts_on", "spans"), ACTS_ON, "acts_on"),
                 values=one_of(data.get("values", "own"), VALUES, "values"),

@@ -86,7 +86,7 @@ class KVEraser:
         rank: int = 16,
         alpha: int = 32,
         window: Window | None = None,
-        repair: int = 0,
+        repair: int | None = 0,
         choose: Choose = "readers",
         acts_on: ActsOn = "spans",
         values: Values = "own",
@@ -99,7 +99,7 @@ class KVEraser:
             model: the backbone.
             rank, alpha: of the LoRA; 16 and 32 in the paper.
             window: `(sink, local)` slots it attends to besides the span; None for the whole prefix.
-            repair: tokens behind the span to recompute after steering.
+            repair: tokens behind the span to recompute after steering; None: as many as a span of its length deserves.
             choose: which ones: "readers" of the span, or the "next" ones.
             acts_on: where the LoRA runs: on the "spans", or on the "readers" that are recomputed.
             values: of the spans' states: the model's "own", changed by the LoRA, or "learned" ones, which the LoRA makes alone.
@@ -111,7 +111,7 @@ class KVEraser:
             OptionError: learned values on readers, or for a model that has no projection of its own for values.
         """
         check_model(model)
-        if rank < 1 or repair < 0 or (window is not None and min(window) < 0):
+        if rank < 1 or (repair or 0) < 0 or (window is not None and min(window) < 0):
             raise OptionError(f"rank={rank} must be at least 1, repair={repair} and window={window} not negative")
         lora_config = LoraConfig(
             r=rank,

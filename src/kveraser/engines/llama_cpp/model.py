@@ -31,7 +31,8 @@ _ROPES = (0, 2)  # neighboring and half-split dimensions; multi-dimensional posi
 
 @dataclass(frozen=True)
 class NeutralEraser:
-    """An eraser without adapter; `calibration` tells readers, None leaves it to the cache folder or the first erase."""
+    """An eraser without adapter; `repair` readers are recomputed (None: by the span's length), which `calibration` tells (None
+    leaves it to the cache folder or the first erase)."""
 
     repair: int | None = None
     calibration: Calibration | None = None

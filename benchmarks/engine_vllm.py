@@ -50,8 +50,8 @@ WAYS: dict[str, Way] = {
     "trained eraser, next 32": {"eraser": "eraser", "choose": "next"},
     "hidden": {"repair": 0, "close_gaps": False},
     "hidden, gap closed": {"repair": 0, "close_gaps": True},
-    "hidden, 64 readers": {"close_gaps": False},
-    "hidden, 64 readers, gap closed": {"close_gaps": True},
+    "hidden, 64 readers": {"close_gaps": False, "repair": 64},
+    "hidden, 64 readers, gap closed": {"close_gaps": True, "repair": 64},
 }
 MOST_LIKELY = 500
 Url = Annotated[str | None, typer.Option(help="A server that runs already; default: start one.")]

@@ -14,7 +14,7 @@ from kveraser.cli import app
 from kveraser.demo import latency, stories
 from kveraser.evaluation import record
 from kveraser.evaluation.runner import DEFAULT_BUDGET
-from kveraser.readers import RULE
+from kveraser.readers import HOW_MANY, RULE
 
 runner = CliRunner()
 COMMANDS = ("demo", "erase", "eval", "methods", "doctor", "train")
@@ -242,7 +242,7 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     assert rows[2]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "count": 4}
     assert data["complete"]
     assert data["options"]["tasks"] == ["needle", "injection"]
-    assert data["options"]["readers"] == RULE
+    assert data["options"]["readers"] == f"{HOW_MANY}; {RULE}"
     assert data["environment"]["kveraser"] == kv.__version__
     assert data["eraser"]["rank"] == 4
 

@@ -144,7 +144,8 @@ def test_an_eraser_that_goes_by_the_length_of_spans_is_loaded_as_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "number"), [({}, 2), ({"acts_on": "readers", "repair": 3}, 3), ({"values": "learned"}, 4)]
+    ("options", "number"),
+    [({}, 2), ({"acts_on": "readers", "repair": 3}, 3), ({"values": "learned"}, 4), ({"repair": None}, 5)],
 )
 def test_what_older_versions_do_not_know_is_in_a_newer_format_only(options, number, tmp_path):
     model = build(make_config("llama"))

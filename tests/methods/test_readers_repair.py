@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kveraser as kv
 from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
-from kveraser.cache import get_marks
+from kveraser.cache import get_marks, transformers
 from kveraser.model.rope import frequencies, rotary_layout, rotate
 from kveraser.readers import Scene, calibrate, remember
 
@@ -114,6 +114,70 @@ def test_without_a_number_a_span_gets_seventy_readers_or_two_for_each_of_its_tok
         receipt = kv.erase(model, prefill(model, ids), ids, spans, method=method, eraser=eraser)
         behind = ids.shape[1] - spans[0].end - sum(len(span) for span in spans[1:])
         assert sum(map(len, receipt.recomputed)) == receipt.tokens_recomputed == min(readers, behind)
+
+
+@pytest.mark.parametrize("method", [kv.Steering(), kv.AttentionGuidedRepair()], ids=lambda method: method.name)
+def test_a_longer_text_is_read_by_whom_the_old_one_was_and_by_no_more(method):
+    model, ids = tiny("llama"), token_ids(500)
+    eraser = kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+    receipt = kv.replace(
+        model, prefill(model, ids), ids, kv.Span(20, 30), token_ids(150, seed=3)[0], method=method, eraser=eraser
+    )
+    assert receipt.method == method.name
+    assert receipt.tokens_recomputed == 150 + 70
+
+
+def test_so_many_of_the_next_tokens_follow_each_span_as_its_length_says():
+    model, ids = tiny("llama"), token_ids(600)
+    eraser = kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+    spans = [kv.Span(20, 30), kv.Span(200, 300)]
+    receipt = kv.erase(model, prefill(model, ids), ids, spans, method=kv.Steering(choose="next"), eraser=eraser)
+    assert receipt.recomputed == (kv.Span(30, 100), kv.Span(300, 500))
+
+
+def test_a_block_that_is_longer_than_what_a_short_span_gets_is_refused_and_nothing_is_changed():
+    model, ids = tiny("llama"), token_ids(400)
+    cache, eraser = prefill(model, ids), kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+    before = [tensor.clone() for tensor in states(cache)]
+    with pytest.raises(kv.OptionError, match="block=128 is more than the repair=70"):
+        kv.erase(model, cache, ids, kv.Span(20, 30), method=kv.Steering(block=128), eraser=eraser)
+    assert same(before, states(cache))
+
+
+@pytest.mark.parametrize("method", [kv.Steering(), kv.AttentionGuidedRepair()], ids=lambda method: method.name)
+@pytest.mark.parametrize("padded", [False, True])
+def test_readers_in_several_passes_end_as_in_one(method, padded, monkeypatch):
+    model, ids, span = tiny("llama"), token_ids(400, rows=2), kv.Span(40, 100)
+    mask = torch.ones_like(ids)
+    mask[1, : 9 * padded] = 0
+    eraser = kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+    found = []
+    for chunk in (512, 32):
+        monkeypatch.setattr("kveraser.cache.transformers.TransformersBackend.chunk", chunk)
+        cache = prefill(model, ids, mask=mask)
+        kv.erase(model, cache, ids, span, method=method, eraser=eraser, attention_mask=mask)
+        found.append([tensor[:1] for tensor in states(cache)])
+    assert relative(*found) < 1e-5
+
+
+@pytest.mark.parametrize("method", [kv.Steering(), kv.AttentionGuidedRepair()], ids=lambda method: method.name)
+def test_a_later_pass_that_fails_leaves_the_cache_as_it_was(method, monkeypatch):
+    model, ids = tiny("llama"), token_ids(400)
+    cache, eraser = prefill(model, ids), kv.KVEraser.neutral(model, ids=token_ids(300)[0])
+    before = [tensor.clone() for tensor in states(cache)]
+    monkeypatch.setattr("kveraser.cache.transformers.TransformersBackend.chunk", 32)
+    repair, calls = transformers.repair_slots, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return repair(*args)
+
+    monkeypatch.setattr(transformers, "repair_slots", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kv.erase(model, cache, ids, kv.Span(40, 100), method=method, eraser=eraser)
+    assert same(before, states(cache))
 
 
 def test_a_number_is_kept_to_however_long_the_span_is():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_row_that_is_padded_behind_a_span_has_read_nothing_of_it():
         assert bool(found.isfinite().all())
         assert not found[1].any()
     assert torch.allclose(both.everywhere()[:1], alone.everywhere(), atol=1e-4)
+
+
+def test_a_close_look_at_more_than_fits_into_memory_sees_what_it_would_see_at_once(monkeypatch):
+    model, ids = tiny("llama", 4), token_ids(300)
+    calibration = calibrate(model, token_ids(600, seed=3)[0])
+    scene = Scene.of(ModelSource(model, prefill(model, ids)), Tokens(ids), (kv.Span(30, 90),), (), calibration)
+    chosen = scene.suffix[::3]
+    at_once = scene.close(scene.suffix), scene.needed(chosen, 40)
+    monkeypatch.setattr(sys.modules[Scene.__module__], "MOST_SCORES", 1 << 16)
+    assert len(scene._parts(scene.suffix)) > 10
+    assert torch.allclose(at_once[0], scene.close(scene.suffix), atol=1e-6)
+    assert torch.equal(at_once[1], scene.needed(chosen, 40))
 
 
 def _others(land):

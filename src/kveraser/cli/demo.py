@@ -124,7 +124,9 @@ def _llama_cpp(model: str, eraser: str | None, device: str | None, dtype: str | 
         raise OptionError(f"llama.cpp loads GGUF files, and {model!r} is none; give a .gguf file")
     loaded = LlamaCppModel(None if model == opt.DEFAULT_MODEL else Path(model))
     tool = loaded.find_eraser(eraser) if eraser else loaded.default_eraser()
-    return lambda length: LlamaCppContext(loaded, tool, length=length), [kind() for kind in METHODS]
+    return lambda length: LlamaCppContext(loaded, tool, length=length), [
+        kind().with_budget(DEFAULT_BUDGET) for kind in METHODS
+    ]
 
 
 def _as_json(name: str, question: str, erased: str, told: Told) -> dict[str, Any]:

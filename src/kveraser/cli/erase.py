@@ -97,7 +97,7 @@ def erase_command(
         with stderr.status("reading the context ..."):
             live.append(text)
         found = live.locate(where)
-        chosen = chosen or all_at(tokens or readers_for([found]))
+        chosen = chosen or all_at(tokens or sum(readers_for([found])))
         new = None if replace is None else live.fitted(where, replace)
         question = ask if raw else framed(ask)
         if cached:

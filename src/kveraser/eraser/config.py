@@ -16,7 +16,7 @@ from kveraser.model.fingerprint import Fingerprint
 from kveraser.readers import LEAST_READERS
 
 FILE_NAME = "kveraser.json"
-FORMAT = 4
+FORMAT = 5
 Choose = Literal["readers", "next"]
 """Which tokens behind a span are recomputed: those that have read it, or those that come next."""
 CHOICES: tuple[Choose, ...] = get_args(Choose)
@@ -40,7 +40,7 @@ class EraserConfig:
         fingerprint: the backbone the eraser was made for.
         window: `(sink, local)` slots the eraser attends to besides the span; None for the whole prefix.
         repair: live tokens behind the span to recompute with the backbone after steering; None: by the span's length
-            (`readers.how_many`), as neutral erasers do.
+            (`readers.how_many`), as neutral erasers do; only then the file has format 5.
         choose: which ones. Format 1 had no choice: the next ones.
         acts_on: where the LoRA runs. On "readers" it can make up there for what the other tokens have read, and the span's
             slots get neutral states; only then the file has format 3.
@@ -62,7 +62,8 @@ class EraserConfig:
 
     @property
     def repair_next(self) -> int:
-        """How many of the next tokens to recompute where readers are not asked for (trained erasers inside engines)."""
+        """How many of the next tokens to recompute where readers are not asked for (trained erasers inside engines), however long
+        the span is."""
         most = LEAST_READERS if self.repair is None else self.repair
         return most if self.choose == "next" else min(most, _ENGINES_MOST)
 
@@ -88,6 +89,8 @@ class EraserConfig:
                 del data[key]
             else:
                 number = since
+        if self.repair is None:
+            number = 5
         text = json.dumps({"format": number, **data}, indent=2, sort_keys=True)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 

@@ -120,7 +120,8 @@ def provenance_line(document: dict[str, Any]) -> str:
     elif eraser.get("kind") == "neutral":
         about = "the neutral eraser"
     else:
-        facts = f"rank {eraser['rank']}, window {eraser['window']}, repair {eraser['repair']}"
+        repair = "by length" if eraser["repair"] is None else eraser["repair"]
+        facts = f"rank {eraser['rank']}, window {eraser['window']}, repair {repair}"
         about = f"eraser {eraser['sha256'][:12]} ({facts})"
     through: dict[int, int] = {}
     for row in document["rows"]:

@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 from kveraser.cache import Can
 from kveraser.eraser import KVEraser
 from kveraser.methods.base import Edit, EraseMethod
-from kveraser.methods.choosing import calibration_of, most_shown
+from kveraser.methods.choosing import CLOSER, calibration_of, most_shown
 from kveraser.methods.cost_model import CostModel, cost_model
 from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.slots import split_tail
@@ -70,5 +70,6 @@ class Auto(EraseMethod):
         if not count:
             return 0.0
         columns = most_shown(count, len(edit.kept), steering.keys)
-        telling = costs.tell(suffix) if count < suffix else 0.0
-        return telling + costs.steer(0, count, columns) - (costs.steering.base if steering.passes(edit) else 0.0)
+        telling = costs.tell(suffix, CLOSER * count) if count < suffix else 0.0
+        more = (count - 1) // costs.chunk * costs.steering.base  # passes beyond the first
+        return telling + more + costs.steer(0, count, columns) - (costs.steering.base if steering.passes(edit) else 0.0)

@@ -17,6 +17,7 @@ from kveraser.methods.base import Edit
 from kveraser.methods.choice import Choice
 from kveraser.methods.slots import with_slots
 from kveraser.readers import (
+    LEAST_READERS,
     Calibration,
     Scene,
     calibration_for,
@@ -70,14 +71,15 @@ class Wish:
             raise OptionError(f"coverage={self.coverage} must be above 0 and at most 1 (a share of the attention)")
         if self.block is not None and self.block < 1:
             raise OptionError(f"block={self.block} must be at least 1 slot")
-        if self.block is not None and self.repair and self.repair < self.block:
-            raise OptionError(f"block={self.block} is more than the repair={self.repair} tokens that may be recomputed")
+        least = LEAST_READERS if self.repair is None else self.repair
+        if self.block is not None and 0 < least < self.block:
+            raise OptionError(f"block={self.block} is more than the repair={least} tokens that may be recomputed")
         if self.keys is not None and self.keys < 1:
             raise OptionError(f"keys={self.keys} must be at least 1 slot; None shows everything")
 
     def budget(self, spans: Sequence[Span]) -> int:
         """How many tokens are recomputed behind some spans, together, at most."""
-        return readers_for(spans) if self.repair is None else self.repair * len(spans)
+        return sum(readers_for(spans, self.repair))
 
 
 def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
@@ -106,11 +108,12 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
     Returns:
         None when nothing is to be recomputed.
     """
-    budget = wish.budget(edit.spans)
+    counts = readers_for(edit.said, wish.repair)
+    budget = sum(counts)
     if not budget:
         return None
     if Can.REPAIR not in edit.backend.can:
-        wish = replace(wish, keys=None, block=min(RUN, budget // len(edit.spans)) if wish.block is None else wish.block)
+        wish = replace(wish, keys=None, block=min(RUN, *counts) if wish.block is None else wish.block)
     kept = edit.kept
     suffix = kept[kept > edit.spans[0].start]
     if edit.tokens.mask is not None:
@@ -127,7 +130,7 @@ def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> 
             )
     except (CalibrationError, UnsupportedCacheError) as error:
         note = f"readers of the span could not be told, the next tokens were recomputed instead: {error}"
-        return next_tokens(edit, budget, note)
+        return next_tokens(edit, counts, note)
     unread = sorted((*edit.marks.steered_spans, *edit.blank))
     scene = Scene.of(source_of(edit.backend), edit.tokens, edit.spans, unread, calibration)
     slots = scene.suffix
@@ -179,7 +182,7 @@ def most_shown(count: int, kept: int, keys: int | None) -> int:
     return min((SHARED + SAMPLED) * keys + NEAREST * count + SINK, kept)
 
 
-def next_tokens(edit: Edit, budget: int, note: str) -> Choice:
-    """The live tokens behind the spans that come next, seeing everything that stays."""
-    runs = edit.runs_behind(max(budget // len(edit.spans), 1))
+def next_tokens(edit: Edit, counts: Sequence[int], note: str) -> Choice:
+    """The live tokens that come next, so many behind each of the spans, seeing everything that stays."""
+    runs = edit.runs_behind(counts)
     return Choice(slots_of(runs, edit.tokens.ids.device), edit.after, None, (note,))

@@ -74,9 +74,10 @@ class CostModel:
         alone = self.steering.base + self.steering.token * steered + self.plain.token * repaired
         return alone + (self.steering.pair * steered + self.plain.pair * repaired) * columns
 
-    def tell(self, suffix: int) -> float:
-        """Predicted seconds of telling who in a suffix has read a span."""
-        return self.telling.seconds(suffix, 0)
+    def tell(self, suffix: int, candidates: int = 0) -> float:
+        """Predicted seconds of telling who in a suffix has read a span, with so many close looks (512 at least)."""
+        looked = self.telling.seconds(_CLOSE, 0) / _CLOSE
+        return self.telling.seconds(suffix, 0) + looked * max(min(candidates, suffix) - _CLOSE, 0)
 
 
 def fit(samples: list[tuple[int, int, float]]) -> PassCost:

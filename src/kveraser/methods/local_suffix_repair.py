@@ -32,7 +32,8 @@ class LocalSuffixRepair(MovingRepair):
         self.check_tokens(self.tokens)
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
-        behind = (remap(run, edit.spare) for run in edit.runs_behind(self.tokens))
+        runs = edit.runs_behind([self.tokens] * len(edit.spans))
+        behind = (remap(run, edit.spare) for run in runs)
         repaired = merge_spans((*self.fresh(edit), *behind), edit.length)
         tokens, written = self.close(edit)
         for run in repaired:
@@ -43,7 +44,7 @@ class LocalSuffixRepair(MovingRepair):
         return Outcome(
             marks,
             removed=edit.spare,
-            recomputed=edit.runs_behind(self.tokens),
+            recomputed=runs,
             tokens_recomputed=sum(len(run) for run in repaired),
             bytes_written=written,
         )

@@ -5,6 +5,8 @@ Knows: spans, marks, token counts. Does not know what an edit does, or backends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ class Lying:
     spans: tuple[Span, ...]
     marks: Marks
     new: tuple[int, ...]
+    blank: tuple[Span, ...]
 
     @property
     def length(self) -> int:
@@ -48,6 +51,12 @@ class Lying:
         return tuple(Span(s.start + n, s.end) for s, n in zip(self.spans, counts, strict=True) if n < len(s))
 
     @property
+    def said(self) -> tuple[Span, ...]:
+        """What of the spans held tokens before the edit: without the room that was made at their ends."""
+        room = {span.end: len(span) for span in self.blank}
+        return tuple(Span(span.start, span.end - room.get(span.end, 0)) for span in self.spans)
+
+    @property
     def growth(self) -> int:
         """For how many new tokens the spans have no slots."""
         return sum(max(count - len(span), 0) for span, count in zip(self.spans, self.new, strict=False))
@@ -62,10 +71,10 @@ class Lying:
         """The slots that nobody is to see any more, in order: what of the spans is dropped or hidden, and what was hidden before."""
         return tuple(sorted((*self.spare, *self.marks.steered_spans)))
 
-    def neighbors(self, count: int) -> list[tuple[Span, tuple[Span, ...]]]:
-        """For each of the spans, the first `count` live slots behind it (none beyond the next one), as disjoint runs."""
-        return neighbors(self.spans, self.marks.steered_spans, self.length, count)
+    def neighbors(self, counts: Sequence[int]) -> list[tuple[Span, tuple[Span, ...]]]:
+        """For each of the spans, the first live slots behind it, so many (none beyond the next one), as disjoint runs."""
+        return neighbors(self.spans, self.marks.steered_spans, self.length, counts)
 
-    def runs_behind(self, count: int) -> tuple[Span, ...]:
-        """The first `count` live slots behind each of the spans, as disjoint runs in order."""
-        return tuple(run for _, runs in self.neighbors(count) for run in runs)
+    def runs_behind(self, counts: Sequence[int]) -> tuple[Span, ...]:
+        """The first live slots behind each of the spans, so many of each, as disjoint runs in order."""
+        return tuple(run for _, runs in self.neighbors(counts) for run in runs)

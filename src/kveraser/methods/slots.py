@@ -5,7 +5,7 @@ Knows: spans. Does not know about states, methods or text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -16,11 +16,12 @@ from kveraser.spans import Span, merge_spans
 
 
 def neighbors(
-    spans: tuple[Span, ...], steered: tuple[Span, ...], length: int, count: int
+    spans: tuple[Span, ...], steered: tuple[Span, ...], length: int, counts: Sequence[int]
 ) -> list[tuple[Span, tuple[Span, ...]]]:
-    """For each of the (sorted) spans, the first `count` live slots behind it, as disjoint runs.
+    """For each of the (sorted) spans, the first live slots behind it, as disjoint runs.
 
     Args:
+        counts: how many of each.
         steered: slots with steering states of earlier edits; they are no live ones.
         length: number of slots.
     """
@@ -34,7 +35,7 @@ def neighbors(
             budget -= taken
         if block in spans:
             found.append((block, []))
-            budget = count
+            budget = counts[spans.index(block)]
         at = block.end
     return [(span, tuple(runs)) for span, runs in found]
 

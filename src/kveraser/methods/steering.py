@@ -31,6 +31,7 @@ from kveraser.methods.choice import Choice
 from kveraser.methods.choosing import Wish, calibration_of, choose_readers
 from kveraser.methods.full_recompute import FullRecompute
 from kveraser.methods.slots import runs_of
+from kveraser.readers import readers_for
 from kveraser.spans import Span, union_spans
 
 _WORTH_JOINING = 2.0
@@ -136,7 +137,7 @@ class Steering(EraseMethod):
             raise OptionError(f"choose={self.choose!r} must be one of {', '.join(CHOICES)}")
         if self.choose == "next" and (self.coverage is not None or self.block is not None):
             raise OptionError("coverage and block choose among readers; with choose='next' there is nothing to choose")
-        Wish(self.repair, self.coverage, self.block, self.keys)
+        Wish(1 << 30 if self.repair is None else self.repair, self.coverage, self.block, self.keys)
 
     def using(self, edit: Edit) -> Eraser:
         """The eraser that an edit will use.
@@ -148,17 +149,16 @@ class Steering(EraseMethod):
         edit.backend.check_eraser(found)
         return found
 
-    def _wish(self, edit: Edit) -> Wish:
-        repair = self.using(edit).repair if self.repair is None else self.repair
-        return Wish(repair, self.coverage, self.block, self.keys)
+    def _repair(self, edit: Edit) -> int | None:
+        return self.using(edit).repair if self.repair is None else self.repair
+
+    def _counts(self, edit: Edit) -> tuple[int, ...]:
+        """How many tokens an edit recomputes for each of its spans."""
+        return readers_for(edit.said, self._repair(edit))
 
     def budget(self, edit: Edit) -> int:
         """How many tokens an edit recomputes behind its spans, together, at most."""
-        return self._wish(edit).budget(edit.spans)
-
-    def _next(self, edit: Edit) -> int:
-        """How many of the next tokens an edit recomputes behind each of its spans."""
-        return self.budget(edit) // len(edit.spans) if edit.spans and self.chooses(edit) == "next" else 0
+        return sum(self._counts(edit))
 
     def chooses(self, edit: Edit) -> Choose:
         """Which tokens it recomputes.
@@ -179,9 +179,10 @@ class Steering(EraseMethod):
     def plan(self, edit: Edit) -> SteeringPlan:
         choice = None
         if self.chooses(edit) == "next":
-            written = edit.runs_behind(self._next(edit))
+            written = edit.runs_behind(self._counts(edit))
         else:
-            choice = choose_readers(edit, self._wish(edit), self.using(edit).calibration)
+            wish = Wish(self._repair(edit), self.coverage, self.block, self.keys)
+            choice = choose_readers(edit, wish, self.using(edit).calibration)
             written = choice.runs if choice else ()
         passes = tuple(self.passes(edit, choice))
         changed = [edit.backend.check_rewrite(turn.steered, turn.repaired) for turn in passes]
@@ -198,16 +199,18 @@ class Steering(EraseMethod):
         window = None if self.full_prefix else eraser.window if self.window is None else self.window
         passes = _new_tokens(edit) if edit.fresh and self._joins(edit) else []
         counts = edit.new or (0,) * len(edit.spans)
-        for (span, runs), new in zip(edit.neighbors(self._next(edit)), counts, strict=True):
+        behind = self._counts(edit) if self.chooses(edit) == "next" else (0,) * len(edit.spans)
+        for (span, runs), new in zip(edit.neighbors(behind), counts, strict=True):
             for turn in _turns(edit, span, new, runs, window, steers=eraser.steers_spans):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both
                 else:
                     passes.append(turn)
         if choice is not None:
-            for part in choice.repair(edit.absent).parts(edit.backend.chunk):  # every gap is closed, and none is seen
+            chunk = edit.backend.chunk
+            for part in choice.repair(edit.absent).parts(chunk):  # every gap is closed, and none is seen
                 readers = SteeringPass(repaired=(part,))
-                if passes and passes[-1].tokens + readers.tokens <= PREFILL_CHUNK:
+                if passes and passes[-1].tokens + readers.tokens <= min(chunk, PREFILL_CHUNK):
                     passes[-1] = passes[-1].joined(readers)
                 else:
                     passes.append(readers)

@@ -18,6 +18,6 @@ HOW_MANY = f"{LEAST_READERS}, or {READERS_PER_TOKEN} for each erased token if th
 """The same in words; with other numbers it is not the same default any more."""
 
 
-def readers_for(spans: Iterable[Span]) -> int:
-    """How many tokens to recompute behind some spans, together."""
-    return sum(max(LEAST_READERS, READERS_PER_TOKEN * len(span)) for span in spans)
+def readers_for(spans: Iterable[Span], number: int | None = None) -> tuple[int, ...]:
+    """How many tokens to recompute for each of some spans; `number` of them where somebody says one."""
+    return tuple(max(LEAST_READERS, READERS_PER_TOKEN * len(span)) if number is None else number for span in spans)

@@ -24,7 +24,9 @@ from kveraser.readers.source import Source
 from kveraser.spans import Span
 
 CHUNK = 2048
-"""Tokens that the thin look takes at a time."""
+"""Tokens that the thin look takes at a time, and slots that chosen tokens are asked for."""
+MOST_SCORES = 1 << 26
+"""Attention scores of the close look that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class Scene:
 
     def close(self, slots: Tensor) -> Tensor:
         """Masses of some slots by the close look, `(batch, slots)`, the largest of any head, mean over layers."""
+        return torch.cat([self._close(part) for part in self._parts(slots)], -1)
+
+    def _close(self, slots: Tensor) -> Tensor:
         found = torch.zeros(len(self.lands), len(slots), device=slots.device)
         for row, probe in self._probes():
             told = self.queries(probe, row, slots, run=False)
@@ -108,8 +113,14 @@ class Scene:
 
     def everywhere(self) -> Tensor:
         """Masses of all slots of the suffix in all layers that are looked at, `(batch, suffix)`."""
-        slots = self.suffix
-        return torch.cat([self.close(part) for part in slots.split(CHUNK)], -1)
+        return self.close(self.suffix)
+
+    def _parts(self, slots: Tensor) -> tuple[Tensor, ...]:
+        """Some tokens, no more at a time than can be looked at closely in little memory, however long the spans are."""
+        columns = max(len(land.span) + len(land.sink) + len(land.samples) + land.near for land in self.lands)
+        heads = max(probe.heads for probe in self.calibration.probes)
+        parts: tuple[Tensor, ...] = slots.split(max(MOST_SCORES // (heads * max(columns, CHUNK)), 1))
+        return parts
 
     def needed(self, chosen: Tensor, count: int) -> Tensor:
         """The `count` slots that any of the chosen ones attends to most, `(count,)`, in order.
@@ -117,9 +128,19 @@ class Scene:
         What counts is the largest attention that any head of the layers that are looked at pays from any of them. Every second
         one is asked, the last among them: neighbors need the same.
         """
-        chosen = chosen[(len(chosen) + 1) % 2 :: 2]
+        most = torch.full((self.tokens.length,), -torch.inf, device=chosen.device)
+        for part in self._parts(chosen[(len(chosen) + 1) % 2 :: 2]):
+            self._look_back(part, most)
+        able = torch.stack([land.live for land in self.lands]).any(0)
+        for span in self.spans:
+            able[span.slice] = False
+        most[~able] = -torch.inf
+        best = most.topk(min(count, int(able.sum()))).indices
+        return best[most[best] > -torch.inf].sort().values
+
+    def _look_back(self, chosen: Tensor, most: Tensor) -> None:
+        """Raise `most`, `(slots,)`, to the largest attention, as a logarithm, that any head pays from any of the tokens."""
         length, listed = self.tokens.length, chosen.tolist()
-        most = torch.full((length,), -torch.inf, device=chosen.device)
         for row, probe in self._probes():
             land, layer = self.lands[row], self.source.layers[probe.layer]
             told = self.queries(probe, row, chosen, run=False)
@@ -141,12 +162,6 @@ class Scene:
                     unseen = scores.view(groups, end - start, -1, len(chosen) - later)[..., :within]
                     unseen.masked_fill_(behind[:, None], -torch.inf)
                 most[start:end] = torch.maximum(most[start:end], scores.amax(-1).amax(0).float())
-        able = torch.stack([land.live for land in self.lands]).any(0)
-        for span in self.spans:
-            able[span.slice] = False
-        most[~able] = -torch.inf
-        best = most.topk(min(count, int(able.sum()))).indices
-        return best[most[best] > -torch.inf].sort().values
 
     def _probes(self) -> Iterator[tuple[int, Probe]]:
         for probe in self.calibration.probes:

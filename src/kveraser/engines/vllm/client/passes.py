@@ -63,7 +63,7 @@ def erasing_passes(
         window: `(sink, local)` slots a pass attends to before its tokens; None for all.
         repair: live tokens behind each span that are computed again, as if the span were absent.
     """
-    for span, runs in neighbors(spans, steered, length, repair):
+    for span, runs in neighbors(spans, steered, length, [repair] * len(spans)):
         before = tuple((run, 0) for run in window_spans(window, span.start))
         yield _pass(True, before, span, 0)
         gap = len(span)

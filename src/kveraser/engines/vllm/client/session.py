@@ -27,7 +27,6 @@ from kveraser.eraser.config import Choose
 from kveraser.errors import ContextError, EngineError, RestoreError
 from kveraser.methods.choosing import RUN
 from kveraser.methods.receipt import OfSpans
-from kveraser.readers import LEAST_READERS
 from kveraser.spans import Span, SpanLedger, merge_spans
 
 What = Span | str | Iterable[Span | str]
@@ -322,7 +321,7 @@ class VLLMSession(Talking):
             len(self.tokenizer),
             self._special,
             self.choose,
-            min(self.block, LEAST_READERS if self.repair is None else self.repair) or None,
+            (self.block if self.repair is None else min(self.block, self.repair)) or None,
             self.coverage,
             self.close_gaps,
         )

@@ -28,7 +28,6 @@ from kveraser.readers import (
     source_of,
     weights_of,
 )
-from kveraser.spans import Span
 
 CANDIDATES = 256
 CLOSER = 8
@@ -76,10 +75,6 @@ class Wish:
             raise OptionError(f"block={self.block} is more than the repair={least} tokens that may be recomputed")
         if self.keys is not None and self.keys < 1:
             raise OptionError(f"keys={self.keys} must be at least 1 slot; None shows everything")
-
-    def budget(self, spans: Sequence[Span]) -> int:
-        """How many tokens are recomputed behind some spans, together, at most."""
-        return sum(readers_for(spans, self.repair))
 
 
 def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:

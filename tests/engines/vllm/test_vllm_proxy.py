@@ -196,6 +196,14 @@ def test_an_edit_that_saves_too_little_or_does_not_fit_is_not_made(proxy, monkey
     assert report_of(ask(proxy, without(MORE, 2), "beta")) is None
 
 
+def test_what_readers_by_the_length_take_is_not_saved(proxy, monkeypatch):
+    for key, readers in (("alpha", 70), ("beta", None)):
+        ask(proxy, TALK, key)
+        monkeypatch.setattr(proxy.front, "options", ProxyOptions(min_saved=50, readers=readers))
+        report = report_of(ask(proxy, without(MORE, 2), key))
+        assert (report is None) == (readers is None)  # of 16 tokens erased, 70 readers
+
+
 # -- edits -------------------------------------------------------------------------------------------------------------
 
 

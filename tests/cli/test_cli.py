@@ -111,6 +111,8 @@ def test_erase_replaces_what_is_to_say_something_else(tiny_backbone, context_fil
     ]
     data = json.loads(run(*common, "-M", "full-recompute", "-M", "kveraser", "--json").stdout)
     assert data["replaced_by"].strip() == "it is 9."
+    erased = json.loads(run(*common[:5], *common[7:], "-M", "no-erase", "--json").stdout)
+    assert (data["tokens"], len(data["readers"])) == (erased["tokens"], len(erased["readers"]))
     assert [row["method"] for row in data["results"]] == ["full-recompute", "kveraser"]
     table = run(*common, "-M", "kveraser")
     assert "replaced [" in table.output

@@ -102,6 +102,8 @@ def erase_command(
         question = ask if raw else framed(ask)
         if cached:
             live.append(question)
+        length = len(live)  # now: a replacement stays among what was ever said, also when it is undone
+        words, read = who_read(live, [found])
         with progress_bar() as bar:
             task = bar.add_task("erasing", total=len(chosen))
             results = compare_methods(
@@ -109,12 +111,11 @@ def erase_command(
                 new=new, repeats=repeats,
                 done=lambda _: bar.advance(task),
             )  # fmt: skip
-        words, read = who_read(live, [found])
         if as_json:
             print_json(
                 {
                     "model": model,
-                    "tokens": len(live),
+                    "tokens": length,
                     "span": [found.start, found.end],
                     "erased": live.text_of(found),
                     **({} if new is None else {"replaced_by": new}),
@@ -125,7 +126,7 @@ def erase_command(
                 }
             )
             return
-        stdout.print(f"{len(live)} tokens; {'erased' if new is None else 'replaced'} {found}: ", end="")
+        stdout.print(f"{length} tokens; {'erased' if new is None else 'replaced'} {found}: ", end="")
         stdout.print(repr(live.text_of(found)) + ("" if new is None else f" by {new!r}"), markup=False)
         stdout.print(results_table(results))
         if line := heat_line(read):

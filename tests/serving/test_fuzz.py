@@ -16,7 +16,7 @@ async def _forever():
     yield
 
 
-_server = Server(timeout=10, max_reply=4, tokenizer=tool_tokenizer())
+_server = Server(timeout=60, max_reply=4, tokenizer=tool_tokenizer())
 atexit.register(_server.service.close)
 _session = _server.call("POST", "/v1/sessions").json()["id"]
 _server.call("POST", f"/v1/sessions/{_session}/messages", json={"role": "user", "content": "the code is 1", "id": "a"})

@@ -198,19 +198,19 @@ class Steering(EraseMethod):
         eraser = self.using(edit)
         window = None if self.full_prefix else eraser.window if self.window is None else self.window
         passes = _new_tokens(edit) if edit.fresh and self._joins(edit) else []
-        counts = edit.new or (0,) * len(edit.spans)
-        behind = self._counts(edit) if self.chooses(edit) == "next" else (0,) * len(edit.spans)
-        for (span, runs), new in zip(edit.neighbors(behind), counts, strict=True):
+        none = (0,) * len(edit.spans)
+        behind = edit.neighbors(self._counts(edit) if self.chooses(edit) == "next" else none)
+        for (span, runs), new in zip(behind, edit.new or none, strict=True):
             for turn in _turns(edit, span, new, runs, window, steers=eraser.steers_spans):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both
                 else:
                     passes.append(turn)
         if choice is not None:
-            chunk = edit.backend.chunk
-            for part in choice.repair(edit.absent).parts(chunk):  # every gap is closed, and none is seen
+            most = min(edit.backend.chunk, PREFILL_CHUNK)  # of a pass that has other tokens as well
+            for part in choice.repair(edit.absent).parts(edit.backend.chunk):  # every gap is closed, and none is seen
                 readers = SteeringPass(repaired=(part,))
-                if passes and passes[-1].tokens + readers.tokens <= min(chunk, PREFILL_CHUNK):
+                if passes and passes[-1].tokens + readers.tokens <= most:
                     passes[-1] = passes[-1].joined(readers)
                 else:
                     passes.append(readers)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kveraser.readers import readers_for
 from kveraser.serving.contexts.matching import match
+from kveraser.spans import Span
 
 Ids = NDArray[np.int64]
 
@@ -39,6 +41,11 @@ class Use:
     def gain(self) -> int:
         """Ids that need not be read, less those that have to be run to take the removals out."""
         return self.new_from - sum(end - start for start, end in self.removals)
+
+    @property
+    def readers(self) -> int:
+        """Tokens that are run besides, where readers of the removals go by their length."""
+        return sum(readers_for(Span(start, end) for start, end in self.removals))
 
     def unedited(self) -> Use:
         """What of it needs nothing taken out."""

@@ -30,11 +30,10 @@ from kveraser.engines.vllm.proxy.refreshing import Refresher
 from kveraser.engines.vllm.proxy.replicas import Replica, Replicas
 from kveraser.engines.vllm.proxy.replies import EditReport, Told
 from kveraser.errors import EngineError, KVEraserError, OptionError
-from kveraser.readers import LEAST_READERS, readers_for
+from kveraser.readers import LEAST_READERS
 from kveraser.serving.contexts.reuse import Policy
 from kveraser.serving.contexts.view import View
 from kveraser.serving.waiting import first_of
-from kveraser.spans import Span
 
 log = logging.getLogger("kveraser")
 
@@ -278,10 +277,8 @@ class Front:
         held = len(known.view if known.session is None else known.session) - cut
         if held + len(plan.wanted) - use.new_from + plan.asked.max_tokens > replica.max_tokens:
             return False  # erased tokens keep their places
-        run = (
-            0 if self.options.readers is not None else sum(readers_for(Span(start, end) for start, end in use.removals))
-        )
-        return use.gain - run - (0 if known.session else use.prefix) >= self.options.min_saved
+        readers = use.readers if self.options.readers is None else 0
+        return use.gain - readers - (0 if known.session else use.prefix) >= self.options.min_saved
 
     async def _edit(self, plan: _Plan, known: Conversation, use: Use, replica: Replica) -> None:
         """Have a server erase what a request leaves out, and make the body for the edited context."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kveraser.evaluation import agreement, exact_match, f1, kl_divergence, leaks, log_probability, normalise
-from kveraser.evaluation.metrics import short_answer
+from kveraser.evaluation.metrics import short_answers
 
 
 def test_kl_is_zero_for_equal_logits_and_positive_else():
@@ -52,7 +52,7 @@ def test_answers_are_normalised_as_squad_does():
     ],
 )
 def test_the_short_answer_is_the_first_line_up_to_its_first_sentence_end(answer, short):
-    assert short_answer(answer) == short
+    assert short_answers(answer, "gold") == (short,)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,41 @@ def test_the_short_answer_is_the_first_line_up_to_its_first_sentence_end(answer,
 def test_exact_match_and_f1_are_of_the_normalised_short_answer(answer, gold, match, overlap):
     assert exact_match(answer, gold) is match
     assert f1(answer, gold) == pytest.approx(overlap)
+
+
+@pytest.mark.parametrize(
+    "gold", ["Kramer vs. Kramer", "Yahoo! Inc.", "Vol. 3", "Gen. George Patton", "Jeopardy! champion"]
+)
+def test_a_gold_answer_matches_itself_also_where_it_looks_like_several_sentences(gold):
+    assert exact_match(gold, gold) and f1(gold, gold) == 1.0
+    assert exact_match(f"{gold}. It is known.", gold)
+    assert exact_match(f"{gold.replace('.', '')}. It is known.", gold)  # said without its full stops
+    assert not exact_match(f"I think. {gold}.", "Kramer")
+
+
+def test_more_of_an_answer_is_read_only_for_a_gold_answer_of_several_sentences():
+    assert f1("I think so. It is Rome.", "Rome") == 0.0
+    assert not exact_match("Paris. Rome.", "Rome")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["<b>GALAXY</b><br/>", "“GALAXY”", "GALAXY…", "GALAXY/TORNADO", "GALAXY—nothing else", '{"answer":"GALAXY"}', "GALAXY's", "«Galaxy»", "_galaxy_"],
+)  # fmt: skip
+def test_a_leak_is_one_whatever_stands_around_the_erased_answer(answer):
+    assert leaks(answer, "GALAXY")
+
+
+def test_a_part_of_a_number_or_of_a_word_is_no_leak():
+    for answer, erased in [
+        ("31,000 people", "31"),
+        ("at 12:31", "31"),
+        ("3.5 kilograms", "5"),
+        ("GALAXYWIDE", "GALAXY"),
+        ("!?", "..."),
+    ]:
+        assert not leaks(answer, erased), (answer, erased)
+    assert leaks("31,000 people", "31000") and leaks("31000 people", "31,000") and leaks("at 12:31.", "12:31")
 
 
 def test_a_leak_is_the_erased_answer_in_whole_words_anywhere():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kveraser.tasks.answers import normalise
+from kveraser.tasks.answers import normalise, says
 
 # Not behind an initial or a title: "J. Smith" and "St. Louis" go on.
 _SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b(?:Mr|Ms|Dr|St|Mt|Jr|Sr|No))(?<!\bMrs)[.!?](?=\s|$)")
@@ -51,20 +51,29 @@ def log_probability(logits: Tensor, ids: Sequence[int]) -> float:
     return -F.cross_entropy(logits.float(), targets).item()
 
 
-def short_answer(answer: str) -> str:
-    """The part of an answer that is compared with the gold one: its first line, up to the end of its first sentence."""
-    lines = answer.strip().split("\n")
-    return _SENTENCE_END.split(lines[0], maxsplit=1)[0].strip()
+def short_answers(answer: str, gold: str) -> tuple[str, ...]:
+    """The parts of an answer that are compared with the gold one: its first line, up to the end of its first sentence.
+
+    Where the gold answer itself has what looks like the end of a sentence ("Kramer vs. Kramer"), also up to as many ends as that has.
+    """
+    line, gold = answer.strip().split("\n")[0], gold.strip()
+    within = sum(found.end() < len(gold) for found in _SENTENCE_END.finditer(gold))
+    ends = [found.start() for found in _SENTENCE_END.finditer(line)] + [len(line)]
+    return tuple(line[: ends[min(count, len(ends) - 1)]].strip() for count in ((0, within) if within else (0,)))
 
 
 def exact_match(answer: str, gold: str) -> bool:
     """Whether the short form of an answer is the gold answer, both normalised."""
-    return normalise(short_answer(answer)) == normalise(gold)
+    return normalise(gold) in map(normalise, short_answers(answer, gold))
 
 
 def f1(answer: str, gold: str) -> float:
     """Harmonic mean of precision and recall over the words of an answer's short form, as SQuAD's scorer has it."""
-    said, wanted = normalise(short_answer(answer)).split(), normalise(gold).split()
+    return max(_overlap(normalise(short), normalise(gold)) for short in short_answers(answer, gold))
+
+
+def _overlap(answer: str, gold: str) -> float:
+    said, wanted = answer.split(), gold.split()
     if not said or not wanted:
         return float(said == wanted)
     shared = (Counter(said) & Counter(wanted)).total()
@@ -73,5 +82,4 @@ def f1(answer: str, gold: str) -> float:
 
 def leaks(answer: str, erased: str) -> bool:
     """Whether an answer says the erased value, as whole words."""
-    wanted = normalise(erased)
-    return bool(wanted) and f" {wanted} " in f" {normalise(answer)} "
+    return says(answer, erased)

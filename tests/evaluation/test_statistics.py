@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kveraser.evaluation.statistics import group_mean, interval, resampled_means
+from kveraser.evaluation.statistics import Interval, group_mean, interval, of_proportion, resampled_means
 
 
 def test_the_interval_of_known_data_covers_its_mean_about_as_often_as_it_says():
@@ -52,3 +52,25 @@ def test_one_example_has_an_interval_without_width():
 def test_what_is_not_defined_has_no_interval():
     assert interval(np.nan, np.zeros(5)) is None
     assert interval(1.0, np.array([0.0, np.inf])) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "low", "high"),
+    [
+        ([[0.0] * 100], 0.0, 1 - 0.025**0.01),
+        ([[1.0] * 3, [1.0] * 3], 0.025 ** (1 / 6), 1.0),
+        ([[1.0] * 3, [0.0] * 3, [1.0] * 3], 2 / 3 - 2 / 3 * (1 - 0.025 ** (1 / 6)), 2 / 3 + (1 - 0.025 ** (1 / 3)) / 3),
+        ([[1.0], [0.0]], 0.5 - 0.975 / 2, 0.5 + 0.975 / 2),
+    ],
+)
+def test_a_proportion_of_groups_that_are_all_right_or_all_wrong_has_exact_bounds(groups, low, high):
+    tables = [np.array(group) for group in groups]
+    mean = float(np.mean([table.mean() for table in tables]))
+    found = of_proportion(Interval(mean, mean, mean), tables)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert 0 <= found.low <= mean <= found.high <= 1
+
+
+def test_a_proportion_that_varies_within_a_group_keeps_its_bootstrap_interval():
+    found = Interval(0.75, 0.5, 1.0)
+    assert of_proportion(found, [np.array([1.0, 0.0]), np.array([1.0, 1.0])]) is found

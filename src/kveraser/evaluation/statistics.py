@@ -67,15 +67,23 @@ def interval(mean: Any, draws: Values, count: int | None = None, level: float = 
 
 
 def of_proportion(found: Interval, groups: Sequence[Values], level: float = LEVEL) -> Interval:
-    """The interval of a proportion that is 0 or 1: bootstrap samples are all the same then, so the bound is Clopper and Pearson's.
+    """The interval of a proportion where each group is all 0 or all 1: bootstrap samples are all the same then.
+
+    The bounds are Clopper and Pearson's for the groups that are all 0 (above) and those that are all 1 (below).
 
     Args:
-        groups: see `group_mean`; each is taken to be as large as the smallest, which makes the bound too wide rather than too narrow.
+        groups: the values of one column, `(examples,)` each. All are taken to be as large as the smallest, which makes the bounds
+            too wide rather than too narrow.
     """
-    room = 1 - ((1 - level) / 2) ** (1 / (len(groups) * min(map(len, groups))))
-    if found.mean == 0:
-        return replace(found, high=room)
-    return replace(found, low=1 - room) if found.mean == 1 else found
+    if any((group != group[0]).any() for group in groups):
+        return found
+    each, smallest = (1 - level) / 2, min(map(len, groups))
+
+    def room(value: int) -> float:
+        those = sum(group[0] == value for group in groups)
+        return float(those / len(groups) * (1 - each ** (1 / (those * smallest)))) if those else 0.0
+
+    return replace(found, low=found.mean - room(1), high=found.mean + room(0))
 
 
 def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:

@@ -149,7 +149,7 @@ def _columns(groups: list[list[Example]], methods: list[str], seed: int) -> list
         for index, method in enumerate(having):
             found = interval(means[index], draws[:, index], count)
             columns[methods.index(method)][metric.name] = (
-                of_proportion(found, tables) if found and metric.proportion else found
+                of_proportion(found, [table[:, index] for table in tables]) if found and metric.proportion else found
             )
         if metric is KL:
             _compare(columns, methods, means, draws, count)

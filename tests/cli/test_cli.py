@@ -14,6 +14,7 @@ from kveraser.cli import app
 from kveraser.demo import latency, stories
 from kveraser.evaluation import record
 from kveraser.evaluation.runner import DEFAULT_BUDGET
+from kveraser.methods.choosing import SIGHT
 from kveraser.readers import HOW_MANY, RULE
 
 runner = CliRunner()
@@ -244,7 +245,7 @@ def test_eval_compares_the_methods_on_the_same_examples(evaluate):
     assert rows[2]["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "count": 4}
     assert data["complete"]
     assert data["options"]["tasks"] == ["needle", "injection"]
-    assert data["options"]["readers"] == f"{HOW_MANY}; {RULE}"
+    assert data["options"]["readers"] == f"{HOW_MANY}; {RULE}; {SIGHT}"
     assert data["environment"]["kveraser"] == kv.__version__
     assert data["eraser"]["rank"] == 4
 
@@ -320,8 +321,10 @@ def test_parts_of_a_run_come_together_in_the_tables_of_the_whole(evaluate, tmp_p
     options = ["-t", "needle", "-M", "no-erase", "-M", "delete-and-shift"]
     shared, alone = tmp_path / "shared", tmp_path / "alone"
     for part in ("2/2", "1/2"):
-        done = evaluate(*options, "-o", str(shared), "--part", part)
+        done = evaluate(*options, "-o", str(shared), "--part", part, "--json")
         assert done.exit_code == 0, done.output
+        file = str(shared / f"examples.{part.replace('/', '-of-')}.jsonl")
+        assert json.loads(done.stdout) == {"part": part, "file": file, "records": 4}
         assert not json.loads((shared / "results.json").read_text())["complete"]
     assert sorted(file.name for file in shared.glob("*.jsonl")) == ["examples.1-of-2.jsonl", "examples.2-of-2.jsonl"]
     assert {len(file.read_text().splitlines()) for file in shared.glob("*.jsonl")} == {4}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -140,6 +142,55 @@ def test_a_run_with_other_options_is_refused_until_it_is_started_anew(tmp_path, 
 def test_other_options_are_fine_where_nothing_was_recorded(tmp_path):
     RecordLog(HEADER, tmp_path)
     RecordLog({**HEADER, "options": {}}, tmp_path)
+
+
+def test_a_run_whose_folder_another_one_took_before_its_first_record_keeps_none(tmp_path, uninterrupted):
+    first, other = (
+        RecordLog(HEADER, tmp_path, part=Part(1, 2)),
+        {**HEADER, "options": replace(OPTIONS, limit=3).as_dict()},
+    )
+    second = RecordLog(other, tmp_path, part=Part(2, 2))
+    second.add(uninterrupted[0])
+    with pytest.raises(kv.OptionError, match="limit is 2, was 3"):
+        first.add(uninterrupted[1])
+    assert RecordLog(other, tmp_path).records == [uninterrupted[0]]
+
+
+@contextmanager
+def at_most(size):
+    """Files cannot grow beyond so many bytes, as on a full disk: what fits is written, the rest is refused."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on the size of files are POSIX's")
+def test_a_record_that_does_not_fit_on_the_disk_is_taken_back_and_the_run_goes_on_later(tmp_path, uninterrupted):
+    log = RecordLog(HEADER, tmp_path)
+    log.add(uninterrupted[0])
+    before = (tmp_path / RECORDS).read_bytes()
+    with at_most(len(before) + 20), pytest.raises(kv.OptionError, match="make room, and the same command goes on"):
+        log.add(uninterrupted[1])
+    assert (tmp_path / RECORDS).read_bytes() == before
+    assert log.records == [uninterrupted[0]]
+    again = RecordLog(HEADER, tmp_path)
+    again.add(uninterrupted[1])
+    assert RecordLog(HEADER, tmp_path).records == uninterrupted[:2]
+
+
+def test_other_files_with_examples_are_neither_read_nor_removed(tmp_path, uninterrupted):
+    names = ("examples_of_my_own.jsonl", "examples.old.jsonl", "examples.1-of-2.jsonl.bak", "my-examples.jsonl")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    RecordLog(HEADER, tmp_path).add(uninterrupted[0])
+    assert RecordLog(HEADER, tmp_path).records == [uninterrupted[0]]
+    RecordLog(HEADER, tmp_path, fresh=True)
+    assert {(tmp_path / name).read_text() for name in names} == {"mine"}
 
 
 def test_results_without_the_examples_they_were_made_of_are_kept_until_the_run_is_started_anew(tmp_path):

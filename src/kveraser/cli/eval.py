@@ -22,6 +22,7 @@ from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
 from kveraser.files import digest
+from kveraser.methods.choosing import SIGHT
 from kveraser.readers import HOW_MANY, RULE
 from kveraser.tasks import ChatForm, Filler, read_passages
 from kveraser.tasks import tasks as all_tasks
@@ -139,6 +140,8 @@ def eval_command(
                 stderr.print(f"{made()} of {total} are in {output}; the same command goes on from there")
             raise
         if share and output is not None:
+            if as_json:
+                print_json({"part": part, "file": str(output / log.name), "records": made()})
             stderr.print(f"part {part} is in {output / log.name}; the command without --part makes the tables")
             return
         if output is not None:
@@ -167,7 +170,7 @@ def _header(
             "model": name,
             **placement(model),
             "eraser": facts and {name: facts[name] for name in ("sha256", "window", "repair")},
-            "readers": f"{HOW_MANY}; {RULE}",
+            "readers": f"{HOW_MANY}; {RULE}; {SIGHT}",
             "text": text_digest(passages),
             "files": {file.name: digest(file) for file in files},
         },

@@ -2,24 +2,26 @@
 
 Knows: files. Does not know how the numbers come about, or what is made of them.
 
-A run may be killed at any moment: a line is written in one piece, so that at most the last one is broken. It is dropped
-when the run goes on. Several processes may make one run, each a part of its examples and with a file of its own; all of them
+A run may be killed at any moment: a line is written whole, or taken back where that fails, so that at most the last one is broken. It
+is dropped when the run goes on. Several processes may make one run, each a part of its examples and with a file of its own; all of them
 are read.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from kveraser.errors import OptionError
-from kveraser.files import write_atomically
+from kveraser.files import disk, write_atomically
 
 RECORDS, RESULTS = "examples.jsonl", "results.json"
-_ALL_RECORDS = "examples*.jsonl"
+_RECORDS = re.compile(r"examples(\.\d+-of-\d+)?\.jsonl")
+"""Names of files of records: of a run and of its parts, and of nobody else's."""
 
 Item = TypeVar("Item")
 
@@ -128,6 +130,7 @@ class RecordLog:
         self.folder = folder
         self.name = part.file if part else RECORDS
         self.records: list[Record] = []
+        self._is_ours = False
         if folder is None:
             return
         try:
@@ -135,11 +138,12 @@ class RecordLog:
         except OSError as error:
             raise OptionError(f"cannot write results into {folder}: {error}") from error
         if fresh:
-            for file in folder.glob(_ALL_RECORDS):
+            for file in _files(folder):
                 file.unlink()
-        own, others = folder / self.name, sorted(folder.glob(_ALL_RECORDS))
-        found = [record for file in others for record in _read(file, mend=file == own)]
+        own = folder / self.name
+        found = [record for file in _files(folder) for record in _read(file, mend=file == own)]
         self.records = list({record.key: record for record in found}.values())
+        self._is_ours = bool(self.records)
         if self.records:
             _check_options(folder, header["options"])
         elif not fresh and _has_rows(folder / RESULTS):
@@ -151,18 +155,43 @@ class RecordLog:
             write_json(folder / RESULTS, {**header, "complete": False, "rows": []})
 
     def add(self, record: Record) -> None:
-        """Keep a record, with the commit that made it; it is in the file when this returns."""
+        """Keep a record, with the commit that made it; it is in the file when this returns.
+
+        Raises:
+            OptionError: it cannot be written; or another process has begun a run with other options in the folder.
+        """
         record = replace(record, commit=self.header["environment"].get("commit"))
-        self.records.append(record)
         if self.folder is not None:
-            line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
-            with (self.folder / self.name).open("ab", buffering=0) as file:
-                file.write(line.encode())
+            if not self._is_ours:  # a run without records is there for the taking, also while this one made its first
+                _check_options(self.folder, self.header["options"])
+                self._is_ours = True
+            _append(self.folder / self.name, (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode())
+        self.records.append(record)
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write one JSON document, whole or not at all."""
     write_atomically(file, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if _RECORDS.fullmatch(file.name))
+
+
+def _append(file: Path, line: bytes) -> None:
+    """Add a line, whole or not at all."""
+    try:
+        with file.open("ab", buffering=0) as out:
+            before = out.seek(0, os.SEEK_END)
+            try:
+                disk.write(out.fileno(), line)
+            except BaseException:
+                out.truncate(before)
+                raise
+    except OSError as error:
+        raise OptionError(
+            f"cannot write {file}: {error}. What was made is kept: make room, and the same command goes on from there"
+        ) from error
 
 
 def _read(file: Path, *, mend: bool) -> list[Record]:

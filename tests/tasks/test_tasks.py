@@ -183,7 +183,24 @@ def test_in_context_demonstrations_are_mislabelled_in_the_span_and_right_behind_
     for example in take("in-context", "train", 30):
         form = example.question.strip().split("\n")[-1]
         assert form.endswith((":", "->", "?"))
-        assert example.gold in example.suffix or example.gold in example.prefix + example.span
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_in_context_the_right_label_is_shown_where_it_stays_and_the_exchanged_one_in_the_span(split):
+    for example in take("in-context", split, 150):
+        assert leaks(example.prefix + example.suffix, example.gold)
+        assert leaks(example.span, example.erased)
+
+
+def test_an_agent_s_user_is_nobody_that_its_tools_are_asked_about():
+    owners = [
+        example for example in take("tool-observation", "eval", 200) if example.question.startswith("\n\nQuestion: Who")
+    ]
+    assert len(owners) > 5
+    for example in owners:
+        said = example.turns[0].pieces[0][0]
+        assert not leaks(said, example.erased)
+        assert example.gold is None or not leaks(said, example.gold)
 
 
 def test_a_span_neighbor_is_cued_with_the_left_neighbor_and_goes_on_with_the_right_one():
@@ -254,8 +271,9 @@ def test_questions_come_from_files_of_hotpotqa_and_of_musique(tmp_path):
          "paragraphs": [{"title": t, "paragraph_text": "".join(s), "is_supporting": t.startswith("Tower")} for t, s in q["context"]]}
         for q in QUESTIONS
     ]  # fmt: skip
-    musique.write_text("\n".join(map(json.dumps, entries)))
-    assert document_qa.read_documents(hotpot) == document_qa.read_documents(musique)
+    entries[0]["paragraphs"][1]["paragraph_text"] += "\u2028"  # a line's end for Python, not for JSON
+    musique.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries) + "\n\n")
+    assert document_qa.read_documents(hotpot)[1:] == document_qa.read_documents(musique)[1:]
     for file in (hotpot, musique):
         examples = take(f"document-qa={file}", "eval", 10, sizes=Sizes.context(200))
         assert len(examples) == 3
@@ -292,6 +310,13 @@ def test_a_wrong_answer_says_something_else_than_the_right_one_of_the_same_kind_
         questions_with(tmp_path, "Anna")
 
 
+def test_a_wrong_answer_is_no_part_of_the_right_one_and_does_not_contain_it(tmp_path):
+    for example in questions_with(tmp_path, "New York City", "New York", "Rome"):
+        assert example.gold == "Rome" or example.erased == "Rome"
+    with pytest.raises(kv.OptionError, match="no answer that differs from 'York'"):
+        questions_with(tmp_path, "York", "New York")
+
+
 def test_a_wrong_passage_says_the_wrong_answer_in_whole_words(tmp_path):
     for example in questions_with(tmp_path, "Ann", "Bo", passage="Annabel and Bob knew {answer}, who built tower {n}."):
         assert example.span.startswith(f"Annabel and Bob knew {example.erased}, who built")
@@ -312,11 +337,14 @@ def test_a_file_of_questions_is_never_trained_on(tmp_path):
 
 
 def test_files_that_are_no_questions_are_named(tmp_path):
-    for text in ("", "[{}]", "nothing"):
+    for text in ("[{}]", "nothing"):
         (tmp_path / "bad.json").write_text(text)
-        if text:
-            with pytest.raises(kv.OptionError, match="cannot be read as a HotpotQA"):
-                as_task(f"document-qa={tmp_path / 'bad.json'}")
+        with pytest.raises(kv.OptionError, match="cannot be read as a HotpotQA"):
+            as_task(f"document-qa={tmp_path / 'bad.json'}")
+    for text in ("", "[]", "\n\n"):
+        (tmp_path / "empty.json").write_text(text)
+        with pytest.raises(kv.OptionError, match="holds no question"):
+            as_task(f"document-qa={tmp_path / 'empty.json'}")
     with pytest.raises(kv.OptionError, match="cannot be read"):
         as_task(f"document-qa={tmp_path / 'none.json'}")
     with pytest.raises(kv.OptionError, match="takes no file"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kveraser.errors import OptionError
-from kveraser.tasks.answers import normalise
+from kveraser.tasks.answers import normalise, says
 from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
 
 _VALUE = re.compile(r"(?<=[a-z,] )(\d{2,4}|(?!The |An? )(?:[A-Z][a-z]+ ?){1,3}(?<! ))(?=[ ,.])")
@@ -45,18 +45,20 @@ def read_documents(path: Path) -> list[Document]:
     """Questions of a HotpotQA or 2WikiMultiHopQA file (`context`, `supporting_facts`) or a MuSiQue one (`paragraphs`).
 
     Raises:
-        OptionError: no such file, or not of these formats.
+        OptionError: no such file, not of these formats, or without a question.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        entries = (
-            json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-        )
-        return [_document(entry) for entry in entries]
+        lines = [line for line in text.split("\n") if line.strip()]
+        entries = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        documents = [_document(entry) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise OptionError(
             f"{path} cannot be read as a HotpotQA, 2WikiMultiHopQA or MuSiQue file: {type(error).__name__}: {error}"
         ) from error
+    if not documents:
+        raise OptionError(f"{path} holds no question; give a file of HotpotQA, 2WikiMultiHopQA or MuSiQue")
+    return documents
 
 
 def _document(entry: dict[str, Any]) -> Document:
@@ -151,15 +153,20 @@ def _with_wrong_passage(
 
 
 def _wrong_answer(rng: random.Random, document: Document, others: list[Document]) -> str:
-    """The answer of another question, of the same kind if there is one, which says something else than the right one."""
-    right, kind = normalise(document.answer), _kind(document.answer)
-    differing = [d.answer for d in others if normalise(d.answer) != right]
+    """The answer of another question, of the same kind if there is one, which says something else than the right one, and no part or
+    extension of it: else the right answer would be a leak, or the wrong passage say it."""
+    right, kind = document.answer, _kind(document.answer)
+
+    def differs(answer: str) -> bool:
+        return normalise(answer) != normalise(right) and not says(answer, right) and not says(right, answer)
+
+    differing = [d.answer for d in others if differs(d.answer)]
     if not differing:
-        raise OptionError(f"there is no answer that differs from {document.answer!r}; give a file with more questions")
+        raise OptionError(f"there is no answer that differs from {right!r}; give a file with more questions")
     # Drawn from answers that say the same, too, so that a seed draws for all other questions what it always drew.
     drawn = rng.choice([d.answer for d in others if _kind(d.answer) == kind and d != document]
-                       or [d.answer for d in others if d.answer != document.answer])  # fmt: skip
-    return drawn if normalise(drawn) != right else min(differing, key=lambda answer: _kind(answer) != kind)
+                       or [d.answer for d in others if d.answer != right])  # fmt: skip
+    return drawn if differs(drawn) else min(differing, key=lambda answer: _kind(answer) != kind)
 
 
 def _kind(answer: str) -> str:

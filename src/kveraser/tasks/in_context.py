@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from kveraser.tasks.answers import says
 from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, halves
 
 
@@ -15,8 +16,12 @@ class _Labelling:
     form: str
     items: dict[str, str]
 
-    def item(self, rng: random.Random, split: Split, label: str, but: str = "") -> str:
-        return rng.choice([word for word in halves(self.items[label].split(","))(split) if word != but])
+    def item(self, rng: random.Random, split: Split, label: str) -> str:
+        return rng.choice(self.pool(split, label))
+
+    def pool(self, split: Split, label: str) -> list[str]:
+        """The items of a label."""
+        return list(halves(self.items[label].split(","))(split))
 
 
 _LABELLINGS = {
@@ -73,15 +78,23 @@ class InContext(Task):
             return text
 
         label = rng.choice(labels)
+        exchanged = labels[(labels.index(label) + 1) % len(labels)]
         asked, _ = labelling.form.format(item=labelling.item(rng, split, label), label="|").split(" |")
         right = demonstrations(rng.randint(2, 5), False)
         text = filler.text(rng, behind, split)
+        lead = f"{filler.text(rng, before, split)}\n\n{rng.choice(_NAMES(split))}"
+        first, span = demonstrations(rng.randint(0, 2), False), demonstrations(rng.randint(2, 4), True)
+        other = next(item for item in labelling.pool(split, label) if item not in asked)
+        if not says(first + right, label):  # what nobody shows cannot be known
+            right += labelling.form.format(item=other, label=label)
+        if not says(span, exchanged):
+            span += labelling.form.format(item=other, label=exchanged)
         return EraseExample(
-            prefix=f"{filler.text(rng, before, split)}\n\n{rng.choice(_NAMES(split))}{demonstrations(rng.randint(0, 2), False)}",
-            span=demonstrations(rng.randint(2, 4), True),
+            prefix=f"{lead}{first}",
+            span=span,
             suffix=f"{right}\n{text}\n\n" if rng.random() < 0.5 else f"{text}\n\n{right}",
             question=asked,
             gold=label,
-            erased=labels[(labels.index(label) + 1) % len(labels)],
+            erased=exchanged,
             request=(f"Complete the last line as in the examples:\n\n{asked}", asked.split("\n")[-1]),
         )

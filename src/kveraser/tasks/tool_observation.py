@@ -53,7 +53,10 @@ class ToolObservation(Task):
             again = (Turn("assistant", ((said, False),)), Turn("user", ((f"{lead}{fact.right}", False),)))
         before, behind = sizes.draw(rng)
         page, more = filler.text(rng, before, split), filler.text(rng, behind, split)
-        person = rng.choice(words.PEOPLE(split))
+        people = words.PEOPLE(split)
+        person = rng.choice(people)
+        while person in (fact.right_value, fact.wrong_value):  # the user is nobody that is asked about
+            person = people[(people.index(person) + 1) % len(people)]
         return EraseExample(
             prefix=f"User: I am {person}. Read this page first.\n{lead}page: {page}\nAssistant: Now I call the service.\n",
             span=f"{lead}{fact.wrong}\n",

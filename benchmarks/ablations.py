@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -109,7 +109,22 @@ def main(
     Example: python benchmarks/ablations.py neutral-start learned-values --output ablations --store lessons --set finetune.contexts=6
     """
     file = output / "ablations.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
+    settings = {
+        "steps": steps,
+        "start": start and str(start),
+        "text": text,
+        "model": model_name,
+        "dtype": dtype,
+        "set": list(common or ()),
+    }
+    found: dict[str, dict[str, Any]] = {}
+    if file.exists():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if earlier.get("settings") != settings:
+            raise SystemExit(
+                f"{file} is of runs with other settings ({earlier.get('settings')}); give another --output, or delete it"
+            )
+        found = earlier["runs"]
     model, tokenizer = kv.load_backbone(model_name, dtype=dtype)
     for name in names or ABLATIONS:
         if name in found:
@@ -132,7 +147,7 @@ def main(
         if validation is None:
             raise SystemExit(f"{output / name} holds a finished run that {file.name} does not know; delete it")
         found[name] = {"about": ablation.about, "after": validation.after, "cached": validation.cached}
-        write_atomically(file, json.dumps(found, indent=2).encode())
+        write_atomically(file, json.dumps({"settings": settings, "runs": found}, indent=2).encode())
         Console().print(f"{name}: {validation.after:.4f} / {validation.cached:.4f}")
     table = Table("run", "", "KL after", "KL cached", title=f"{steps} steps")
     for name, row in found.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measuring import report_table, table_of, write_json
+from measuring import READERS, report_table, table_of, write_json
 
 from kveraser.evaluation.runner import Drawn
 
@@ -28,10 +28,16 @@ ASKED = {"query_after": "after", "query_cached": "cached"}
 
 
 def earlier(output: Path | None, name: str) -> list[dict[str, Any]]:
-    """The rows of an earlier run."""
+    """The rows of an earlier run, to go on with; one that chose readers otherwise is not gone on with."""
     if output is None or not (output / f"{name}.json").exists():
         return []
-    rows: list[dict[str, Any]] = json.loads((output / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    file = output / f"{name}.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if (before := document.get("readers")) != READERS:
+        raise SystemExit(
+            f"{file} was measured with readers chosen otherwise ({before}, now {READERS}); give another --output, or delete it"
+        )
+    rows: list[dict[str, Any]] = document["rows"]
     return rows
 
 
@@ -43,7 +49,7 @@ def of_context(rows: Sequence[dict[str, Any]], drawn: Drawn, protocol: str) -> d
 
 def record(name: str, rows: Sequence[Record], environment: Mapping[str, Any], output: Path | None) -> None:
     """Keep what the contexts have given so far."""
-    write_json(name, {"rows": list(rows), "environment": dict(environment)}, output)
+    write_json(name, {"rows": list(rows), "environment": dict(environment), "readers": READERS}, output)
 
 
 def summary(rows: Sequence[Record]) -> list[dict[str, Any]]:

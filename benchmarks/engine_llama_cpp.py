@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from distances import earlier, of_context, record, summarise
-from measuring import engine_environment, report_table, table_of, write_json
+from measuring import READERS, at_one_budget, engine_environment, report_table, table_of, write_json
 
 import kveraser as kv
 from kveraser.engines.llama_cpp import LlamaCppContext, LlamaCppModel
@@ -40,12 +40,12 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 METHODS = (
     "no-erase",
     "delete-and-shift",
-    "local-suffix-repair:tokens=64",
-    "attention-guided-repair",
+    "local-suffix-repair:tokens=70",
+    "attention-guided-repair:tokens=70",
     "kveraser:repair=0",
-    "kveraser:block=8",
-    "kveraser",
-    "kveraser:block=32",
+    "kveraser:block=8,repair=70",
+    "kveraser:repair=70",
+    "kveraser:block=32,repair=70",
 )
 Model = Annotated[Path | None, typer.Option(help="GGUF file; default the embedded one.")]
 Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of the contexts.")]
@@ -83,7 +83,7 @@ def choice(
     )
     filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     rows = earlier(output, "llama_cpp_choice")
-    document = {"benchmark": "llama_cpp_choice", "environment": facts(loaded, "f32"), "rows": rows}
+    document = {"benchmark": "llama_cpp_choice", "environment": facts(loaded, "f32"), "readers": READERS, "rows": rows}
     for drawn in draw(options, filler):
         key = {"task": drawn.task, "length": drawn.length, "index": drawn.index}
         if any(key.items() <= row.items() for row in rows):
@@ -198,7 +198,7 @@ def latency(
         for length, (context, span) in contexts.items():
             for method in ("kveraser", "kveraser:repair=0", "delete-and-shift"):
                 started = clock()
-                receipt = context.erase(span, method)
+                receipt = context.erase(span, at_one_budget(method))
                 if turn:
                     times.setdefault((length, method), []).append(clock() - started)
                 context.restore(receipt)

@@ -13,12 +13,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from measuring import interleaved, random_cache, random_ids, report, table_of, wait
+from measuring import at_one_budget, interleaved, random_cache, random_ids, report, table_of, wait
 
 import kveraser as kv
 from kveraser.cache import cache_length
 from kveraser.eraser import default_eraser
-from kveraser.methods import as_method
 
 METHODS = ("full-recompute", "kveraser", "kveraser:repair=0", "delete-and-shift", "local-suffix-repair")
 SPAN, QUESTION = 64, 24
@@ -30,7 +29,7 @@ def first_token(model: Any, cache: Any, ids: Any, question: Any, method: str, er
     length = cache_length(cache)
     span = kv.Span(length // 4, length // 4 + SPAN)
     started = time.perf_counter()
-    receipt = kv.erase(model, cache, ids, span, as_method(method), eraser=eraser)
+    receipt = kv.erase(model, cache, ids, span, at_one_budget(method), eraser=eraser)
     after = cache_length(cache)
     positions = torch.arange(after, after + QUESTION, device=question.device)[None]
     model(question, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)

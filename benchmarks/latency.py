@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py [--exact | --full] [--model MODEL --eraser FOLDER] [--json] [--output FOLDER]
 
+All methods that recompute some tokens recompute the same number of them, as in comparisons of quality.
 Ratios are to full recomputation in the same context, to the same method in the shortest context (growth), and to the floor:
 a plain forward of the span's tokens on an empty cache, which no method that computes new states can beat. States are
 random. Contexts beyond the model's positions are for time alone. Full recomputation of a long context is run once.
@@ -16,11 +17,10 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from measuring import interleaved, plain_forward, random_cache, random_ids, report, table_of
+from measuring import at_one_budget, interleaved, plain_forward, random_cache, random_ids, report, table_of
 
 import kveraser as kv
 from kveraser.eraser import shipped_eraser
-from kveraser.methods import as_method
 from kveraser.model.backbone import DEFAULT_BACKBONE
 
 TRAINED = "kveraser, trained"
@@ -51,7 +51,7 @@ def erasing(
 
     def run() -> float:
         trained = method.startswith(TRAINED)
-        chosen = as_method(method.replace(TRAINED, "kveraser"))
+        chosen = at_one_budget(method.replace(TRAINED, "kveraser"))
         receipt = kv.erase(model, cache, ids, span, chosen, eraser=eraser if trained else None)
         kv.restore(cache, receipt)
         return receipt.seconds

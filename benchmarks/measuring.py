@@ -28,9 +28,23 @@ from kveraser import __version__
 from kveraser.cache import growable_cache
 from kveraser.evaluation.provenance import commit, environment, placement
 from kveraser.evaluation.report import markdown_table
+from kveraser.evaluation.runner import DEFAULT_BUDGET
+from kveraser.methods import EraseMethod, as_method
+from kveraser.methods.choosing import SIGHT
 from kveraser.model.view import decoder, finish, kv_shape, model_device, model_dtype, text_config
+from kveraser.readers import HOW_MANY, RULE
 
 Result = TypeVar("Result")
+
+
+READERS = f"{HOW_MANY}; {RULE}; {SIGHT}"
+"""How readers are chosen; what was measured with another choice is not gone on with."""
+
+
+def at_one_budget(name: str) -> EraseMethod:
+    """The method of a name, which recomputes as many tokens as all others where the name does not say how many."""
+    method = as_method(name)
+    return method if ":" in name else method.with_budget(DEFAULT_BUDGET)
 
 
 def wait(model: nn.Module) -> None:

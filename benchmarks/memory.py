@@ -13,12 +13,11 @@ from typing import Annotated, Any
 
 import typer
 from matplotlib.figure import Figure
-from measuring import peak_bytes, plain_forward, random_cache, random_ids, report, table_of
+from measuring import at_one_budget, peak_bytes, plain_forward, random_cache, random_ids, report, table_of
 
 import kveraser as kv
 from kveraser.cache import snapshot, state_bytes
 from kveraser.eraser import shipped_eraser
-from kveraser.methods import as_method
 
 METHODS = ("kveraser", "kveraser:repair=0", "delete-and-shift", "local-suffix-repair", "full-recompute")
 SPAN = 64
@@ -54,7 +53,7 @@ def main(
         span = kv.Span(length // 4, length // 4 + SPAN)
         own = state_bytes(snapshot(cache, span))
         for method in METHODS if full and length <= 8192 else METHODS[:-1]:
-            erase = partial(kv.erase, model, cache, ids, span, as_method(method), eraser=eraser)
+            erase = partial(kv.erase, model, cache, ids, span, at_one_budget(method), eraser=eraser)
             kv.restore(cache, erase())  # what is set up at first use is not the erase's
             peak, receipt = peak_bytes(model, erase)
             kv.restore(cache, receipt)

@@ -59,10 +59,12 @@ def test_ablations_start_where_their_rows_say_and_share_their_lessons(monkeypatc
     ablations.main(names, tmp_path / "runs", 1, common=small, store=tmp_path / "store")
     assert started == [False, True, False]  # the last one only draws the contexts that all are judged on
     kept = json.loads((tmp_path / "runs" / "ablations.json").read_text())
-    assert list(kept) == names
+    assert list(kept["runs"]) == names
     assert (tmp_path / "store" / "finetune").is_dir()
     ablations.main(names, tmp_path / "runs", 1, common=small)
     assert len(started) == 3
+    with pytest.raises(SystemExit, match="other settings.*another --output"):
+        ablations.main(names, tmp_path / "runs", 2, common=small)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -256,6 +258,10 @@ def test_what_contexts_gave_is_summed_up_by_length_protocol_and_method(serving_b
     assert plain["same"] is plain["leaks"] is plain["recomputed"] is None
     distances.record("engine_quality_some", rows, {"model": "a", "threads": 1}, tmp_path)
     assert distances.earlier(tmp_path, "engine_quality_some") == rows
+    kept = tmp_path / "engine_quality_some.json"
+    kept.write_text(kept.read_text().replace(distances.READERS, "some other way"))
+    with pytest.raises(SystemExit, match="chosen otherwise .some other way.*another --output"):
+        distances.earlier(tmp_path, "engine_quality_some")
     distances.main(tmp_path)
     filled = FILL["fill"]("<!-- bench engine_quality_some_summary -->\n<!-- /bench -->", tmp_path)
     assert "| `no-erase` | cached | 100 | 2 | 1.0000 | 1.0000 |  |  |" in filled

@@ -45,7 +45,7 @@ def main() -> None:
             values = [(at, own[label]) for at, label in enumerate(labels) if own.get(label) is not None]
             axes.barh(
                 [at + offset for at, _ in values], [max(kl.mean, LEAST) for _, kl in values], 0.38, color=COLORS[protocol],
-                xerr=[[kl.mean - kl.low for _, kl in values], [kl.high - kl.mean for _, kl in values]],
+                xerr=[[max(kl.mean - kl.low, 0) for _, kl in values], [max(kl.high - kl.mean, 0) for _, kl in values]],
                 error_kw={"linewidth": 0.8, "ecolor": "#333333"}, label=SAID[protocol],
             )  # fmt: skip
         axes.set_yticks(range(len(labels)), [short_name(label) for label in labels], fontsize=8)

@@ -378,12 +378,34 @@ def test_nothing_is_passed_on_without_a_key(proxy):
     assert HTTP.get(f"{proxy.address}/healthz").json()["status"] == "ok"
 
 
+DROP = {"kv_transfer_params": {"kveraser": {"drop": ["0" * 32]}}}
+_WHOLE = json.dumps({**body_of(TALK), **DROP})
+_TWICE = _WHOLE.removesuffix("}") + ', "kv_transfer_params": null}'
+
+
 @pytest.mark.parametrize("path", [PATH, "/v1/completions", "/v1/messages", "/v1/responses"])
-def test_states_are_not_to_be_reached_through_the_proxy(proxy, path):
-    headers = {"Authorization": "Bearer alpha"}
-    drop = {"kv_transfer_params": {"kveraser": {"drop": ["0" * 32]}}, **body_of(TALK)}
-    reply = HTTP.post(proxy.address + path, json=drop, headers=headers)
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (_WHOLE.encode(), "kv_transfer_params: edits"),
+        (json.dumps({**body_of(TALK), "vllm_xargs": DROP}).encode(), "kv_transfer_params: edits"),
+        (_WHOLE.replace("kv_", r"\u006bv_").encode(), "kv_transfer_params: edits"),
+        (_TWICE.encode(), "'kv_transfer_params' twice"),
+        (_WHOLE.replace('"tiny"', f'"tiny", "x": {"[" * 5000}{"]" * 5000}').encode(), "nested too deeply"),
+        (_WHOLE.encode("utf-8-sig"), "in UTF-8"),
+        (_WHOLE.encode("utf-16"), "in UTF-8"),
+        (_WHOLE.encode("utf-16-le"), "in UTF-8"),
+        (_WHOLE.replace("tiny", "é").encode("latin-1"), "in UTF-8"),
+        (f"[{_WHOLE}]".encode(), "no JSON object"),
+        (_WHOLE.removesuffix("}").encode(), "no JSON object"),
+        (f'{{"n": {"9" * 5000}}}'.encode(), "no JSON object"),
+    ],
+)  # fmt: skip
+def test_states_are_not_to_be_reached_through_the_proxy(proxy, path, raw, words):
+    headers = {"Authorization": "Bearer alpha", "content-type": "application/json"}
+    reply = HTTP.post(proxy.address + path, content=raw, headers=headers)
     assert (reply.status_code, reply.json().get("error", {}).get("type")) == (400, "invalid_request_error")
+    assert words in reply.json()["error"]["message"]
     assert not any(up.paths for up in proxy.ups)
 
 

@@ -6,7 +6,9 @@ Knows: names of fields of OpenAI's and vLLM's JSON. Does not know about conversa
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ _REFUSED = {
     "previous_response_id": "replies that are kept on one server cannot be found behind a proxy; send the conversation",
     "background": "replies that are kept on one server cannot be found behind a proxy",
 }
+_EXTRA = "vllm_xargs"
+"""A field whose own fields vLLM puts where it puts some of these."""
 _LEFT_ALONE = ("cache_salt", "echo", "prompt_logprobs", "return_token_ids", "return_prompt_text", "return_token_offsets",
                "truncate_prompt_tokens", "use_beam_search", "routed_experts_prompt_start")  # fmt: skip
 """Fields that show the prompt, change it, or keep its blocks apart: with them, nothing is edited."""
@@ -67,20 +71,33 @@ class Asked:
         return json.dumps({**self.body, **extra, "kv_transfer_params": transfer}).encode()
 
 
-def read_body(raw: bytes) -> Any:
-    """A body as JSON; None where it is none (the server will say what is wrong with it).
+def read_body(raw: bytes) -> dict[str, Any]:
+    """A body as JSON; nothing is asked for in an empty one.
 
     Raises:
-        ApiError: it asks for what cannot be behind a proxy.
+        ApiError: it asks for what cannot be behind a proxy, or is not certainly read by others as it is read here: it is passed on as it came.
     """
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
+    if not raw:
+        return {}
+    body: Any = None
+    with suppress(ValueError, RecursionError):
+        body = json.loads(str(raw, "utf-8"), object_pairs_hook=_fields)
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object in UTF-8, or is nested too deeply")
+    extra = body.get(_EXTRA)
     for name, reason in _REFUSED.items():
-        if isinstance(body, dict) and _says(body.get(name)):
+        if _says(body.get(name)) or (isinstance(extra, dict) and name in extra):
             raise ApiError(400, f"{name}: {reason}", code="not_passed_on", param=name)
     return body
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose fields everybody reads in the same way."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ApiError(400, f"an object has the field {twice[:100]!r} twice; which one counts is not certain")
+    return fields
 
 
 def read_chat(raw: bytes) -> Asked:
@@ -90,8 +107,6 @@ def read_chat(raw: bytes) -> Asked:
         ApiError: as `read_body`, or a field `kveraser` that is not right.
     """
     body = read_body(raw)
-    if not isinstance(body, dict):
-        return Asked(raw, {}, None, False)
     policy = None
     if "kveraser" in body:
         try:

@@ -481,6 +481,7 @@ def test_a_connection_that_a_server_has_closed_meanwhile_is_no_failure(monkeypat
     [
         ([None, 500, 503, 200], 3, 503),
         ([None, None, None, 200], 4, 200),
+        (["off", "off", "full", 200], 4, 200),
         ([500, None, 200, 200], 3, 200),
         ([404, 200], 1, 404),
     ],
@@ -489,12 +490,13 @@ def test_a_request_that_two_servers_fail_on_is_given_up_and_those_that_are_not_t
     answers, asked, status
 ):
     seen = []
+    nobody = {None: httpx.ConnectError, "off": httpx.ConnectTimeout, "full": httpx.PoolTimeout}
 
     def answer(request):
         seen.append(request.url.host)
         status = answers[int(request.url.host)]
-        if status is None:
-            raise httpx.ConnectError("nobody is there")
+        if status in nobody:
+            raise nobody[status]("nobody is there")
         return httpx.Response(status, stream=httpx.ByteStream(b"{}"))
 
     async def go():

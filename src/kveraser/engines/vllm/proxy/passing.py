@@ -24,6 +24,7 @@ log = logging.getLogger("kveraser")
 _FAILURES = (500, 502, 503, 504)
 _MOST_FAILURES = 2
 """Servers that may fail on one request before it is given up: it may be the request that makes them fail."""
+_UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _HOP_BY_HOP = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer", "transfer-encoding",
                "upgrade"}  # fmt: skip
 _OURS = {*_HOP_BY_HOP, "host", "content-length", "authorization", "x-api-key", "expect"}
@@ -151,7 +152,7 @@ async def _open(replicas: Replicas, attempt: Attempt, method: str, path: str, he
         kind = await _read_beginning(opened)
     except httpx.HTTPError as error:
         await _give_back(opened, replica)
-        raise _Failed(f"no reply ({type(error).__name__})", sent=not isinstance(error, httpx.ConnectError)) from error
+        raise _Failed(f"no reply ({type(error).__name__})", sent=not isinstance(error, _UNSENT)) from error
     except BaseException:
         await _give_back(opened, replica)
         raise

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from types import SimpleNamespace
 
 import httpx
@@ -28,7 +31,7 @@ from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
 from kveraser.engines.vllm.proxy.passing import Attempt, open_first
 from kveraser.engines.vllm.proxy.replicas import Replicas
 from kveraser.engines.vllm.proxy.replies import Events, begins
-from kveraser.errors import OptionError
+from kveraser.errors import EngineError, OptionError
 from kveraser.spans import Span
 
 PATH = "/v1/chat/completions"
@@ -460,20 +463,59 @@ def test_a_server_that_fails_before_the_first_token_is_replaced_by_another_one(p
     assert ask(proxy, longer).headers["x-kveraser-replica"] == "1", "it has read it now"
 
 
-def test_a_connection_that_a_server_has_closed_meanwhile_is_no_failure(monkeypatch):
-    sent = []
+async def heard_by(steps, ask):
+    """What `ask` gives for the one server, which does a step with each request, and the numbers of the connections that these came on."""
+    connections, heard = count(), []
 
-    async def send(self, request, **options):
-        sent.append(request)
-        if len(sent) == 1:
-            raise httpx.ReadError("closed")
-        return httpx.Response(200, content=b"[7]")
+    async def serve(reader, writer):
+        number = next(connections)
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: (\d+)", head.lower())
+                await reader.readexactly(int(length[1]) if length else 0)
+                step = steps[len(heard)]
+                heard.append(number)
+                assert b"Bearer theirs" in head
+                writer.write(step)
+                if b"Content-Length" not in step:
+                    break
+        writer.close()
 
-    monkeypatch.setattr(httpx.AsyncClient, "send", send)
-    replicas = Replicas(["http://one"], key="theirs", timeout=1)
-    assert asyncio.run(replicas.json(replicas.all[0], "/v1/models")) == [7]
-    assert [request.headers["authorization"] for request in sent] == ["Bearer theirs"] * 2
-    assert replicas.all[0].is_up
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        replicas = Replicas([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"], key="theirs", timeout=5)
+        try:
+            return await ask(replicas), heard, replicas.all[0].is_up
+        finally:
+            await replicas.close()
+
+
+ANSWER, DROP_IT = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[7]", b""
+
+
+async def twice(replicas):
+    said = [await replicas.json(replicas.all[0], "/v1/models")]
+    try:
+        said.append(await replicas.json(replicas.all[0], f"{PATH}/render", {}))
+    except EngineError:
+        said.append(None)
+    return said
+
+
+def test_a_connection_that_a_server_has_closed_meanwhile_is_no_failure():
+    said, heard, up = asyncio.run(heard_by([ANSWER, DROP_IT, ANSWER], twice))
+    assert (said, heard, up) == ([[7], [7]], [0, 0, 1], True)
+
+
+def test_a_request_is_not_sent_again_to_a_server_that_has_worked_on_it(monkeypatch):
+    async def fresh(replicas):
+        with pytest.raises(EngineError, match="cannot be reached"):
+            await replicas.json(replicas.all[0], f"{PATH}/render", {})
+
+    assert asyncio.run(heard_by([DROP_IT, ANSWER], fresh)) == (None, [0], False), "the connection was new"
+    monkeypatch.setattr("kveraser.engines.vllm.proxy.replicas._AT_ONCE", -1.0)
+    said, heard, up = asyncio.run(heard_by([ANSWER, DROP_IT, ANSWER], twice))
+    assert (said, heard, up) == ([[7], None], [0, 0], False), "it took some time"
 
 
 @pytest.mark.parametrize(

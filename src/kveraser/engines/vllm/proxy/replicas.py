@@ -20,6 +20,7 @@ COOLDOWN = 5.0
 """Seconds for which a server that failed is asked only when no other one is left."""
 _CONNECT_SECONDS = 5.0
 _KEEP_SECONDS = 2.0  # for which a connection is kept; vLLM's side closes it after 5
+_AT_ONCE = 1.0  # seconds in which a connection that was idle too long fails
 _CLOSED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
 
 
@@ -93,18 +94,33 @@ class Replicas:
     async def send(
         self, replica: Replica, method: str, path: str, headers: Mapping[str, str], content: bytes
     ) -> httpx.Response:
-        """A response whose body has not been read yet; it is to be closed. Sent again, once, on a new connection where the old
-        one was closed: the server may have done so because it was idle.
+        """A response whose body has not been read yet; it is to be closed.
+
+        Sent again, once, where a connection that had been kept is closed at once: the server may have done so because it was idle. Never
+        where the connection was made for this request, or where the server may have worked on it: the request may be what it fails on.
 
         Raises:
             httpx.HTTPError: there is none.
         """
+        kept = True
+
+        async def trace(event: str, _: object) -> None:
+            nonlocal kept
+            kept = kept and not event.startswith("connection.connect")
+
         request = self._client.build_request(
-            method, replica.url + path, headers={**headers, **self._headers}, content=content
+            method,
+            replica.url + path,
+            headers={**headers, **self._headers},
+            content=content,
+            extensions={"trace": trace},
         )
+        begun = time.monotonic()
         try:
             return await self._client.send(request, stream=True)
         except _CLOSED:
+            if not kept or time.monotonic() - begun > _AT_ONCE:
+                raise
             return await self._client.send(request, stream=True)
 
     async def json(self, replica: Replica, path: str, body: dict[str, Any] | None = None) -> Any:

@@ -111,7 +111,7 @@ class Replicas:
         request = self._client.build_request(
             method,
             replica.url + path,
-            headers={**headers, **self._headers},
+            headers=httpx.Headers({**headers, **self._headers}, encoding="latin-1"),  # as they came: it has every byte
             content=content,
             extensions={"trace": trace},
         )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
 
@@ -74,12 +75,48 @@ def test_a_completion_carries_the_demand_the_salt_and_the_key(answering):
         (200, b"no json", "cannot be reached"),
         (200, {"choices": [{"text": "", "finish_reason": "error"}]}, "could not finish"),
         (200, {"choices": [{"text": ""}], "kv_transfer_params": {KEY: {"error": "no room"}}}, "refuses: no room"),
+        (200, {"choices": [{"text": ""}], "kv_transfer_params": {KEY: [7]}}, "answered otherwise"),
+        (200, {"choices": [{}]}, "answered otherwise .*'text'"),
+        (200, {"choices": []}, "answered otherwise"),
+        (200, {"choice": []}, "answered otherwise .*'choices'"),
+        (200, [7], "answered otherwise"),
     ],
 )
 def test_whatever_a_server_does_wrong_is_an_error_of_ours(answering, status, answer, match):
     _, client = answering(status, answer)
     with pytest.raises(EngineError, match=match):
         client.complete("m", [1], max_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{"cho', "cannot be reached.*5 bytes read"),
+        (b"HTTP/1.1 500 \r\nContent-Length: 100\r\n\r\n{", "answered 500"),
+        (b"220 a mail server\r\n", "cannot be reached.*220 a mail"),
+        (b"HTTP/1.1 200 OK\r\n" + 200 * b"a: b\r\n", "cannot be reached.* headers"),
+        (b"", "cannot be reached"),
+    ],
+)
+def test_an_answer_that_breaks_off_or_is_no_http_is_an_error_of_ours(answer, match):
+    class Handler(BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            self.request.sendall(answer)
+
+    with TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(EngineError, match=match):
+            VLLMClient(f"http://127.0.0.1:{server.server_address[1]}", timeout=10).models()
+
+
+@pytest.mark.parametrize("answer", [{}, {"data": 7}, {"data": [7]}, {"data": [{"name": "m"}]}, [], None])
+def test_models_and_tokens_that_are_told_otherwise_are_an_error_of_ours(monkeypatch, answer):
+    monkeypatch.setattr(VLLMClient, "call", lambda *_: answer)
+    with pytest.raises(EngineError, match="/v1/models answered otherwise"):
+        VLLMClient("http://a").models()
+    with pytest.raises(EngineError, match="/tokenize answered otherwise"):
+        VLLMClient("http://a").tokenize("m", "a")
 
 
 def test_a_server_that_is_not_there_is_an_error_of_ours():

@@ -173,9 +173,10 @@ def test_with_fields_that_show_the_prompt_or_keep_it_apart_nothing_is_edited(pro
     assert [json.loads(raw).get("kv_transfer_params") for up in proxy.ups for raw in up.chats] == [None, None]
 
 
-def test_a_server_that_does_not_render_is_passed_on_to(proxy):
+@pytest.mark.parametrize("renders", [False, "otherwise"])
+def test_a_server_that_does_not_render_is_passed_on_to(proxy, renders):
     for up in proxy.ups:
-        up.renders = False
+        up.renders = renders
     ask(proxy, TALK)
     assert text_of(ask(proxy, without(MORE, 2))) == plainly(without(MORE, 2))
     assert not len(proxy.front.conversations)
@@ -595,6 +596,14 @@ def test_an_erase_that_fails_leaves_the_request_as_it_came(proxy, monkeypatch):
     assert text_of(reply) == plainly(without(MORE, 2))
     assert reply.headers["x-kveraser-replica"] == "1"
     assert not any(up.engine.store.ids() for up in proxy.ups)
+
+
+def test_an_erase_whose_answer_breaks_off_leaves_the_request_as_it_came(proxy):
+    ask(proxy, TALK)
+    proxy.ups[0].fails = "erases"
+    reply = ask(proxy, without(MORE, 2))
+    assert (reply.status_code, report_of(reply)) == (200, None)
+    assert text_of(reply) == plainly(without(MORE, 2))
 
 
 def test_a_reply_that_is_cut_in_its_middle_ends_with_an_error(proxy):

@@ -12,6 +12,8 @@ import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.engines.vllm.client import session as vllm_session
 from kveraser.engines.vllm.client.session import VLLMSession
+from kveraser.engines.vllm.protocol import KEY
+from kveraser.errors import EngineError
 from kveraser.methods.slots import split_tail
 from kveraser.spans import Span
 
@@ -253,6 +255,58 @@ def test_closing_drops_the_edited_context(connect):
     session.close()
     assert server.store.ids() == []
     assert len(session) == 0
+
+
+def otherwise(call, path, change):
+    """A server's `call` whose answers about something are of another version."""
+
+    def changed(self, asked, body=None):
+        answer = call(self, asked, body)
+        if asked == path:
+            change(answer)
+        return answer
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/v1/models", lambda answer: answer.pop("data")),
+        ("/tokenize", lambda answer: answer.pop("tokens")),
+        ("/v1/completions", lambda answer: answer.pop("choices")),
+        ("/v1/completions", lambda answer: said_of(answer).get("about", {}).pop("window", None)),
+        ("/v1/completions", lambda answer: said_of(answer).get("about", {}).pop("repair", None)),
+    ],
+)
+def test_a_server_of_another_version_is_named_when_a_session_begins(connect, monkeypatch, path, change):
+    connect()
+    monkeypatch.setattr(StandIn, "call", otherwise(StandIn.call, path, change))
+    with pytest.raises(EngineError, match="otherwise than"):
+        VLLMSession("http://stand-in", tokenizer=make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["saved", "edit"])
+@pytest.mark.parametrize("value", [None, 7, {"id": "0" * 32}])
+def test_a_server_that_answers_an_erase_otherwise_leaves_the_session_as_it_was(connect, monkeypatch, name, value):
+    _, session, _ = connect()
+    session.append(WORDS)
+    span = session.append("and the secret is 77")
+    session.append(WORDS)
+    before = session.text
+
+    def change(answer):
+        if name in said_of(answer):
+            said_of(answer)[name] = value
+
+    monkeypatch.setattr(StandIn, "call", otherwise(StandIn.call, "/v1/completions", change))
+    with pytest.raises(EngineError):
+        session.erase(span)
+    assert (session.text, session._state.edit) == (before, None)
+
+
+def said_of(answer):
+    return answer.get("kv_transfer_params", {}).get(KEY, {})
 
 
 def test_a_server_without_the_connector_is_named(connect, monkeypatch):

@@ -44,7 +44,8 @@ class Upstream:
         chats: bodies of chat completions, as bytes, in the order in which they came; `headers` of them.
         prompts: ids of everything that the engine was asked to go on with.
         fails: on chats and completions: None, "status" (500), "event" (an error in place of the first token), "cut" (the
-            connection ends in place of the first token), "late" (it ends after it), "edits" (what needs an edit fails).
+            connection ends in place of the first token), "late" (it ends after it), "edits" (what needs an edit fails), "erases"
+            (the connection ends in the middle of what an erase is told).
         gate: streams wait for it before their second token.
     """
 
@@ -83,10 +84,14 @@ class Upstream:
             body = await request.json()
             if not self.renders:
                 return JSONResponse({"error": {"message": "disabled"}}, 403)
+            if self.renders == "otherwise":
+                return {"prompt": body["messages"]}
             return {"token_ids": ids_of(body["messages"]), "features": None}
 
         @app.post("/v1/completions")
         async def complete(request: Request):
+            if self.fails == "erases":
+                return StreamingResponse(iter([b'{"choices": [']), headers={"content-length": "100"})
             try:
                 return await asyncio.to_thread(self.complete, await request.json())
             except KVEraserError as error:

@@ -28,11 +28,12 @@ Servers and sessions of before `look` and `under` understand each other as they 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from kveraser.errors import EngineError
+from kveraser.errors import EngineError, KVEraserError
 from kveraser.spans import Span, merge_spans
 
 KEY = "kveraser"
@@ -221,6 +222,27 @@ def read_demand(params: Any) -> Demand | None:
     if demand.under and not demand.load:
         raise EngineError("blocks are shared under an id among requests that load states")
     return demand
+
+
+@contextmanager
+def reading(who: str) -> Iterator[None]:
+    """Around what reads an answer.
+
+    Args:
+        who: has answered.
+
+    Raises:
+        EngineError: it lacks what is read, or has something else in its place.
+    """
+    try:
+        yield
+    except KVEraserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise EngineError(
+            f"{who} answered otherwise than it is read here ({type(error).__name__}: {error}); is it a vLLM server, of a version that "
+            "this one works with?"
+        ) from error
 
 
 def checked_id(value: Any) -> str:

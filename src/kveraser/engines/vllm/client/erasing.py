@@ -19,7 +19,7 @@ from typing import Any
 from kveraser.cache import Window
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.engines.vllm.client.passes import Pass, erasing_passes, reader_passes, stretches
-from kveraser.engines.vllm.protocol import Demand, Found, Look, Piece, Save, put, take
+from kveraser.engines.vllm.protocol import Demand, Found, Look, Piece, Save, put, reading, take
 from kveraser.eraser.config import Choose
 from kveraser.errors import EngineError
 from kveraser.methods.slots import split_tail
@@ -209,10 +209,13 @@ class Erasing:
             for piece in take(pieces, stretch.start, stretch.end)
         )
         said = self._complete(self._served.model, ids, Demand(compose=served), None)
-        return Edit(**said["edit"])
+        with reading("the server"):
+            return Edit(**said["edit"])
 
     def _send(self, model: str, ids: list[int], demand: Demand, salt: str | None = None) -> list[str]:
-        entries = list(self._complete(model, ids, demand, salt).get("saved", ()))
+        said = self._complete(model, ids, demand, salt)
+        with reading("the server"):
+            entries = list(said.get("saved", ()))
         self._entries += entries
         if len(entries) != len(demand.save):
             raise EngineError("the server did not keep the states it was asked to keep; its log says why")

@@ -14,9 +14,10 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from typing import Any
 
-from kveraser.engines.vllm.protocol import KEY, Demand
+from kveraser.engines.vllm.protocol import KEY, Demand, reading
 from kveraser.errors import EngineError
 
 
@@ -65,12 +66,16 @@ class VLLMClient:
         self._client = client_id(api_key)
 
     def models(self) -> list[dict[str, Any]]:
-        """The models and adapters that the server offers."""
-        return list(self.call("/v1/models")["data"])
+        """The models and adapters that the server offers; each has an `id`."""
+        cards = self.call("/v1/models")
+        with reading(f"{self.base_url}/v1/models"):
+            return [{**card, "id": str(card["id"])} for card in cards["data"]]
 
     def tokenize(self, model: str, text: str) -> list[int]:
         """Token ids of a text, by the server's tokenizer, without special tokens around it."""
-        return list(self.call("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})["tokens"])
+        answer = self.call("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
+        with reading(f"{self.base_url}/tokenize"):
+            return list(answer["tokens"])
 
     def complete(
         self,
@@ -103,20 +108,8 @@ class VLLMClient:
         if salt is not None:
             body["cache_salt"] = salt
         data = self.call("/v1/completions", body)
-        choice = data["choices"][0]
-        if choice.get("finish_reason") == "error":
-            raise EngineError("the server could not finish the request; its log says why")
-        said = (data.get("kv_transfer_params") or {}).get(KEY) or {}
-        if "error" in said:
-            raise EngineError(f"the server refuses: {said['error']}")
-        details = (data.get("usage") or {}).get("prompt_tokens_details") or {}
-        return Completion(
-            ids=list(choice.get("token_ids") or ()),
-            text=choice["text"],
-            logprobs=(choice.get("logprobs") or {}).get("token_logprobs"),
-            said=said,
-            cached=details.get("cached_tokens"),
-        )
+        with reading(f"{self.base_url}/v1/completions"):
+            return _completion(data)
 
     def forget(self, model: str, entries: Sequence[str]) -> None:
         """Have entries dropped that are not needed any more; where that fails, they are dropped sooner or later, to make room."""
@@ -139,13 +132,33 @@ class VLLMClient:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            raise EngineError(f"{self.base_url}{path} answered {error.code}: {_message(text)}") from error
-        except (OSError, ValueError) as error:
+            raise EngineError(f"{self.base_url}{path} answered {error.code}: {_message(error)}") from error
+        except (OSError, ValueError, HTTPException) as error:
             raise EngineError(f"{self.base_url}{path} cannot be reached: {error}") from error
 
 
-def _message(text: str) -> str:
+def _completion(data: dict[str, Any]) -> Completion:
+    choice = data["choices"][0]
+    if choice.get("finish_reason") == "error":
+        raise EngineError("the server could not finish the request; its log says why")
+    said = dict((data.get("kv_transfer_params") or {}).get(KEY) or {})
+    if "error" in said:
+        raise EngineError(f"the server refuses: {said['error']}")
+    details = (data.get("usage") or {}).get("prompt_tokens_details") or {}
+    return Completion(
+        ids=list(choice.get("token_ids") or ()),
+        text=choice["text"],
+        logprobs=(choice.get("logprobs") or {}).get("token_logprobs"),
+        said=said,
+        cached=details.get("cached_tokens"),
+    )
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        text = error.read().decode(errors="replace")
+    except (OSError, HTTPException):  # it breaks off
+        return error.reason
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

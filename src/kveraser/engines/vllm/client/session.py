@@ -22,7 +22,7 @@ from kveraser.engines.vllm.client.erasing import Edit, Erasing, Served, State
 from kveraser.engines.vllm.client.http import Completion, VLLMClient
 from kveraser.engines.vllm.client.settings import NEUTRAL, Settings
 from kveraser.engines.vllm.client.teaching import teach
-from kveraser.engines.vllm.protocol import Demand
+from kveraser.engines.vllm.protocol import Demand, reading
 from kveraser.eraser.config import Choose
 from kveraser.errors import ContextError, EngineError, RestoreError
 from kveraser.methods.choosing import RUN
@@ -106,7 +106,7 @@ class VLLMSession(Talking):
     ) -> None:
         self._client = VLLMClient(base_url, api_key=api_key, timeout=timeout)
         served = {entry["id"]: entry for entry in self._client.models()}
-        self.model = model or next(name for name, entry in served.items() if not entry.get("parent"))
+        self.model = model or next((name for name, entry in served.items() if not entry.get("parent")), "")
         wanted = [] if eraser in (None, NEUTRAL) else [str(eraser)]
         for name in (self.model, *wanted):
             if name not in served:
@@ -121,7 +121,9 @@ class VLLMSession(Talking):
                 "`python -m kveraser.engines.vllm.server`"
             )
         if about.get("learns") and choose != "next":
-            teach(self._client, self.model, self._encode(any_text()), about["max_tokens"])
+            with reading("the server"):
+                most = int(about["max_tokens"])
+            teach(self._client, self.model, self._encode(any_text()), most)
             about = self._about() or about
         found = Settings.of(
             about, served, eraser=eraser, window=window, repair=repair, choose=choose, block=block, coverage=coverage,

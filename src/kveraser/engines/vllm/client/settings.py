@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kveraser.cache import Window
+from kveraser.engines.vllm.protocol import reading
 from kveraser.eraser.config import CHOICES, Choose
 from kveraser.errors import EngineError, OptionError
 from kveraser.methods.choosing import Wish
@@ -60,8 +61,9 @@ class Settings:
             )
         if choose == "readers" and not tells:
             raise OptionError("choose='readers' cannot be done by this server, which has no probes; use choose='next'")
-        trained = None if about["window"] is None else (about["window"][0], about["window"][1])
-        own = about["repair"] if choose == "next" else None if eraser == NEUTRAL else about["readers"]
+        with reading("the server"):
+            trained = None if about["window"] is None else (about["window"][0], about["window"][1])
+            own = about["repair"] if choose == "next" else None if eraser == NEUTRAL else about["readers"]
         repair = own if repair is None else repair
         Wish(repair, coverage, min(block, repair or block), None)
         return cls(

@@ -36,6 +36,6 @@ def teach(client: VLLMClient, model: str, text: Sequence[int], most: int) -> Non
             kept += client.complete(model, part.tolist(), max_tokens=1, demand=demand).said["saved"]
         learn = Learn(len(ids), tuple(kept[:-1]), kept[-1])
         client.complete(model, [0], max_tokens=1, demand=Demand(learn=learn, drop=tuple(kept)))
-    except (EngineError, KeyError) as error:
+    except (EngineError, LookupError, TypeError) as error:
         client.forget(model, kept)
         log.warning("readers cannot be told by this server, the next tokens are recomputed instead: %s", error)

@@ -20,6 +20,7 @@ import numpy as np
 from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
+from kveraser.engines.vllm.protocol import reading
 from kveraser.engines.vllm.proxy.asked import Asked, read_body, read_chat
 from kveraser.engines.vllm.proxy.comparing import Ids, Use
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, Owner, fresh_view
@@ -127,17 +128,18 @@ class Front:
         told, wait = "", _LEARN_AFTER
         while True:
             try:
-                cards = (await self.replicas.json(replica, "/v1/models"))["data"]
-                models = [str(card["id"]) for card in cards if not card.get("parent")]
+                said = await self.replicas.json(replica, "/v1/models")
+                with reading(f"{replica.url}/v1/models"):
+                    cards = said["data"]
+                    models = [str(card["id"]) for card in cards if not card.get("parent")]
+                    most = min((card["max_model_len"] for card in cards if card.get("max_model_len")), default=0)
                 for name in models:
                     await self.sessions.run(partial(self._try, replica.url, name))
                 replica.models = frozenset(models)
-                replica.max_tokens = min(
-                    (card["max_model_len"] for card in cards if card.get("max_model_len")), default=0
-                )
+                replica.max_tokens = most
                 replica.down_until = 0.0
                 return
-            except (KVEraserError, KeyError, TypeError) as error:
+            except KVEraserError as error:
                 if told != str(error):
                     told = str(error)
                     log.warning("server %d: nothing is edited there yet: %s", replica.number, told)
@@ -258,12 +260,13 @@ class Front:
         for replica in [each for each in self.replicas.order() if each.is_up]:
             try:
                 made = await self.replicas.json(replica, f"{_CHAT}/render", body)
+                with reading(f"{replica.url}{_CHAT}/render"):
+                    return None if made.get("features") else list(made["token_ids"])
             except EngineError as error:
                 if replica.is_up:
                     log.debug("not followed: %s", error)
                     return None
                 continue
-            return None if made.get("features") else list(made["token_ids"])
         return None
 
     def _is_worth(self, plan: _Plan, known: Conversation, use: Use, replica: Replica) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
@@ -24,7 +25,7 @@ from vllm_upstream import MODEL, Upstream, ids_of, proxied, tiny_eraser
 
 import kveraser as kv
 from conftest import make_tokenizer, text_model
-from kveraser.engines.vllm.proxy.comparing import Use, compare
+from kveraser.engines.vllm.proxy.comparing import Use, compare, unedited
 from kveraser.engines.vllm.proxy.conversations import Conversation, Conversations, fresh_view
 from kveraser.engines.vllm.proxy.editing import Sessions
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
@@ -741,10 +742,9 @@ def test_a_request_finds_the_conversation_of_its_owner_that_saves_the_most(lengt
     for entry in entries:
         store.put(entry)
     wanted = np.concatenate([*(part for n, part in enumerate(parts) if n not in gone), [7777, 7778]])
-    assert store.find(("b", "m"), wanted, edit=edit) is None
-    entry, found = store.find(("a", "m"), wanted, edit=edit)
-    uses = [compare(each.view.ids, wanted) for each in entries]
-    gains = [(use if edit else use.unedited()).gain for use in uses]
+    assert asyncio.run(store.find(("b", "m"), wanted, edit=edit)) is None
+    entry, found = asyncio.run(store.find(("a", "m"), wanted, edit=edit))
+    gains = [(compare if edit else unedited)(each.view.ids, wanted).gain for each in entries]
     whole = found.new_from == len(entry.view) and 2 * found.gain >= len(wanted)
     assert found.gain == max(gains) or whole
     kept = [entry.view.ids[a:b] for a, b in kept_runs(found)]
@@ -755,6 +755,62 @@ def test_a_request_finds_the_conversation_of_its_owner_that_saves_the_most(lengt
 def kept_runs(found):
     edges = [0, *(edge for removal in found.removals for edge in removal), found.kept_until]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+@pytest.fixture
+def comparing(monkeypatch):
+    """A store with a conversation of an owner, and what is called in a thread when it is compared."""
+    store, calls = Conversations(100, 10_000, lambda _: None), []
+    entry = Conversation(("a", "m"), fresh_view(kept_ids(40)), 0)
+    store.put(entry)
+
+    def slowly(cached, wanted, starts):
+        if calls:
+            calls.pop()()
+        return compare(cached, wanted, starts)
+
+    monkeypatch.setattr("kveraser.engines.vllm.proxy.comparing.compare", slowly)
+    return store, entry, calls
+
+
+def test_other_requests_go_on_while_conversations_are_compared(proxy, monkeypatch):
+    ask(proxy, TALK)
+    begun, gate = threading.Event(), threading.Event()
+
+    def slowly(cached, wanted, starts):
+        begun.set()
+        assert gate.wait(60)
+        return compare(cached, wanted, starts)
+
+    monkeypatch.setattr("kveraser.engines.vllm.proxy.comparing.compare", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, proxy, MORE)
+        assert begun.wait(60)
+        assert text_of(ask(proxy, TALK, "beta")) == plainly(TALK)
+        assert not first.done()
+        gate.set()
+        assert text_of(first.result()) == plainly(MORE)
+
+
+def test_what_changes_while_it_is_compared_is_compared_again(comparing):
+    store, entry, calls = comparing
+    calls.append(lambda: setattr(entry, "view", fresh_view(kept_ids(45))))
+    assert asyncio.run(store.find(("a", "m"), kept_ids(50), edit=True)) == (entry, Use((), 45, 45))
+    calls.append(lambda: store.remove(entry))
+    assert asyncio.run(store.find(("a", "m"), kept_ids(50), edit=True)) is None
+    store.put(entry)
+    calls += [lambda: setattr(entry, "view", fresh_view(entry.view.ids))] * 9
+    assert asyncio.run(store.find(("a", "m"), kept_ids(50), edit=True)) is None
+    assert calls, "that has an end"
+
+
+def test_where_nothing_may_be_taken_out_only_beginnings_are_compared(comparing):
+    store, entry, calls = comparing
+    calls.append(lambda: 1 / 0)
+    wanted = np.concatenate([kept_ids(20), kept_ids(40)[22:]])
+    assert asyncio.run(store.find(("a", "m"), wanted, edit=False)) == (entry, Use((), 20, 20))
+    calls.clear()
+    assert asyncio.run(store.find(("a", "m"), wanted, edit=True)) == (entry, Use(((20, 22),), 40, 38))
 
 
 def test_what_has_to_go_is_dropped_on_the_server_too(tmp_path):
@@ -829,6 +885,7 @@ def test_a_request_uses_what_is_left_of_a_conversation_when_runs_are_taken_out()
     have, rest = list(range(10, 60)), list(range(100, 120))
     use = compare(have, [*have[:9], *have[12:], *rest])
     assert use == Use(((9, 12),), 50, 47)
-    assert (use.prefix, use.gain, use.unedited()) == (9, 44, Use((), 9, 9))
+    assert (use.prefix, use.gain) == (9, 44)
+    assert unedited(np.array(have), np.array([*have[:9], *have[12:]])) == Use((), 9, 9)
     assert compare(have, [*have[:9], 7, 7, 7, *rest]) == Use((), 9, 9)
     assert compare(have, rest) == Use((), 0, 0)

@@ -1,4 +1,5 @@
-"""What of a conversation a request can use here: what is left of it when some runs are taken out, then new ids.
+"""What of a conversation a request can use here: what is left of it when some runs are taken out, then new ids; and which of several saves
+it the most.
 
 Knows: the matching of `kveraser serve`, integers. Does not know about conversations, servers or sessions.
 """
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kveraser.readers import readers_for
+from kveraser.serving.contexts.blocks import common_length
 from kveraser.serving.contexts.matching import match
 from kveraser.spans import Span
 
@@ -47,10 +49,6 @@ class Use:
         """Tokens that are run besides, where readers of the removals go by their length."""
         return sum(readers_for(Span(start, end) for start, end in self.removals))
 
-    def unedited(self) -> Use:
-        """What of it needs nothing taken out."""
-        return Use((), self.prefix, self.prefix)
-
 
 def compare(cached: Sequence[int] | Ids, wanted: Sequence[int] | Ids, starts: Set[int] = frozenset()) -> Use:
     """The use of a conversation that saves the most; it ends where something else stands in the place of what was there.
@@ -65,3 +63,31 @@ def compare(cached: Sequence[int] | Ids, wanted: Sequence[int] | Ids, starts: Se
             return Use(tuple(removals), change.start, change.new_start)
         removals.append((change.start, change.end))
     return Use(tuple(removals), found.kept_until, found.new_from)
+
+
+def unedited(cached: Ids, wanted: Ids) -> Use:
+    """The use of a conversation of which nothing is taken out."""
+    prefix = common_length(cached, wanted)
+    return Use((), prefix, prefix)
+
+
+def best_use(
+    cached: Sequence[Ids], wanted: Ids, *, edit: bool, starts: Set[int] = frozenset()
+) -> tuple[int, Use] | None:
+    """Which of some conversations, the latest first, saves a request the most, and its use; None where none saves anything.
+
+    Args:
+        edit: whether something may be taken out; otherwise only what the two share from the beginning counts.
+        starts: as of `compare`.
+    """
+    best: tuple[int, Use] | None = None
+    most = 0
+    for number, ids in enumerate(cached):
+        if len(ids) <= most:
+            continue
+        found = compare(ids, wanted, starts) if edit else unedited(ids, wanted)
+        if found.gain > most:
+            best, most = (number, found), found.gain
+        if found.new_from == len(ids) and 2 * most >= len(wanted):  # goes on with all of it: the rule
+            break
+    return best

@@ -1,6 +1,6 @@
 """What has been read of each conversation, by token ids, and which of them a request goes on with.
 
-Knows: ids, owners, how much may be remembered. Does not know about servers or HTTP, nor how something is erased: of a session it
+Knows: ids, owners, how much may be remembered; compares in threads. Does not know about servers or HTTP, nor how something is erased: of a session it
 only holds the object.
 """
 
@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import numpy as np
 
 from kveraser.engines.vllm.client import VLLMSession
-from kveraser.engines.vllm.proxy.comparing import Ids, Use, compare
+from kveraser.engines.vllm.proxy.comparing import Ids, Use, best_use
+from kveraser.serving.beside import Beside
 from kveraser.serving.contexts.view import View
 
 LOOK = 256
 """Conversations of one owner, the latest ones, that a request is compared with."""
+_TIMES = 3  # that they are compared, where what is found has changed meanwhile
 Owner = tuple[str, str]
 """Whose a conversation is: the digest of the API key, and the model."""
 
@@ -80,6 +84,7 @@ class Conversations:
         self.limit, self.tokens, self._forget = limit, tokens, forget
         self._of: dict[Owner, OrderedDict[int, Conversation]] = {}
         self._sizes: dict[int, int] = {}
+        self._beside = Beside(None, name="kveraser-comparing")
 
     def __iter__(self) -> Iterator[Conversation]:
         return (entry for mine in self._of.values() for entry in mine.values())
@@ -95,30 +100,28 @@ class Conversations:
         """Ids that are remembered."""
         return sum(self._sizes.values())
 
-    def find(
+    async def find(
         self, owner: Owner, wanted: Ids, *, edit: bool, starts: Set[int] = frozenset()
     ) -> tuple[Conversation, Use] | None:
-        """The owner's conversation that saves a request the most, and what of it can be used.
+        """The owner's conversation that saves a request the most, and what of it can be used as it is now.
+
+        They are compared beside the event loop, as they are when that begins. Where the one that is found has changed, or has gone, they are
+        compared again; one that changes every time is not found.
 
         Args:
-            edit: whether something may be taken out; otherwise only what the two share from the beginning counts.
-            starts: ids that begin a message.
+            edit, starts: as of `best_use`.
         """
-        best: tuple[Conversation, Use] | None = None
-        most = 0
-        for number, entry in enumerate(reversed(self._of.get(owner, OrderedDict()).values())):
-            if number == LOOK:
-                break
-            if len(entry.view) <= most or (entry.session and not edit):
-                continue
-            found = compare(entry.view.ids, wanted, starts)
-            if not edit:
-                found = found.unedited()
-            if found.gain > most:
-                best, most = (entry, found), found.gain
-            if found.new_from == len(entry.view) and 2 * most >= len(wanted):  # goes on with all of it: the rule
-                break
-        return best
+        for _ in range(_TIMES):
+            latest = islice(reversed(self._of.get(owner, OrderedDict()).values()), LOOK)
+            seen = [(entry, entry.view) for entry in latest if edit or entry.session is None]
+            ids = [view.ids for _, view in seen]
+            best = await self._beside.run(partial(best_use, ids, wanted, edit=edit, starts=starts)) if seen else None
+            if best is None:
+                return None
+            (entry, view), use = seen[best[0]], best[1]
+            if entry in self and entry.view is view:
+                return entry, use
+        return None
 
     def put(self, entry: Conversation) -> None:
         """Remember a conversation as it is now; it is the latest one."""
@@ -140,6 +143,10 @@ class Conversations:
             del mine[id(entry)]
             if not mine:
                 del self._of[entry.owner]
+
+    def stop(self) -> None:
+        """Compare nothing more."""
+        self._beside.stop()
 
     def _oldest(self) -> Conversation | None:
         taken = {owner: sum(self._sizes[key] for key in mine) for owner, mine in self._of.items()}

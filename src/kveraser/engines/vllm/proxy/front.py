@@ -154,6 +154,7 @@ class Front:
         for task in self._learning:
             task.cancel()
         await self.refresher.stop()
+        self.conversations.stop()
         for entry in list(self.conversations):
             self.conversations.remove(entry)
             self._forget(entry)
@@ -239,7 +240,7 @@ class Front:
         if ids is None:
             return
         plan.wanted = np.asarray(ids, dtype=np.int64)
-        found = self.conversations.find(
+        found = await self.conversations.find(
             plan.owner, plan.wanted, edit=plan.policy != "exact", starts=self.sessions.starts
         )
         if found is None:

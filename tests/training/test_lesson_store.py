@@ -256,28 +256,26 @@ def test_a_run_that_is_killed_at_any_step_of_writing_goes_on_to_the_very_same_pi
     assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(parts), strict=True))
 
 
-def test_partial_files_come_and_go_while_others_write_and_old_ones_are_removed(filled, monkeypatch):
+def test_partial_files_come_and_go_while_others_write_and_old_ones_are_removed_but_nothing_else(filled, monkeypatch):
     folder = filled / "finetune"
-    (folder / ".old.1234").write_bytes(b"x")
-    os.utime(folder / ".old.1234", (0, 0))
-    (folder / ".new.1234").write_bytes(b"x")
-    (folder / ".folder").mkdir()
-    os.utime(folder / ".folder", (0, 0))
+    old, new, going = (f".{name}.safetensors.0123abcd" for name in ("old", "new", "going"))
+    theirs = (".env", ".env.0123abcd", ".notes.1234")
+    for name in (old, new, going, *theirs):
+        (folder / name).write_bytes(b"x")
+    (folder / ".safetensors.safetensors.0123abcd").mkdir()
+    for name in (old, *theirs, ".safetensors.safetensors.0123abcd"):
+        os.utime(folder / name, (0, 0))
+    before = {path.name for path in folder.iterdir()}
     real = Path.stat
 
     def stat(path, **options):
-        if path.name.startswith(".going"):
+        if path.name == going:
             raise FileNotFoundError(path)
         return real(path, **options)
 
-    (folder / ".going.1234").write_bytes(b"x")
     monkeypatch.setattr(Path, "stat", stat)
     kept(filled)
-    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {
-        ".new.1234",
-        ".folder",
-        ".going.1234",
-    }
+    assert {path.name for path in folder.iterdir()} == before - {old}
 
 
 def test_a_store_is_counted_again_now_and_then_and_not_for_every_piece(tmp_path, monkeypatch):

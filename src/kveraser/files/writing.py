@@ -6,6 +6,7 @@ Knows: the steps of `disk`. Does not know what is in the files.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from kveraser.files import disk
 
 _PIECE = 1 << 20
+_PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
 def write_atomically(file: Path, data: bytes | Iterable[bytes]) -> None:
@@ -42,6 +44,12 @@ def write_atomically(file: Path, data: bytes | Iterable[bytes]) -> None:
 def partial_name(file: Path) -> Path:
     """A name, beside a file, for what is to become it."""
     return file.parent / f".{file.name}.{uuid.uuid4().hex[:8]}"
+
+
+def meant_by(name: str) -> str | None:
+    """The name that a partial file of this name was to get; None of a name that no partial file has."""
+    found = _PARTIAL.fullmatch(name)
+    return found[1] if found else None
 
 
 def overwrite(file: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+FILE_NAME = "README.md"
 _TEXT = """---
 library_name: peft
 tags: [kveraser, kv-cache, lora]
@@ -53,7 +54,7 @@ repair or recompute exactly (`context.repair()`, `context.purge(receipt)`). It f
 
 
 def write_card(folder: Path, notes: dict[str, Any]) -> None:
-    """Write `README.md` into the folder of an eraser."""
+    """Write the card into the folder of an eraser."""
     config, stage = notes["training"], notes["stage"]
     least, most = config[stage]["tokens"]
     text = _TEXT.format(
@@ -62,7 +63,7 @@ def write_card(folder: Path, notes: dict[str, Any]) -> None:
         after=_kl(notes["validation_kl"]["query_after"]), cached=_kl(notes["validation_kl"]["query_cached"]),
         config=yaml.safe_dump(config, sort_keys=False),
     )  # fmt: skip
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / FILE_NAME).write_text(text, encoding="utf-8")
 
 
 def _kl(value: float | None) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kveraser.errors import TrainingError
 from kveraser.files import write_atomically
+from kveraser.files.writing import meant_by
 from kveraser.training.checkpoint import difference
 
 FORMAT = 2
@@ -169,8 +170,13 @@ def _remove_abandoned(folder: Path) -> None:
     """Remove the partial files of processes that were killed; those of others that are writing now come and go meanwhile."""
     for left in folder.glob(".*"):
         with suppress(FileNotFoundError):
-            if left.is_file() and time.time() - left.stat().st_mtime > _ABANDONED:
+            if _is_ours(meant_by(left.name)) and left.is_file() and time.time() - left.stat().st_mtime > _ABANDONED:
                 left.unlink()
+
+
+def _is_ours(name: str | None) -> bool:
+    """Whether a file of that name is one that is written here, or beside the pieces."""
+    return name is not None and (name == _ABOUT or name.endswith(".safetensors"))
 
 
 def _bytes_in(folder: Path) -> int:

@@ -29,6 +29,7 @@ from kveraser.training.config import STAGES, StageName, TrainConfig
 from kveraser.training.folders import held, recover, replacing, saving
 from kveraser.training.lessons import encoder, read_filler
 from kveraser.training.neutral import hide
+from kveraser.training.own import BEST, OPTIONS, RESULT, check_eraser, check_own
 from kveraser.training.progress import Report
 from kveraser.training.stage import StageRun
 from kveraser.training.store import LIMIT, Keeping
@@ -72,7 +73,8 @@ def train_eraser(
     Raises:
         OptionError: no stage, a stage without tasks, one in chat form without a chat template, or a text that cannot be read.
         EraserMismatchError: see `first_eraser`.
-        TrainingError: another run has the folder; see also `StageRun`. Nothing was changed if it is of another run.
+        TrainingError: another run has the folder, or something is in it that no run has written and that would be replaced or
+            removed; see also `StageRun`. Nothing was changed then, nor if it is of another run.
     """
     if not stages or any(not config.stage(name).tasks for name in stages):
         raise OptionError(f"stages={list(stages)}: needs at least one, each with at least one task")
@@ -86,8 +88,10 @@ def train_eraser(
     main = accelerator.is_main_process
     with held(output) if main else nullcontext():
         if main:
-            for target in (*(output / name / "best" for name in STAGES), output / "eraser"):
+            for target in (*(output / name / BEST for name in STAGES), output / RESULT):
                 recover(target)
+            with saving(f"read {output}", "Nothing was trained"):
+                check_own(output, stages, fresh=fresh)
         accelerator.wait_for_everyone()
         before = start or _stage_before(output, stages[0])
         eraser = first_eraser(model, tokenizer, filler, config, before)
@@ -105,13 +109,13 @@ def train_eraser(
                 filler=filler, keeping=Keeping(folder, store_limit) if folder else None, given=before is not None,
             )  # fmt: skip
             if main:
-                with saving(f"write {output / 'config.yaml'}"):
-                    config.write(output / "config.yaml")
+                with saving(f"write {output / OPTIONS}"):
+                    config.write(output / OPTIONS)
             stage.run()
             if main:
-                _publish(output / name / "best", output / "eraser")
+                _publish(output / name / BEST, output / RESULT)
             accelerator.wait_for_everyone()
-    return KVEraser.from_pretrained(output / "eraser", model)
+    return KVEraser.from_pretrained(output / RESULT, model)
 
 
 def _holding(path: Path, folders: Sequence[Path]) -> Path | None:
@@ -128,7 +132,7 @@ def _forget(folder: Path) -> None:
 
 def _stage_before(output: Path, name: StageName) -> Path | None:
     index = STAGES.index(name)
-    best = output / STAGES[index - 1] / "best"
+    best = output / STAGES[index - 1] / BEST
     return best if index and best.exists() else None
 
 
@@ -174,4 +178,5 @@ def _check_start(found: KVEraser, start: Path, config: TrainConfig) -> None:
 def _publish(best: Path, target: Path) -> None:
     """Copy the best eraser to where the run's result is."""
     with saving(f"copy {best} to {target}"), replacing(target) as fresh:
+        check_eraser(target)  # again: a run takes hours
         shutil.copytree(best, fresh)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kveraser.files import write_atomically
 from kveraser.training.folders import saving
+from kveraser.training.own import BOARD, LOG
 
 
 class StageLog:
@@ -21,7 +22,7 @@ class StageLog:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = folder / "train.jsonl"
+        self.file = folder / LOG
         kept = []
         with self._saving():
             if step and self.file.exists():
@@ -29,7 +30,7 @@ class StageLog:
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             write_atomically(self.file, "".join(kept).encode())
             self.stream = self.file.open("a", encoding="utf-8")
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.board = SummaryWriter(str(folder / BOARD), purge_step=step + 1)
 
     def _saving(self) -> AbstractContextManager[None]:
         return saving(

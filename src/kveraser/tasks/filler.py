@@ -5,6 +5,7 @@ Knows: sentences, a tokenizer's counts. Does not know what the text is for.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -36,6 +37,11 @@ class Filler:
                 f"the text has {len(self._passages)} usable passages, at least {_MIN_PASSAGES} are needed; "
                 "give a longer one, with blank lines between its passages"
             )
+
+    @property
+    def sha256(self) -> str:
+        """Tells texts apart: a checksum of the sentences that are drawn from."""
+        return hashlib.sha256("\0".join(map("\n".join, self._passages)).encode("utf-8", "surrogatepass")).hexdigest()
 
     def count(self, text: str) -> int:
         """Number of tokens of a text."""

@@ -19,6 +19,8 @@ from kveraser.files import write_atomically
 from kveraser.training.folders import saving
 
 FILE_NAME = "checkpoint.pt"
+_UNKNOWN = "not noted"
+"""Of what the run of an earlier version, or one that does not depend on it, says nothing."""
 
 
 @dataclass
@@ -89,5 +91,5 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
             if inner is not None:
                 return f"{key}.{inner}"
         elif before != now:
-            return f"{key} was {before}, now it is {now}"
+            return f"{key} was {old.get(key, _UNKNOWN)}, now it is {new.get(key, _UNKNOWN)}"
     return None

@@ -24,9 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kveraser.eraser import KVEraser
 from kveraser.errors import TrainingError
+from kveraser.methods.choosing import SIGHT
 from kveraser.model.attention import for_packing
 from kveraser.model.view import model_dtype
-from kveraser.readers import calibrate
+from kveraser.readers import RULE, calibrate
 from kveraser.tasks import ChatForm, Filler, as_task
 from kveraser.training.card import write_card
 from kveraser.training.checkpoint import Checkpoint, load_checkpoint
@@ -91,9 +92,10 @@ class StageRun:
         self.draws = Draws(config.seed, name, self.stage, config.eraser.repair, plan, text, encode)
         self.backbone = for_packing(model)
         self.store = LessonStore(keeping, self.backbone, name, self.stage, config.seed) if keeping else None
-        if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
+        reads = bool(eraser.repair or any(self.stage.repair))
+        if eraser.calibration is None and reads:
             eraser.calibration = self.store.calibration(None) if self.store else None
-        if eraser.calibration is None and (eraser.repair or any(self.stage.repair)):
+        if eraser.calibration is None and reads:
             words = encode(text.text(random.Random(config.seed), _CALIBRATION_TOKENS, "train"))
             made = calibrate(model, words[:_CALIBRATION_TOKENS])
             eraser.calibration = self.store.calibration(made) if self.store else made
@@ -107,7 +109,7 @@ class StageRun:
         )
         self.mean = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.best, self.waited = 0, math.inf, 0
-        self.run_id = _run_id(config, name, eraser, model, given)
+        self.run_id = _run_id(config, name, eraser, model, text, given=given, reads=reads)
         if (state := load_checkpoint(folder, self.run_id)) is not None:
             if not (folder / "best").exists():
                 raise TrainingError(f"{folder} has a checkpoint, but its best/ is gone; start anew with --fresh")
@@ -334,11 +336,21 @@ def _without_paths(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
-def _run_id(config: TrainConfig, name: StageName, eraser: KVEraser, model: nn.Module, given: bool) -> dict[str, Any]:
+def _run_id(
+    config: TrainConfig, name: StageName, eraser: KVEraser, model: nn.Module, text: Filler, *, given: bool, reads: bool
+) -> dict[str, Any]:
+    """What a stage depends on, as a checkpoint keeps it.
+
+    Args:
+        given: the eraser has the weights of another one.
+        reads: readers are recomputed, so that it depends on how they are chosen, too.
+    """
     plain = config.as_dict()
     return {
         "stage": name, name: plain[name], "eraser": plain["eraser"], "text": plain["text"], "seed": plain["seed"],
         "backbone": eraser.config.fingerprint.in_short, "dtype": str(model_dtype(model)),
+        "text_sha256": text.sha256[:12],
+        **({"readers": RULE, "seen": SIGHT} if reads else {}),
         **({"start": _digest(eraser)} if given else {}),
     }  # fmt: skip
 

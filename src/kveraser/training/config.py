@@ -5,6 +5,7 @@ Knows: names, types and bounds of the options. Does not know about models or loo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class EraserOptions:
     def __post_init__(self) -> None:
         _require(self.rank >= 1 and self.alpha >= 1, f"rank={self.rank} and alpha={self.alpha} must be at least 1")
         _require(self.repair >= 0, f"repair={self.repair} must not be negative")
-        _require(self.hidden >= 0, f"hidden={self.hidden} must not be negative")
+        _require(0 <= self.hidden < math.inf, f"hidden={self.hidden} must not be negative, and finite")
         _require(self.acts_on == "spans" or self.repair > 0, "acts_on=readers needs readers: repair=0 recomputes none")
         _require(
             self.acts_on == "spans" or self.values == "own",
@@ -135,12 +136,10 @@ class Stage:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("cross_entropy", "weight_decay", "warmup", "patience", "repair", "weights"):
             value: Any = getattr(self, name)
-            least = (
-                min(value.values() if isinstance(value, Mapping) else value, default=0)
-                if name in ("repair", "weights")
-                else value
-            )
-            _require(least >= 0, f"{name}={value} must not be negative")
+            several = name in ("repair", "weights")
+            values = value.values() if isinstance(value, Mapping) else value if several else (value,)
+            fine = all(0 <= each < math.inf for each in values)
+            _require(fine, f"{name}={value} must not be negative, and finite")
         least, most = self.tokens
         _require(16 <= least <= most, f"tokens={self.tokens} must be two lengths, 16 <= least <= most")
         _require(0 <= self.together <= 1, f"together={self.together} must be a share from 0 to 1")
@@ -150,7 +149,7 @@ class Stage:
             any(asked),
             f"weights={dict(self.weights)}: query_after or query_cached must be above 0, by which the best eraser is chosen",
         )
-        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be above 0")
+        _require(0 < self.learning_rate < math.inf, f"learning_rate={self.learning_rate} must be above 0, and finite")
         _require(self.clip > 0, f"clip={self.clip} must be above 0")
         for name in self.tasks:
             _require(

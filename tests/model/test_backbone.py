@@ -86,6 +86,9 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(tmp_path, monkeypatch)
     for name, words in ((tmp_path / "no.gguf", "no GGUF file"), (tmp_path / "nothing", "hub id, a folder")):
         with pytest.raises(kv.BackboneError, match=words):
             kv.load_backbone(name)
+    for device in ("gpu", "cuda:99", "cuda:x"):
+        with pytest.raises(kv.BackboneError, match=f"there is no device '{device}'; there is: cpu"):
+            kv.load_backbone(tmp_path, device=device)
     with pytest.raises(kv.BackboneError, match="unknown dtype 'int3'"):
         kv.load_backbone(tmp_path, dtype="int3")
     monkeypatch.setattr("kveraser.model.backbone_files.importlib.util.find_spec", lambda name: None)

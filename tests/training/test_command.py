@@ -74,6 +74,7 @@ def test_lessons_of_several_epochs_are_kept_where_it_is_said_and_what_has_no_roo
 
 
 def test_the_result_is_pushed_to_the_hub_when_asked(tmp_path, small, corpus, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
     monkeypatch.setattr(kv.KVEraser, "push_to_hub", lambda self, repo, folder=None: f"https://hub/{repo}")
     result = run("pretrain", "-o", tmp_path / "out", "--config", small, "--text", corpus, "--push-to-hub", "me/mine")
     assert "https://hub/me/mine" in result.output

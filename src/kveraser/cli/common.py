@@ -2,7 +2,7 @@
 
 Knows: Rich, typer, our errors. Does not know any command.
 
-Exit codes: 0 done, 1 the answer is no (a model that is not supported, say), 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 the answer is no (a model that is not supported, say), 2 bad input or what the disk refuses, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ stderr = Console(stderr=True)
 
 @contextmanager
 def reported(as_json: bool = False) -> Iterator[None]:
-    """Turn our errors into a message and exit code 2, and Ctrl-C into exit code 130."""
+    """Turn our errors, and what the operating system refuses, into a message and exit code 2, and Ctrl-C into exit code 130."""
     try:
         yield
-    except KVEraserError as error:
+    except BrokenPipeError:  # whoever read the output has seen enough
+        raise
+    except (KVEraserError, OSError) as error:
         if as_json:
             print_json({"error": {"type": type(error).__name__, "message": str(error)}})
         else:

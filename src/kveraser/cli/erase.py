@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -28,12 +29,15 @@ _RANGE = re.compile(r"(\d+):(\d+)")
 
 def read_context(file: str) -> str:
     """The text of a file, or of standard input for `-`."""
-    if file == "-":
-        return sys.stdin.read()
     try:
-        return Path(file).read_text(encoding="utf-8")
+        if file != "-":
+            return Path(file).read_text(encoding="utf-8")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale
+        return sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the context from {file}: {error}") from error
+        named = "standard input" if file == "-" else file
+        raise OptionError(f"cannot read the context from {named}: {error}") from error
 
 
 def parse_span(text: str) -> Span | str:

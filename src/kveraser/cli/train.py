@@ -10,6 +10,7 @@ import typer
 
 from kveraser.cli import options as opt
 from kveraser.cli.common import load, print_json, progress_bar, reported, stderr, stdout
+from kveraser.errors import OptionError
 from kveraser.training import LIMIT, PRESETS, STAGES, StageName, read_config, train_eraser
 from kveraser.training import Progress as Step
 
@@ -56,8 +57,12 @@ def _train(
     with reported(as_json):
         given = [*(changes or []), *([f"seed={seed}"] if seed is not None else [])]
         settings = read_config(config, preset, given, text=text)
+        if not 0 < store_limit < math.inf:
+            raise OptionError(f"--store-limit {store_limit} must be above 0 gigabytes, and a number")
         accelerator = Accelerator(cpu=cpu)
         main = accelerator.is_main_process
+        if main and push_to_hub:
+            _check_token(push_to_hub)
         backbone, tokenizer = load(model, str(accelerator.device), dtype, quiet=as_json or not main)
         history: dict[str, Step] = {}
         with progress_bar() as bar:
@@ -89,6 +94,16 @@ def _train(
             stdout.print(f"{name}: best validation KL {step.best:.4f} nats per answer token")
         stdout.print(f"the eraser is in {folder}" + (f" and at {url}" if url else ""))
         stderr.print(f"[dim]judge it: kveraser eval --eraser {folder}[/]")
+
+
+def _check_token(repo: str) -> None:
+    """Raise `OptionError` where nobody is logged in, before hours of training rather than after them."""
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise OptionError(
+            f"--push-to-hub {repo} needs a token of the Hugging Face hub: run `hf auth login`, or set HF_TOKEN"
+        )
 
 
 _COMMANDS: dict[str, tuple[tuple[StageName, ...], str]] = {

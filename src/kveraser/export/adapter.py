@@ -26,7 +26,7 @@ from kveraser.eraser.config import FILE_NAME
 from kveraser.errors import EraserMismatchError
 from kveraser.export.names import Naming
 from kveraser.export.source import EraserFiles
-from kveraser.export.writing import write_out
+from kveraser.export.writing import check_file, write_out
 from kveraser.files import appearing_whole, cache_folder
 from kveraser.model.fingerprint import Fingerprint
 
@@ -68,8 +68,10 @@ def write_gguf_eraser(
 
     Raises:
         EraserMismatchError: no eraser, or one of an architecture that has no known GGUF form.
+        OptionError: `file` is a folder.
     """
     files, target = EraserFiles.read(source), Path(file)
+    check_file(target)
     with appearing_whole(target) as partial:
         _write(files, partial, _NUMPY[dtype])
         _compare(files, partial, dtype)

@@ -17,7 +17,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantiz
 
 from kveraser.errors import BackboneError
 from kveraser.export.adapter import FloatType
-from kveraser.export.writing import write_out
+from kveraser.export.writing import check_file, write_out
 from kveraser.files import appearing_whole
 
 _FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16}
@@ -39,8 +39,10 @@ def write_gguf_backbone(
 
     Raises:
         BackboneError: the source cannot be read or de-quantised.
+        OptionError: `file` is a folder.
     """
     target = Path(file)
+    check_file(target)
     try:
         with appearing_whole(target) as partial:
             count = _write(GGUFReader(str(source)), partial, dtype)

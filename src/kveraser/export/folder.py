@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file
 
 from kveraser.eraser.adapter_files import CONFIG, WEIGHTS
-from kveraser.errors import EraserMismatchError
+from kveraser.errors import EraserMismatchError, OptionError
 from kveraser.export.source import EraserFiles
 from kveraser.files import digest, write_atomically
 
@@ -33,8 +33,11 @@ def write_peft_folder(source: str | PathLike[str], folder: str | PathLike[str]) 
 
     Raises:
         EraserMismatchError: no eraser, or what was written does not read back.
+        OptionError: `folder` is a file.
     """
     files, target = EraserFiles.read(source), Path(folder)
+    if target.exists() and not target.is_dir():
+        raise OptionError(f"{target} is a file; give the name of a folder")
     target.mkdir(parents=True, exist_ok=True)
     said = {key: value for key, value in files.lora_config.items() if key in _PLAIN or value not in (None, False, {})}
     said["inference_mode"] = True

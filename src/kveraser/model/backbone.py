@@ -48,14 +48,14 @@ def load_backbone(
     Args:
         name: "smollm2-135m-instruct" (the embedded default) or another name in `kveraser.model.names`, a hub id, a
             folder, or a `.gguf` file.
-        device: default CUDA where there is one, else the CPU.
+        device: such as "cpu" or "cuda:1"; default CUDA where there is one, else the CPU.
         dtype: default bfloat16 where the device computes in it, else float32.
         options: passed on to transformers' `from_pretrained`.
 
     Raises:
-        BackboneError: not found, not convertible, not loadable; says what to do.
+        BackboneError: no such device; not found, not convertible, not loadable; says what to do.
     """
-    where = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = _as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = _as_dtype(dtype) if dtype is not None else default_dtype(where)
     label = str(name)
     source = label
@@ -197,6 +197,18 @@ def _convert(gguf: Path, folder: Path) -> None:
         fresh.generation_config = model.generation_config
         fresh.save_pretrained(folder)
         AutoTokenizer.from_pretrained(place, gguf_file=file).save_pretrained(folder)
+
+
+def _as_device(device: str | torch.device) -> torch.device:
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has one for each thing that it lacks
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        raise BackboneError(f"there is no device {str(device)!r}; there is: {', '.join(there)}") from error
+    return where
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -34,14 +34,26 @@ def read_passages(source: str | Path | None = None) -> list[str]:
         passages = _data_set(str(source))
     else:
         path = Path(source)
-        if not path.exists():
-            raise OptionError(f"there is no text source {path}")
+        if not str(source) or not _exists(path):  # of no name is not here
+            raise OptionError(f"there is no text source {_in_short(source)}; give a file, a folder or hf:DATASET")
         files = sorted(f for f in path.rglob("*") if f.suffix in _SUFFIXES) if path.is_dir() else [path]
         passages = [passage for file in files for passage in _file(file)]
     passages = [passage for passage in passages if passage.strip()]
     if not passages:
         raise OptionError(f"{source} holds no text; give a .txt, .md, .json or .jsonl file, or a folder of them")
     return passages
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text where its source belongs is no name at all
+        return False
+
+
+def _in_short(source: str | Path) -> str:
+    text = str(source)
+    return repr(text if len(text) <= 100 else f"{text[:97]}...")
 
 
 def _file(file: Path) -> list[str]:

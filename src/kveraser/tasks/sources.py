@@ -62,7 +62,7 @@ def _file(file: Path) -> list[str]:
         if file.suffix == ".json":
             return [_text(entry) for entry in json.loads(text)]
         if file.suffix == ".jsonl":
-            return [_text(json.loads(line)) for line in text.splitlines() if line.strip()]
+            return [_text(json.loads(line)) for line in text.split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"cannot read {file}: {type(error).__name__}: {error}") from error
     return _BLANK_LINE.split(text)

@@ -8,7 +8,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import kveraser as kv
 from kveraser.cli import app
+from kveraser.cli.erase import parse_span
 
 runner = CliRunner()
 ERASE = ["erase", "-s", "x", "-a", "y", "-c"]
@@ -56,6 +58,27 @@ def test_a_text_that_is_given_in_place_of_its_source_is_refused(tmp_path):
 
 def test_standard_input_that_is_not_utf_8_is_refused():
     assert "cannot read the context from standard input" in said(run(*ERASE, "-", input=b"caf\xe9 is closed"))
+
+
+def test_a_span_that_is_a_range_of_tokens_and_also_stands_in_the_context_is_refused_with_how_to_say_which(folder):
+    """A time of day was taken for tokens: others than what it says were erased."""
+    (folder / "context.txt").write_text("The bus leaves at 1:4 and the next at 12:55.")
+    refused = said(run("erase", "-a", "y", "-c", folder / "context.txt", "-s", "1:4"))
+    assert "For the text, give some of what is around it, too; for the tokens, write 01:4" in refused
+
+
+@pytest.mark.parametrize(
+    ("given", "context", "meant"),
+    [
+        ("1:4", "The bus leaves at 8:30.", kv.Span(1, 4)),
+        ("2:5", "The bus leaves at 12:55.", kv.Span(2, 5)),
+        ("01:4", "The bus leaves at 1:4.", kv.Span(1, 4)),
+        ("at 1:4", "The bus leaves at 1:4.", "at 1:4"),
+        ("1:4 ", "The bus leaves at 1:4 sharp.", "1:4 "),
+    ],
+)
+def test_a_span_is_a_range_of_tokens_unless_it_is_a_text_of_the_context(given, context, meant):
+    assert parse_span(given, context) == meant
 
 
 @pytest.mark.parametrize("limit", ["nan", "inf", "-1", "0"])

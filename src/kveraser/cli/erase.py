@@ -40,10 +40,21 @@ def read_context(file: str) -> str:
         raise OptionError(f"cannot read the context from {named}: {error}") from error
 
 
-def parse_span(text: str) -> Span | str:
-    """`START:END` in tokens, or a text that occurs in the context."""
+def parse_span(text: str, context: str) -> Span | str:
+    """`START:END` in tokens, or a text that occurs in the context.
+
+    Raises:
+        OptionError: it is both, as a time of day may be.
+    """
     match = _RANGE.fullmatch(text)
-    return Span(int(match[1]), int(match[2])) if match else text
+    if match is None:
+        return text
+    if re.search(rf"(?<!\d){text}(?!\d)", context):
+        raise OptionError(
+            f"--span {text} is a range of tokens, and also stands in the context. For the text, give some of what is around "
+            f"it, too; for the tokens, write 0{text}"
+        )
+    return Span(int(match[1]), int(match[2]))
 
 
 def named_methods(names: list[str] | None) -> list[EraseMethod]:
@@ -58,7 +69,14 @@ def all_at(tokens: int) -> list[EraseMethod]:
 
 def erase_command(
     context: Annotated[str, typer.Option("--context", "-c", help="Text file with the context; - for standard input.")],
-    span: Annotated[str, typer.Option("--span", "-s", help="Text that occurs once in it, or START:END in tokens.")],
+    span: Annotated[
+        str,
+        typer.Option(
+            "--span",
+            "-s",
+            help="Text that occurs once in it, or START:END in tokens; what is both, such as a time of day, is refused.",
+        ),
+    ],
     ask: Annotated[str, typer.Option("--ask", "-a", help="Question to ask behind the context.")],
     replace: Annotated[
         str | None,
@@ -94,7 +112,7 @@ def erase_command(
             raise OptionError("--replace has no text; leave it away to erase the span")
         text = read_context(context)
         chosen = named_methods(methods)  # an unknown name is an error before anything is loaded
-        where = parse_span(span)
+        where = parse_span(span, text)
         backbone, tokenizer = load(model, device, dtype, quiet=as_json)
         tool = find_eraser(eraser, backbone)
         live = ErasableContext(backbone, tokenizer, tool)

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from worker import learn
 
 import kveraser as kv
@@ -363,13 +362,10 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tmp_path, short, mon
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    def full_for_safetensors(*args, **kwargs):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
     if where == "checkpoint":
         monkeypatch.setattr(checkpoint, "write_atomically", full)
     elif where == "best":
-        monkeypatch.setattr("kveraser.eraser.eraser.save_file", full_for_safetensors)
+        monkeypatch.setattr("kveraser.eraser.eraser.write_atomically", full)
     elif where == "log":
         monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     else:

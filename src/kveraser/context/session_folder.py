@@ -148,7 +148,9 @@ def _write(folder: Path, keys: KeyFile, session: Session, known: Version | None,
         now, renew = None, True
     old = keys.find(now.key) if now is not None else None
     key = keys.add(old, 0 if now is None else turn_of(now.key)) if renew or old is None or now != known else old
-    write_atomically(folder / FILE, sealed({"kveraser": "session", "format": FORMAT}, session.to_bytes(), key))
+    write_atomically(
+        folder / FILE, sealed({"kveraser": "session", "format": FORMAT}, session.to_bytes(), key), private=True
+    )
     _finish(folder, keys, key, session.stored_as)
     version = _current(folder)
     assert version is not None

@@ -18,7 +18,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kveraser.cache import Tokens, Window, check_model
@@ -28,6 +28,7 @@ from kveraser.eraser.injection import lora_layers, target_linears
 from kveraser.eraser.lora import LoraLinear
 from kveraser.eraser.neutral import write_neutral
 from kveraser.errors import CalibrationError, EraserMismatchError, OptionError
+from kveraser.files import write_atomically
 from kveraser.model.fingerprint import Fingerprint
 from kveraser.model.view import causal_lm, model_device, model_dtype, view
 from kveraser.readers import FILE_NAME as READERS
@@ -314,7 +315,8 @@ class KVEraser:
         target.mkdir(parents=True, exist_ok=True)
         self.lora_config.save_pretrained(str(target))
         tidy(target / CONFIG)
-        save_file({name: tensor.to(dtype) for name, tensor in self.state_dict().items()}, str(target / WEIGHTS))
+        weights = {name: tensor.to(dtype) for name, tensor in self.state_dict().items()}
+        write_atomically(target / WEIGHTS, save(weights))
         replace(self.config, notes={**self.config.notes, **(notes or {})}).write(target)
         if self.calibration is not None:
             write_calibration(target / READERS, self.calibration)

@@ -22,13 +22,16 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     folder.mkdir(mode, parents=True, exist_ok=True)
 
 
-def create(file: Path) -> int:
-    """Make a new, empty file that its user alone can read; its handle.
+def create(file: Path, mode: int = 0o600) -> int:
+    """Make a new, empty file; its handle.
+
+    Args:
+        mode: who may use it, of those whom the umask lets; by default its user alone.
 
     Raises:
         FileExistsError: it is there.
     """
-    return os.open(file, _FLAGS | os.O_CREAT | os.O_EXCL, 0o600)
+    return os.open(file, _FLAGS | os.O_CREAT | os.O_EXCL, mode)
 
 
 def open_to_change(file: Path) -> int:

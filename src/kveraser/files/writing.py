@@ -18,15 +18,16 @@ _PIECE = 1 << 20
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 
 
-def write_atomically(file: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(file: Path, data: bytes | Iterable[bytes], *, private: bool = False) -> None:
     """Write a file so that it is there whole or not at all, also when the machine stops in between.
 
     Args:
         data: in one piece or several.
+        private: its user alone can read it, whatever the umask: what was said to a model, and what can be told of that.
     """
     disk.make_folder(file.parent)
     partial = partial_name(file)
-    handle = disk.create(partial)
+    handle = disk.create(partial, 0o600 if private else 0o666)
     try:
         try:
             for piece in [data] if isinstance(data, bytes) else data:

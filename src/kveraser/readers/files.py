@@ -30,8 +30,12 @@ _VECTORS = ("mean", "scale", "bias")
 _FACTS = ("layer", "sources", "heads", "scaling", "explained", "key_heads")
 
 
-def write_calibration(file: Path, calibration: Calibration) -> None:
-    """Write a calibration; maps in float16, which costs them nothing that can be measured."""
+def write_calibration(file: Path, calibration: Calibration, *, private: bool = False) -> None:
+    """Write a calibration; maps in float16, which costs them nothing that can be measured.
+
+    Args:
+        private: its user alone can read it, as where it was made of what a model happened to read.
+    """
     if calibration.scan is None:
         raise CalibrationError("a calibration without probes is made anew each time; it is not worth keeping")
     tensors = {"neutral": calibration.neutral.float()}
@@ -48,7 +52,7 @@ def write_calibration(file: Path, calibration: Calibration) -> None:
     about_all = {"fingerprint": asdict(calibration.fingerprint), "probes": probes}
     body = json.dumps(about_all, sort_keys=True)
     metadata = {"format": str(FORMAT), "calibration": body, "sha256": _checksum(body, tensors)}
-    write_atomically(file, save(tensors, metadata))
+    write_atomically(file, save(tensors, metadata), private=private)
 
 
 def read_calibration(file: Path) -> Calibration:

@@ -65,5 +65,5 @@ def calibration_for(model: nn.Module | Source, text: Text) -> Calibration:
     made = calibrate(source, ids) if count >= LEAST_TOKENS else calibrate_hiding(source, ids)
     if count >= KEPT_FROM:
         _known[source.owner] = made
-        write_calibration(cached_file(source), made)
+        write_calibration(cached_file(source), made, private=True)
     return made

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from kveraser.errors import TrainingError
 from kveraser.files.locks import try_lock
 
@@ -39,7 +37,7 @@ def saving(what: str, consolation: str = "Make room, and the same command goes o
     """Raise `TrainingError` for what the disk refuses: no room, no permission, a file where a folder belongs."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors has its own kind, also for a full disk
+    except OSError as error:
         raise TrainingError(f"cannot {what}: {error}. {consolation}") from error
 
 

@@ -105,7 +105,7 @@ class StateDir:
         try:
             if is_new:
                 make_private(folder)
-                write_atomically(folder / CARD, card_of(row))
+                write_atomically(folder / CARD, card_of(row), private=True)
             write(folder)
         except BaseException:
             if is_new and folder.is_dir():
@@ -170,7 +170,7 @@ class StateDir:
                 if NAME.fullmatch(row.id) and saved_file(folder) is not None:
                     ids = np.frombuffer(row.ids, dtype=np.int64)
                     card = StoredContext(row.id, row.owner, row.is_session, ids, row.prompt_end)
-                    write_atomically(folder / CARD, card_of(card))
+                    write_atomically(folder / CARD, card_of(card), private=True)
             if legacy:
                 remove_index(self.folder)
         except BaseException:

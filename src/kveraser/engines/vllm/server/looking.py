@@ -85,7 +85,7 @@ class Looking:
         source = HeardSource(self, self.store, self.fingerprint, learn, self.heads)
         made = calibrate(source, [0] * learn.tokens)  # which ones they were does not matter to whoever has their states
         if learn.tokens >= KEPT_FROM:
-            write_calibration(cached_file(source), made)
+            write_calibration(cached_file(source), made, private=True)
         remember(source, made)
         self.calibration = made
         return about_readers(self)

@@ -27,7 +27,7 @@ def write_states(folder: Path, first_layer: int, first_head: int, keys: Tensor, 
         stop = min(start + CHUNK, tokens)
         data = save({"keys": keys[:, start:stop].contiguous(), "values": values[:, start:stop].contiguous()})
         place = f"{chunk}.{first_layer}-{first_layer + layers}.{first_head}-{first_head + heads}"
-        write_atomically(folder / f"{place}.{hashlib.sha256(data).hexdigest()}.safetensors", data)
+        write_atomically(folder / f"{place}.{hashlib.sha256(data).hexdigest()}.safetensors", data, private=True)
 
 
 def read_states(

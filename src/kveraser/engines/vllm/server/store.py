@@ -255,7 +255,7 @@ class EditStore:
             return 0.0
 
     def _finish(self, folder: Path, entry: Entry) -> Entry:
-        write_atomically(folder / _MANIFEST, to_manifest(entry))
+        write_atomically(folder / _MANIFEST, to_manifest(entry), private=True)
         os.replace(folder, self.folder / entry.id)
         return entry
 

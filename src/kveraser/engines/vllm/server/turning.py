@@ -20,7 +20,7 @@ from kveraser.readers import Turning
 def write_turning(store: EditStore, turning: Turning) -> None:
     """Note how the model of this engine rotates keys, for whoever looks at its states."""
     about = {"rotary": turning.rotary, "pairing": turning.pairing, "inv_freq": turning.inv_freq.tolist()}
-    write_atomically(_turning_file(store), json.dumps(about).encode())
+    write_atomically(_turning_file(store), json.dumps(about).encode(), private=True)
 
 
 def read_turning(store: EditStore) -> Turning:

@@ -68,6 +68,6 @@ class Fingerprint:
             if other.shape.get(key) != value:
                 return f"{key} is {other.shape.get(key)}, it was made for {value}"
         mine, theirs = torch.tensor(self.weights), torch.tensor(other.weights)
-        if (mine - theirs).norm() > 2e-2 * mine.norm():
+        if mine.shape != theirs.shape or (mine - theirs).norm() > 2e-2 * mine.norm():
             return "the shapes agree but the weights are other ones"
         return None

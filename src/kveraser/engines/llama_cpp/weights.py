@@ -127,7 +127,8 @@ class GgufWeights:
 
 
 def gguf_fingerprint(file: Path, model_type: str) -> Fingerprint:
-    """The fingerprint of the model in a GGUF file, taken for a transformers `model_type`.
+    """The fingerprint of the model in a GGUF file, taken for a transformers `model_type`. One that has no norm where that has
+    one (OLMo 2, say) has fewer weights in it, and so differs.
 
     Raises:
         BackboneError: not readable.
@@ -149,7 +150,7 @@ def gguf_fingerprint(file: Path, model_type: str) -> Fingerprint:
         "vocab_size": weights.shape("token_embd.weight")[0],
     }
     samples: list[float] = []
-    for tensor in ("token_embd.weight", family.norm):
+    for tensor in ("token_embd.weight", *([family.norm] if weights.has(family.norm) else [])):
         count = math.prod(weights.shape(tensor))
         samples += [round(value, 8) for value in weights.values(tensor, sampled_places(count).tolist())]
     return Fingerprint(shape, samples)

@@ -19,6 +19,7 @@
     +-- SessionNotFoundError
     +-- QueueFullError
     +-- NotYetError
+    |   +-- OwnerBusyError
     +-- JobTimeoutError
     +-- JobCancelledError
     +-- ApiError
@@ -114,8 +115,12 @@ class QueueFullError(KVEraserError):
 
 
 class NotYetError(KVEraserError):
-    """What a request needs, memory or a conversation, is taken by replies that are being made; nothing was changed, and it waits until one of
-    them is done."""
+    """The memory that a request needs is taken by replies that are being made; nothing was changed, and it waits until one of them is done."""
+
+
+class OwnerBusyError(NotYetError):
+    """A request must change conversations in which replies are being made; nothing was changed. It waits until these are done, and what comes
+    later from the same owner waits behind it."""
 
 
 class JobTimeoutError(KVEraserError):

@@ -13,7 +13,7 @@ from serving_helpers import TALK, ask, chat_ids, services, settle, with_placehol
 import kveraser as kv
 from conftest import relative, states
 from kveraser.errors import JobCancelledError, UnsupportedCacheError
-from kveraser.serving import together
+from kveraser.serving import decoding, together
 from kveraser.serving.completion import Prompt
 from kveraser.serving.decoding import Sampling
 from kveraser.serving.sessions.sessions import Sessions
@@ -256,6 +256,28 @@ def test_a_text_that_must_be_forgotten_is_so_once_no_reply_is_made_that_may_say_
     assert first.future.done()
     said = [held.context.text for held in service.submit(lambda job: service.store.conversations("")).future.result(5)]
     assert not any("1234" in text for text in said)
+
+
+def test_while_a_text_is_still_to_be_forgotten_the_replies_of_others_are_made(make_service, monkeypatch):
+    service, begun, done, real = make_service(), threading.Event(), threading.Event(), decoding.Decoder.__init__
+    monkeypatch.setattr(decoding.Decoder, "__init__", lambda self, ends, *rest: real(self, lambda token: False, *rest))
+
+    def start(said, owner, watch=None, **options):
+        prompt = Prompt(
+            owner, chat_ids([("user", said)]), "exact", Sampling(max_tokens=options.pop("tokens", 2)), **options
+        )
+        return service.submit(lambda job: service.complete(prompt, job, watch), owner)
+
+    long = start("the code is 1234", "a", lambda delta, reply: begun.set() or done.is_set(), tokens=2000)
+    assert begun.wait(20)
+    forgets, later = start("hello", "a", must_forget=("1234",)), start("the code is 1234", "a")
+    for other in [start(said, owner) for said in SAID for owner in ("b", "c")]:
+        other.future.result(20)
+    assert not any(job.future.done() for job in (long, forgets, later))
+    done.set()
+    assert forgets.future.result(20).reuse.forgotten == 1
+    assert later.future.result(20).reuse.tokens_recomputed > 1  # it was not there any more
+    assert long.future.done()
 
 
 def test_what_waits_for_memory_is_made_exact_in_idle_time_only(make_service):

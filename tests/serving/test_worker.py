@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from itertools import count
 
 import pytest
 
-from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, QueueFullError
+from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, OwnerBusyError, QueueFullError
 from kveraser.serving.worker import Worker
 
 
@@ -126,6 +127,42 @@ def test_work_that_takes_turns_has_its_wishes_granted_together_while_other_work_
     worker.stop(1)
 
 
+def noted(order, name, gate=None):
+    """Work that takes turns, and notes its name when it is begun; it ends soon after, or once the gate is open."""
+
+    def work(job):
+        order.append(name)
+        for step in count():
+            job.check()
+            if step > 3 and (gate is None or gate.is_set()):
+                return name
+            yield "step"
+
+    return work
+
+
+def wait_for(what):
+    deadline = time.monotonic() + 5
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_what_waits_for_a_place_is_begun_first_come_first_served_whoever_comes_meanwhile():
+    worker = Worker(9, lambda: False, most=2)
+    order, gate = [], threading.Event()
+    jobs = [worker.submit(noted(order, name, gate), 5) for name in ("first", "second")]
+    wait_for(lambda: len(order) == 2)
+    for name in "ABCDE":
+        jobs.append(worker.submit(noted(order, name), 5))
+        assert worker.submit(lambda job: "whole", 5).future.result(5) == "whole"  # the worker has seen what came before
+    gate.set()
+    for job in jobs:
+        job.future.result(5)
+    assert order == ["first", "second", *"ABCDE"]
+    worker.stop(1)
+
+
 def test_what_takes_turns_hears_of_its_own_error_alone_and_can_be_cancelled_between_turns():
     def together(wishes):
         return [ZeroDivisionError() if wish == "bad" else wish for wish in wishes]
@@ -187,4 +224,65 @@ def test_what_has_no_room_yet_waits_until_another_one_has_ended_and_is_told_so_o
     held.append(1)
     with pytest.raises(NotYetError):
         worker.submit(wanting, 5).future.result(5)
+    worker.stop(1)
+
+
+def test_what_has_no_room_yet_keeps_its_place_before_what_came_later():
+    worker = Worker(9, lambda: False, most=2)
+    order, gate, held = [], threading.Event(), [1]
+
+    def wanting(job):
+        if held:
+            raise NotYetError("later")
+        order.append("wanting")
+        yield "step"
+
+    def holder(job):
+        yield from noted(order, "holder", gate)(job)
+        held.clear()
+
+    jobs = [worker.submit(holder, 5)]
+    wait_for(lambda: order == ["holder"])
+    jobs += [worker.submit(wanting, 5), *(worker.submit(noted(order, name), 5) for name in "AB")]
+    wait_for(lambda: worker.waiting == 3)
+    gate.set()
+    for job in jobs:
+        job.future.result(5)
+    assert order == ["holder", "wanting", *"AB"]
+    worker.stop(1)
+
+
+def test_what_waits_for_its_own_group_holds_back_what_comes_later_of_that_group_and_nobody_else():
+    worker = Worker(9, lambda: False, most=3)
+    order, gate, busy = [], threading.Event(), set()
+
+    def making(name, gate=None):
+        def work(job):
+            busy.add(name)
+            yield from noted(order, name, gate)(job)
+            busy.remove(name)
+
+        return work
+
+    def alone(job):
+        if any(name.startswith("a") for name in busy):
+            raise OwnerBusyError("later")
+        order.append("alone")
+        return "alone"
+        yield
+
+    jobs = [worker.submit(making("a1", gate), 5, "a")]
+    wait_for(lambda: order == ["a1"])
+    jobs += [worker.submit(alone, 5, "a"), worker.submit(making("a2"), 5, "a")]
+    for name in ("b1", "b2"):
+        worker.submit(making(name), 5, "b").future.result(5)
+    worker.submit(making("c1"), 5).future.result(5)
+    assert not jobs[0].future.done()
+    gate.set()
+    for job in jobs:
+        job.future.result(5)
+    assert order == ["a1", "b1", "b2", "c1", "alone", "a2"]
+    busy.add("a of nobody")
+    with pytest.raises(OwnerBusyError):
+        worker.submit(alone, 5, "a").future.result(5)
     worker.stop(1)

@@ -101,13 +101,16 @@ class Service:
             self.options.queue_size, IdleRepair(self.store).step, self._publish, Together().run, self.options.batch
         )
 
-    def submit(self, work: Work[Any]) -> Job:
+    def submit(self, work: Work[Any], owner: str | None = None) -> Job:
         """Queue work on the contexts.
+
+        Args:
+            owner: whose conversations it is about; None for other work.
 
         Raises:
             QueueFullError, JobCancelledError: too much is waiting; the server is stopping.
         """
-        return self.worker.submit(work, self.options.timeout)
+        return self.worker.submit(work, self.options.timeout, owner)
 
     def check(self, prompt: Prompt) -> None:
         """Refuse what can never be answered, before it is queued.

@@ -20,16 +20,20 @@ _LOOK_EVERY = 0.2  # seconds between looks whether the client is still there
 _SOON = 0.01  # seconds behind a deadline, when it is certainly over
 
 
-def _submit(service: Service, work: Work[Any]) -> Job:
+def _submit(service: Service, work: Work[Any], owner: str | None) -> Job:
     """Queue work; if its time is over before its turn comes, it fails then and not when its turn comes."""
-    job = service.submit(work)
+    job = service.submit(work, owner)
     asyncio.get_running_loop().call_later(job.timeout + _SOON, job.give_up)
     return job
 
 
-async def run(service: Service, request: Request, work: Work[T]) -> T:
-    """The result of work in the worker's thread; the work is cancelled when the client goes away."""
-    job = _submit(service, work)
+async def run(service: Service, request: Request, work: Work[T], owner: str | None = None) -> T:
+    """The result of work in the worker's thread; the work is cancelled when the client goes away.
+
+    Args:
+        owner: whose conversations it is about; None for other work.
+    """
+    job = _submit(service, work, owner)
     future = asyncio.wrap_future(job.future)
     future.add_done_callback(lambda done: done.cancelled() or done.exception())  # else asyncio logs it, text and all
     try:
@@ -66,8 +70,13 @@ async def with_first(first: T, events: AsyncGenerator[T]) -> AsyncGenerator[T]:
         yield event
 
 
-async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], Any]) -> AsyncGenerator[T]:
+async def stream(
+    service: Service, work: Callable[[Job, Callable[[T], None]], Any], owner: str | None = None
+) -> AsyncGenerator[T]:
     """What work in the worker's thread emits; closing the iterator cancels the work.
+
+    Args:
+        owner: whose conversations it is about; None for other work.
 
     Raises:
         whatever the work raises.
@@ -78,7 +87,7 @@ async def stream(service: Service, work: Callable[[Job, Callable[[T], None]], An
     def emit(event: T | None) -> None:
         loop.call_soon_threadsafe(events.put_nowait, event)
 
-    job = _submit(service, lambda job: work(job, emit))
+    job = _submit(service, lambda job: work(job, emit), owner)
     job.future.add_done_callback(lambda _: None if loop.is_closed() else emit(None))
     try:
         while (event := await events.get()) is not None:

@@ -8,6 +8,9 @@ granted together, and each generator is sent what became of its own (an exceptio
 
     a round:   a piece of work from the queue, whole, and a turn of the oldest that has no wish, | all wishes
                and more of both for as long as the last wishes took
+
+What cannot go on before other work has ended says so with an error, and is begun anew then. Where it is memory that is missing, all waits
+behind it, that there will be some; where it is work of its own group that is in its way, only later work of that group does.
 """
 
 from __future__ import annotations
@@ -16,12 +19,12 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from bisect import insort
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, QueueFullError
+from kveraser.errors import JobCancelledError, JobTimeoutError, NotYetError, OwnerBusyError, QueueFullError
 
 log = logging.getLogger("kveraser.serving")
 
@@ -38,14 +41,18 @@ class Job:
     Args:
         work: called in the worker's thread with this job; calls `check()` every now and then.
         timeout: seconds from now.
+        number: its place in the order in which work came.
+        group: of whom it is, as far as work waits for other work; anything that can be compared.
 
     Attributes:
+        alone: whether it waits until nothing else of its group is open.
         turns: the work as it goes on, where it takes turns.
         wish: what it waits for, or None.
     """
 
-    def __init__(self, work: Work[Any], timeout: float) -> None:
-        self.work, self.timeout = work, timeout
+    def __init__(self, work: Work[Any], timeout: float, number: int = 0, group: Hashable = None) -> None:
+        self.work, self.timeout, self.number, self.group = work, timeout, number, group
+        self.alone = False
         self.turns: Turns[Any] | None = None
         self.wish: Any = None
         self.started = 0.0
@@ -111,7 +118,8 @@ class Worker:
         together: Callable[[Sequence[Any]], Sequence[Any]] = list,
         most: int = 1,
     ) -> None:
-        self._queue: deque[Job] = deque()
+        self._queue: list[Job] = []  # in the order of their numbers
+        self._count = 0
         self._changed = threading.Condition()
         self._capacity, self._idle, self._after = capacity, idle, after
         self._together, self._most = together, most
@@ -135,8 +143,11 @@ class Worker:
         """Jobs that are open at the same time."""
         return len(self._open)
 
-    def submit(self, work: Work[Any], timeout: float) -> Job:
+    def submit(self, work: Work[Any], timeout: float, group: Hashable = None) -> Job:
         """Put work into the queue.
+
+        Args:
+            group: of whom it is: what has to wait for work of its own group holds back later work of that group, nobody else's.
 
         Raises:
             QueueFullError: it is full.
@@ -148,7 +159,8 @@ class Worker:
             waiting = self._clear()
             if waiting >= self._capacity:
                 raise QueueFullError(waiting, max(1, math.ceil(waiting * self._typical)))
-            job = Job(work, timeout)
+            self._count += 1
+            job = Job(work, timeout, self._count, group)
             self._queue.append(job)
             self._changed.notify()
             return job
@@ -180,20 +192,16 @@ class Worker:
         """Drop what was given up; how many wait. Called with the lock held."""
         for job in self._queue:
             job.give_up()
-        self._queue = deque(job for job in self._queue if job.waits)
+        self._queue = [job for job in self._queue if job.waits]
         return len(self._queue)
 
     def _next(self, wait: bool) -> Job | None:
-        """The next job, if there is one that can be taken up (or once there is one); None when there is none, or no more.
-
-        One that takes turns is not taken up while as many as there may be are open, but what is behind it is.
-        """
+        """The next job, if there is one that can be taken up (or once there is one); None when there is none, or no more."""
         with self._changed:
             while True:
                 self._clear()
-                full = len(self._open) >= self._most
-                for job in self._queue if not self._full else ():
-                    if not (full and job.turns is not None) and job.begin():
+                for job in list(self._ready()):
+                    if job.begin():
                         self._queue.remove(job)
                         self._running = job
                         return job
@@ -201,9 +209,25 @@ class Worker:
                     return None
                 self._changed.wait()
 
+    def _ready(self) -> Iterator[Job]:
+        """The jobs that can be taken up, in their order.
+
+        One that takes turns is not while as many as there may be are open, nor one that waits for others of its group, and what is of
+        this group behind it; all else is.
+        """
+        if self._full:
+            return
+        no_place = len(self._open) >= self._most
+        busy, held_back = {job.group for job in self._open}, set[Hashable]()
+        for job in self._queue:
+            if job.alone and job.group in busy:
+                held_back.add(job.group)
+            elif job.group not in held_back and not (no_place and job.turns is not None):
+                yield job
+
     def _put_back(self, job: Job) -> None:
         with self._changed:
-            self._queue.appendleft(job)
+            insort(self._queue, job, key=lambda other: other.number)
 
     def _run(self) -> None:
         more = True
@@ -279,11 +303,12 @@ class Worker:
         self._end(job, result, error)
 
     def _end(self, job: Job, result: Any, error: BaseException | None) -> None:
-        """What became of a job; one whose time has not come yet waits again, until another one has ended."""
+        """What became of a job; one whose time has not come yet waits again, until others have ended."""
         together = len(self._open)
         self._open = [other for other in self._open if other is not job]
-        if isinstance(error, NotYetError) and self._open:
-            self._full = True
+        alone = isinstance(error, OwnerBusyError)
+        if isinstance(error, NotYetError) and any(not alone or other.group == job.group for other in self._open):
+            job.alone, self._full = alone, not alone
             job.put_back()
             self._put_back(job)
         else:

@@ -56,8 +56,8 @@ def anthropic_router(service: Service, renderer: ChatRenderer, name: str, metric
         headers = {"request-id": request_id()}
         if not body.stream:
             response.headers.update(headers)
-            return shape.whole(await run(service, request, complete))
-        events = stream(service, complete)
+            return shape.whole(await run(service, request, complete, owner))
+        events = stream(service, complete, owner)
         first = await first_of(request, events)  # an error before the first token has a status of its own
         lines = event_lines(first, events, shape)
         return line_response(lines, events, request.url.path, error_name="error", last="", headers=headers)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from kveraser.context.text import TokenBorders, decode
-from kveraser.errors import NotYetError
+from kveraser.errors import OwnerBusyError
 from kveraser.serving.contexts.cards import StoredContext
 from kveraser.serving.contexts.held import HeldContext
 from kveraser.serving.contexts.store import ContextStore
@@ -31,11 +31,11 @@ def forget(store: ContextStore, tokenizer: PreTrainedTokenizerBase, owner: str, 
     """Purge texts from an owner's cached conversations; how many of these were cut or dropped.
 
     Raises:
-        NotYetError: a reply is being made in one of them; nothing was changed.
+        OwnerBusyError: a reply is being made in one of them; nothing was changed.
         OSError: a folder could not be destroyed; in memory nothing is left, and doing it again goes on with the folder.
     """
     if any(held.busy for held in store.conversations(owner)):
-        raise NotYetError(
+        raise OwnerBusyError(
             "replies are being made in conversations that may say the text; this waits until they are done"
         )
     cut = sum(_cut(store, tokenizer, held, texts) for held in store.conversations(owner))

@@ -72,8 +72,8 @@ def openai_router(service: Service, renderer: ChatRenderer, name: str, metrics: 
             return found
 
         if not body.stream:
-            return shape.whole(await run(service, request, complete), logprobs)
-        events = stream(service, complete)
+            return shape.whole(await run(service, request, complete, asked.prompt.owner), logprobs)
+        events = stream(service, complete, asked.prompt.owner)
         first = await first_of(request, events)  # an error before the first token has a status of its own
         return line_response(reply_lines(first, events, shape, logprobs, body.with_usage), events)
 

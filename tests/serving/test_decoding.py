@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer, text_model
 from kveraser import ErasableContext
@@ -29,6 +31,58 @@ def test_pieces_join_to_the_text_before_the_first_stop(text, stop):
     else:
         assert whole.startswith(out)
         assert any(whole.startswith(s, len(out)) for s in stop)
+
+
+def byte_tokenizer():
+    """One that writes what it has no token for in bytes, as Llama 2's and Mistral's; its tokens 0 to 255 are the bytes."""
+    words = ["▁", "▁the", "▁cat", "a"]
+    vocabulary = {token: n for n, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def told(tokenizer, ids):
+    """The pieces of a text, the last one what `finish` gives."""
+    state = GrowingText(tokenizer)
+    return [*(state.push(token) for token in ids), state.finish()]
+
+
+def test_a_character_that_was_told_stays_when_one_behind_it_is_never_completed():
+    face, begun, the, cat = list("😀".encode()), [0xF0, 0x9F], 257, 258
+    pieces = told(byte_tokenizer(), [cat, *face, *begun, the, cat, *face, *begun])
+    assert "".join(pieces) == "cat😀\ufffd\ufffd the cat😀\ufffd\ufffd"
+    assert pieces[:8] == ["cat", "", "", "", "😀", "", "", "\ufffd\ufffd the"]
+    assert "".join(told(byte_tokenizer(), [cat, *begun, the])) == "cat\ufffd\ufffd the"
+
+
+RUNS = [
+    [0x41],
+    [0x80],
+    [0xC3, 0x80],
+    [0xC3],
+    [0xE2, 0x82, 0xAC],
+    [0xE2, 0x82],
+    [0xF0, 0x9F, 0x98, 0x80],
+    [0xF0],
+    [256],
+    [257],
+    [259],
+]
+
+
+@given(st.lists(st.sampled_from(RUNS), max_size=10))
+def test_no_run_of_bytes_is_too_broken_to_be_told(runs):
+    ids = [token for run in runs for token in run]
+    tokenizer = byte_tokenizer()
+    text, whole = "".join(told(tokenizer, ids)), tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    assert text == whole or "\ufffd" in text
+    words = {256: " ", 257: " the", 258: " cat", 259: "a"}
+    said = iter(
+        b"".join(words[token].encode() if token in words else bytes([token]) for token in ids).decode(errors="ignore")
+    )
+    assert all(letter in said for letter in text.replace("\ufffd", ""))  # and in its order
 
 
 def _continue(**options):

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kveraser.context import Decoder, Drawing
 
+_CHANGED = "Invalid prefix encountered"  # tokenizers: the text so far is no longer how it begins
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Drawing):
@@ -107,6 +109,7 @@ class GrowingText:
         self._tokenizer, self._stop = tokenizer, stop
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
+        self._told = 0  # ids whose text was certain, at least in part
         self._decoded = self._pending = ""
         self.stopped_by: str | None = None
 
@@ -118,16 +121,38 @@ class GrowingText:
     def push(self, token: int) -> str:
         """Add a token; returns what is certain now."""
         self._ids.append(token)
-        return self._add(self._stream.step(self._tokenizer.backend_tokenizer, token) or "")
+        return self._add(self._step(token))
 
     def finish(self) -> str:
         """What was held back; characters that were never completed as replacement characters."""
         if self.stopped:
             return ""
-        whole = str(self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        new = self._add(whole[len(self._decoded) :])
+        whole = self._decode(self._ids)
+        is_kept = whole.startswith(self._decoded)
+        new = self._add(whole[len(self._decoded) :] if is_kept else self._decode(self._ids[self._told :]))
         rest, self._pending = self._pending, ""
         return new if self.stopped else new + rest
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _step(self, token: int) -> str:
+        """What is certain by one more token.
+
+        A tokenizer that writes rare characters in bytes shows a whole run of these as broken when one is, also characters that were told
+        before. They have been told; the text goes on with what has not, as if it began there.
+        """
+        try:
+            new = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        except Exception as error:
+            if _CHANGED not in str(error):
+                raise
+            self._ids, self._decoded = self._ids[self._told :], ""
+            self._stream = DecodeStream(skip_special_tokens=True)
+            new = "".join(self._stream.step(self._tokenizer.backend_tokenizer, each) or "" for each in self._ids)
+        if new:
+            self._told = len(self._ids)
+        return new
 
     def _add(self, new: str) -> str:
         self._decoded += new

@@ -52,6 +52,8 @@ def test_streaming_equals_not_streaming(url, options):
     ends = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason]
     assert ends == [plain.choices[0].finish_reason]
     assert chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+    assert all("usage" in chunk.model_fields_set and chunk.usage is None for chunk in chunks[:-1])
+    assert not any("usage" in c.model_fields_set for c in api.chat.completions.create(**body, stream=True))
     assert chunks[-1].kveraser["exact"] is True
     if options.get("logprobs"):
         tokens = [

@@ -143,9 +143,10 @@ async def reply_lines(
 ) -> AsyncGenerator[str]:
     """A streamed reply as server-sent events."""
     offset, calls, answer = 0, 0, first[2]
+    none_yet = {"usage": None} if with_usage else {}
     opening = shape.first()
     if opening is not None:
-        yield event_line(shape.chunk(opening, None, None))
+        yield event_line({**shape.chunk(opening, None, None), **none_yet})
 
     async for delta, pieces, _ in with_first(first, events):
         shown = shape.logprobs(delta.tokens, offset) if logprobs and delta.tokens else None
@@ -159,11 +160,11 @@ async def reply_lines(
         if shown and not parts:
             parts.append(shape.delta(""))
         for part in parts:
-            yield event_line(shape.chunk(part, shown, None))
+            yield event_line({**shape.chunk(part, shown, None), **none_yet})
             shown = None
         if delta.finish_reason:
             last = shape.chunk(shape.delta(""), None, finish_reason(answer))
-            yield event_line({**last, "kveraser": answer.report()})
+            yield event_line({**last, **none_yet, "kveraser": answer.report()})
         offset += sum(len(shape.token_text(token.id)) for token in delta.tokens)
     if with_usage:
         yield event_line({**shape.head, "object": shape.chunk_object, "choices": [], "usage": usage(answer.reply),

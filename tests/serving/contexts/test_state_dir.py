@@ -123,6 +123,26 @@ def test_what_a_crash_leaves_half_written_or_half_deleted_is_removed(make_servic
     assert ask(service, TALK).reuse.method == "prefill"
 
 
+def test_a_damaged_session_can_be_deleted_by_its_owner(make_service, tmp_path):
+    service = make_service(state_dir=tmp_path)
+    name = session(service)
+    service.close()
+    file = tmp_path / "contexts" / name / "session.kveraser"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    service = make_service(state_dir=tmp_path)
+    sessions = Sessions(service.store, service.limits)
+    with pytest.raises(kv.SessionFileError):
+        sessions.get("me", name)
+    with pytest.raises(kv.errors.SessionNotFoundError, match=name):
+        sessions.delete("somebody else", name)
+    assert file.exists()
+    sessions.delete("me", name)
+    assert sessions.names("me") == []
+    assert not any(name in str(path) for path in tmp_path.rglob("*"))
+
+
 def test_a_deleted_session_does_not_come_back(make_service, tmp_path):
     service = make_service(state_dir=tmp_path)
     name = session(service)

@@ -63,3 +63,48 @@ def test_a_repair_that_does_not_fit_beside_the_session_is_refused(make_service):
     with pytest.raises(kv.ContextError, match="2 times"):
         sessions.repair("me", name, Job(lambda job: None, 60))
     assert service.store.bytes <= 200_000
+
+
+def test_a_restore_for_which_there_is_no_room_is_refused_and_the_session_can_still_be_changed(make_service):
+    service = make_service(cache_budget=200_000)
+    sessions, name, spans = session(service, 5)
+    gone = sessions.erase("me", name, Selection(spans=tuple(spans[:4])), "delete-and-shift").id
+    while True:
+        try:
+            spans.append(sessions.append_text("me", name, PART))
+        except kv.ContextError:
+            break
+    before = sessions.get("me", name).context.text
+    with pytest.raises(kv.ContextError, match="budget"):
+        sessions.restore("me", name, gone)
+    assert sessions.get("me", name).context.text == before
+    assert service.store.bytes <= 200_000
+    for span in spans[5:10]:
+        sessions.erase("me", name, Selection(spans=(span,)), "delete-and-shift")
+    sessions.restore("me", name, gone)
+    assert sessions.get("me", name).context.text.startswith(f"0: {PART}")
+    assert service.store.bytes <= 200_000
+
+
+@pytest.mark.parametrize("method", ["kveraser", "full-recompute"])
+def test_what_was_steered_or_recomputed_can_be_restored_where_it_is_while_the_budget_is_full(make_service, method):
+    service = make_service(cache_budget=200_000)
+    sessions, name, spans = session(service, 12)
+    before = sessions.get("me", name).context.text
+    erased = sessions.erase("me", name, Selection(spans=(spans[3],)), method).id
+    assert sessions.restore("me", name, erased).exact
+    assert sessions.get("me", name).context.text == before
+
+
+def test_a_session_that_is_larger_than_the_budget_can_be_made_smaller(make_service, tmp_path):
+    service = make_service(cache_budget=400_000, state_dir=tmp_path)
+    _, name, spans = session(service, 12)
+    service.close()
+    service = make_service(cache_budget=100_000, state_dir=tmp_path)
+    sessions = Sessions(service.store, service.limits)
+    with pytest.raises(kv.ContextError, match="budget"):
+        sessions.append_text("me", name, PART)
+    for span in spans[:10]:
+        sessions.erase("me", name, Selection(spans=(span,)), "full-recompute", purge=True)
+    sessions.append_text("me", name, PART)
+    assert service.store.bytes <= 100_000

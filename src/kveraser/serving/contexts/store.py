@@ -175,7 +175,15 @@ class ContextStore:
         """Let go of a context in memory as it is; what is on disk stays."""
         self._held.pop(held.id, None)
 
-    def forget(self, held: HeldContext) -> None:
+    def delete(self, owner: str, name: str, *, is_session: bool) -> bool:
+        """Let go of the owner's context with that id, also on disk, whether it can be read or not; whether there was one."""
+        known = self._held.get(name) or self._stored.get(name)
+        if known is None or known.owner != owner or known.is_session != is_session:
+            return False
+        self.forget(known)
+        return True
+
+    def forget(self, held: HeldContext | StoredContext) -> None:
         """Let go of a context, also on disk."""
         self._held.pop(held.id, None)
         row = self._stored.get(held.id)

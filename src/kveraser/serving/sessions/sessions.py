@@ -37,7 +37,7 @@ class Sessions:
         """
         held = self.store.get(owner, name, is_session=True)
         if held is None:
-            raise SessionNotFoundError(f"there is no session {name!r}")
+            raise _not_found(name)
         return held
 
     def names(self, owner: str) -> list[str]:
@@ -51,8 +51,13 @@ class Sessions:
             return held
 
     def delete(self, owner: str, name: str) -> None:
-        """Forget a session and its files."""
-        self.store.forget(self.get(owner, name))
+        """Forget a session and its files, also where these cannot be read any more.
+
+        Raises:
+            SessionNotFoundError: the owner has none with that id.
+        """
+        if not self.store.delete(owner, name, is_session=True):
+            raise _not_found(name)
 
     # -- changing one --------------------------------------------------------------------------------------------
 
@@ -101,8 +106,13 @@ class Sessions:
             return receipt
 
     def restore(self, owner: str, name: str, receipt_id: str) -> RestoreReport:
-        """Undo an erase."""
+        """Undo an erase.
+
+        Raises:
+            ContextError: there is no room for what it brings back.
+        """
         held, found = self._erase_of(owner, name, receipt_id, "undone")
+        self.fit(held, _brought_back(held.context, found))
         with self.saved(held):
             report = held.context.restore(found)
             held.receipts.pop(receipt_id, None)
@@ -168,13 +178,15 @@ class Sessions:
         return len(held.context.encode(text)) + _MARKUP
 
     def fit(self, held: HeldContext, more: int, copies: int = 1) -> None:
-        """Make room for `more` tokens, in so many copies of the session, or refuse what can never fit.
+        """Make room for `more` tokens, in so many copies of the session, or refuse what can never fit. What adds nothing is not refused:
+        it may be what makes a session smaller that is too large, as one is that was made under a larger budget.
 
         Raises:
             ContextError: it can never fit.
         """
         total = cache_length(held.context.cache) + more
-        self.limits.check(total, copies=copies)
+        if more or copies > 1:
+            self.limits.check(total, copies=copies)
         self.store.make_room(max(self.limits.bytes_for(total) * copies - held.bytes, 0), keep=held)
 
     @contextmanager
@@ -196,3 +208,14 @@ class Sessions:
             self.store.drop(held)
             raise
         self.store.make_room()
+
+
+def _brought_back(context: ErasableContext, receipt: EraseReceipt) -> int:
+    """Slots that a session has more once an edit is undone: put back where they were, or all that is live then read anew."""
+    before = cache_length(context.cache)
+    live = sum(map(len, context.live_spans)) + sum(map(len, receipt.spans)) - sum(map(len, receipt.replacements))
+    return max(sum(map(len, receipt.removed)), live - before, 0)
+
+
+def _not_found(name: str) -> SessionNotFoundError:
+    return SessionNotFoundError(f"there is no session {name!r}")

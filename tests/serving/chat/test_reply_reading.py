@@ -198,3 +198,71 @@ def test_a_schema_that_could_keep_a_validator_busy_for_ever_does_not(schema):
     tools = Toolset.of([Tool("bad", {"additionalProperties": schema}, {})], ToolChoice())
     with suppress(BadCallError):
         tools.check("bad", {"x": "a" * 60 + "b"})
+
+
+def twice(levels, leaf=None, key="$ref", name="#/$defs/a{}"):
+    """A schema in which every reference occurs twice in the one before it."""
+    steps = {f"a{n}": {"allOf": [{key: name.format(n + 1)}] * 2} for n in range(levels)}
+    return {key: name.format(0), "$defs": {**steps, f"a{levels}": leaf or {"type": "object"}}}
+
+
+def named(schema, key):
+    """The same, with every definition named by a keyword."""
+    return {**schema, "$defs": {name: {key: name, **each} for name, each in schema["$defs"].items()}}
+
+
+def clique(size):
+    refs = [{"$ref": f"#/$defs/a{n}"} for n in range(size)]
+    return {**refs[0], "$defs": {f"a{n}": {"anyOf": refs[:n] + refs[n + 1 :]} for n in range(size)}}
+
+
+BOMBS = {
+    "pointers": twice(30),
+    "percent": twice(30, name="#/%24defs/a{}"),
+    "properties": {"properties": {"x": twice(30)["$defs"]["a0"]}, "$defs": twice(30)["$defs"]},
+    "anchors": named(twice(30, name="#a{}"), "$anchor"),
+    "dynamic": named(twice(30, key="$dynamicRef", name="#a{}"), "$dynamicAnchor"),
+    "ids": named(twice(30, name="a{}"), "$id"),
+    "absolute": {"$id": "http://x/y", **twice(30, name="http://x/y#/$defs/a{}")},
+    "each within another": clique(30),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_schema_whose_references_multiply_is_refused(kind):
+    with pytest.raises(SchemaError, match="100000") as found:
+        Toolset.of([Tool("free", {}, {}), Tool("bad", BOMBS[kind], {})], ToolChoice())
+    assert found.value.index == 1
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        twice(10),
+        named(twice(6, name="a{}"), "$id"),
+        {"properties": {"x": {"$ref": "#"}}, "type": "object"},
+        {"$defs": {"a/b%": {"type": "object"}}, "$ref": "#/$defs/a~1b%25"},
+        {"definitions": {"a": {"$id": "#here", "type": "object"}}, "$ref": "#here",
+         "$schema": "http://json-schema.org/draft-07/schema#"},
+        {"properties": {"$ref": {"type": "string"}, "x": {"const": {"$ref": "#/nowhere"}}}, "type": "object"},
+        {"$ref": "#/$defs/any", "$defs": {"any": True}},
+    ],
+)  # fmt: skip
+def test_a_schema_with_references_is_followed(schema):
+    tools = Toolset.of([Tool("good", schema, {})], ToolChoice())
+    assert tools.check("good", {"y": 1}) == '{"y": 1}'
+
+
+def test_a_reference_to_nothing_is_named():
+    with pytest.raises(SchemaError, match="'#/\\$defs/gone' leads to nothing"):
+        Toolset.of([Tool("bad", {"properties": {"x": {"$ref": "#/$defs/gone"}}}, {})], ToolChoice())
+
+
+def test_what_does_not_fit_a_schema_that_is_within_itself_is_found_however_deeply_it_is_nested():
+    either = [{"properties": {"x": {"$ref": "#/$defs/e"}}, "required": ["x", kind]} for kind in ("and", "or")]
+    tools = Toolset.of([Tool("deep", {"$ref": "#/$defs/e", "$defs": {"e": {"anyOf": either}}}, {})], ToolChoice())
+    arguments = {}
+    for _ in range(60):
+        arguments = {"x": arguments}
+    with pytest.raises(BadCallError, match="do not fit the tool's schema"):
+        tools.check("deep", arguments)

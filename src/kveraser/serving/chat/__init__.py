@@ -6,4 +6,5 @@ Knows: messages, tools, chat templates, what a reply holds. Does not know about 
     template    what the model's template can do    dialects/   how models write calls: one file each
     rendering   from a conversation to a prompt     reading     from a reply's text to what it holds, piece by piece
     clearing    parts of a conversation, erased     answering   a prompt and its reply, through the service
+    schemas     how large a schema is, references followed
 """

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jsonschema_rs
 
 from kveraser.errors import BadCallError, SchemaError
+from kveraser.serving.chat.schemas import expanded
 
 ChoiceMode = Literal["auto", "none", "required"]
 
@@ -49,32 +50,58 @@ AS_IT_LIKES = ToolChoice()
 
 
 @dataclass(frozen=True)
+class _Arguments:
+    """What arguments have to be. Where a schema is within itself, telling what is wrong with them takes time that is exponential in how
+    deeply they are nested, and finding that something is does not: then only that is told."""
+
+    validator: Any
+    recursive: bool
+
+    @classmethod
+    def of(cls, schema: Mapping[str, Any]) -> _Arguments:
+        recursive = expanded(schema).recursive
+        return cls(jsonschema_rs.validator_for(dict(schema), offline=True), recursive)
+
+    def check(self, arguments: dict[str, Any]) -> None:
+        """Raise `BadCallError` unless the schema allows these arguments."""
+        if self.validator.is_valid(arguments):
+            return
+        place, told = "", ""
+        try:
+            if not self.recursive:
+                self.validator.validate(arguments)
+        except jsonschema_rs.ValidationError as wrong:
+            place, told = "".join(f"[{part!r}]" for part in wrong.instance_path), f": {wrong.message}"
+        raise BadCallError(f"the arguments{place} do not fit the tool's schema{told}")
+
+
+@dataclass(frozen=True)
 class Toolset:
     """The tools of one request."""
 
     tools: tuple[Tool, ...] = ()
     choice: ToolChoice = AS_IT_LIKES
-    _validators: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _arguments: dict[str, _Arguments] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, tools: Sequence[Tool], choice: ToolChoice) -> Toolset:
         """The tools, once their schemas are known to be some.
 
         Raises:
-            SchemaError: the parameters of a tool are no schema.
+            SchemaError: the parameters of a tool are no schema, or one that takes too long.
             BadCallError: the choice names no tool, or there is none to choose from.
         """
-        validators = {}
+        checks = {}
         for index, tool in enumerate(tools):
             try:
-                validators[tool.name] = jsonschema_rs.validator_for(dict(tool.parameters), offline=True)
+                checks[tool.name] = _Arguments.of(tool.parameters)
             except (jsonschema_rs.ValidationError, jsonschema_rs.ReferencingError, ValueError, RecursionError) as error:
                 raise SchemaError(index, str(error).split("\n", 1)[0]) from None
-        if choice.name is not None and choice.name not in validators:
+        if choice.name is not None and choice.name not in checks:
             raise BadCallError(f"there is no tool {choice.name!r} to choose")
         if choice.mode == "required" and not tools:
             raise BadCallError("a call is asked for, and there are no tools")
-        return cls(tuple(tools), choice, validators)
+        return cls(tuple(tools), choice, checks)
 
     @property
     def forced(self) -> bool:
@@ -88,7 +115,7 @@ class Toolset:
 
     def has(self, name: str) -> bool:
         """Whether there is a tool of that name."""
-        return name in self._validators
+        return name in self._arguments
 
     def check(self, name: str, arguments: dict[str, Any]) -> str:
         """The arguments as JSON, once they are known to be right.
@@ -103,12 +130,11 @@ class Toolset:
         try:
             text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
             text.encode()
-            wrong = next(self._validators[name].iter_errors(arguments), None)
+            self._arguments[name].check(arguments)
+        except BadCallError:
+            raise
         except (ValueError, RecursionError):  # NaN, half a character, nested too deeply
             raise BadCallError("the arguments are not what JSON can carry") from None
-        if wrong is not None:
-            place = "".join(f"[{part!r}]" for part in wrong.instance_path)
-            raise BadCallError(f"the arguments{place} do not fit the tool's schema: {wrong.message}")
         return text
 
 

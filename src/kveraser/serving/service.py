@@ -9,13 +9,15 @@ steers as well and makes the context exact while there is nothing to do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kveraser.context import ErasableContext
 from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import ContextError, OptionError
 from kveraser.model.view import causal_lm
@@ -124,7 +126,8 @@ class Service:
         self.limits.check(length + reply, f"{length} prompt tokens and {reply} for the reply")
 
     def complete(self, prompt: Prompt, job: Job, emit: Callable[[Delta, Reply], bool] | None = None) -> Turns[Reply]:
-        """Answer a prompt; in the worker's thread, taking turns with others: a chunk of the prompt, or a token of the reply.
+        """Answer a prompt; in the worker's thread, taking turns with others: a folder that is destroyed, a chunk of the prompt, or a token of
+        the reply.
 
         Args:
             emit: called with every piece of the reply as it comes, and with the reply so far; returns whether that is enough.
@@ -139,10 +142,9 @@ class Service:
         new = list(prompt.ids[reuse.kept :])
         held.reserved = self.limits.bytes_for(held.context.backend.length + len(new) + prompt.sampling.max_tokens)
         try:
-            chunk = held.context.backend.chunk
-            for at in range(0, len(new) - 1, chunk):
-                job.check()
-                held.context.append_ids(new[at : min(at + chunk, len(new) - 1)])
+            # Folders are destroyed to the last one, also when the client goes away: nothing finds them any more, so nothing else would.
+            destroying = forgotten.destroying if forgotten else ()
+            for _ in chain(destroying, _read(held.context, new[:-1], job)):
                 reading += time.perf_counter() - started
                 yield None
                 started = time.perf_counter()
@@ -160,7 +162,7 @@ class Service:
                 residual=0.0 if held.exact else held.residual,
                 eraser=reuse.eraser,
                 replacements=reuse.replacements,
-                forgotten=forgotten,
+                forgotten=forgotten.count if forgotten else None,
             )
             reply = Reply(report, len(prompt.ids))
             backend = held.context.backend
@@ -195,3 +197,12 @@ class Service:
         self.worker.stop(self.options.grace)
         self.beside.stop()
         self.store.close()
+
+
+def _read(context: ErasableContext, ids: Sequence[int], job: Job) -> Iterator[None]:
+    """Have a context read more, a chunk at a time."""
+    chunk = context.backend.chunk
+    for at in range(0, len(ids), chunk):
+        job.check()
+        context.append_ids(ids[at : at + chunk])
+        yield

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from serving_helpers import NAME, TALK, ask, chat_ids, fresh, messages, servers, with_placeholder, without
 
 from conftest import make_tokenizer
 from kveraser.cache import GrowableLayer
+from kveraser.errors import JobCancelledError
+from kveraser.serving.completion import Prompt
+from kveraser.serving.decoding import Sampling
 
 SECRET = "the code is 1234 and it is fast"  # TALK[2]
 WITH = TALK[:3] + TALK[4:]
@@ -146,6 +151,68 @@ def test_a_folder_that_was_destroyed_in_part_is_gone_on_with(make_service, tmp_p
     monkeypatch.undo()
     assert list((tmp_path / "contexts").iterdir())
     ask(service, CLEARED, must_forget=(SECRET,))
+    assert not list((tmp_path / "contexts").iterdir())
+
+
+def many_on_disk(make_service, folder):
+    """A service that was started again after several conversations with the secret; and these."""
+    service = make_service(state_dir=folder)
+    talks = [[("user", f"{number}: {SECRET}, and {said} it is")] for number, (_, said) in enumerate(TALK)]
+    for talk in talks:
+        ask(service, talk)
+    service.close()
+    return make_service(state_dir=folder), talks
+
+
+def forget_watched(service, monkeypatch, watch):
+    """The job of a request that must forget the secret; `watch` is called with the job at every folder that is destroyed."""
+    remove, jobs = service.store._disk.remove, []
+
+    def watched(name):
+        watch(jobs[0])
+        remove(name)
+
+    monkeypatch.setattr(service.store._disk, "remove", watched)
+    prompt = Prompt("", chat_ids(CLEARED), "exact", Sampling(max_tokens=4), must_forget=(SECRET,))
+    gate = threading.Event()
+    service.submit(lambda job: gate.wait(5))
+    jobs.append(service.submit(lambda job: service.complete(prompt, job), ""))
+    gate.set()
+    return jobs[0]
+
+
+def test_other_work_is_done_between_folders_and_finds_nothing_of_them(make_service, tmp_path, monkeypatch):
+    service, talks = many_on_disk(make_service, tmp_path)
+    folders, order, others = list((tmp_path / "contexts").iterdir()), [], []
+    again = Prompt("", chat_ids(talks[-1]), "exact", Sampling(max_tokens=1))
+
+    def watch(job):
+        order.append("folder")
+        if len(order) == 1:
+            others.append(service.submit(lambda job: order.append("other")))
+            others.append(service.submit(lambda job: service.complete(again, job), ""))
+
+    reply = forget_watched(service, monkeypatch, watch).future.result(20)
+    assert reply.reuse.forgotten == len(talks) == len(folders)
+    assert reply.text == fresh(make_service, CLEARED, max_tokens=4).text
+    assert order.index("other") < len(talks)
+    assert order.count("folder") == len(talks)
+    assert others[1].future.result(20).reuse.tokens_reused < len(again.ids) - 20
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_a_client_that_goes_away_meanwhile_leaves_nothing_to_be_forgotten(make_service, tmp_path, monkeypatch):
+    service, _ = many_on_disk(make_service, tmp_path)
+    job = forget_watched(service, monkeypatch, lambda job: job.cancel())
+    with pytest.raises(JobCancelledError):
+        job.future.result(20)
+    assert not list((tmp_path / "contexts").iterdir())
+
+
+def test_what_was_let_go_of_and_not_destroyed_is_so_when_the_server_stops(make_service, tmp_path):
+    service, _ = many_on_disk(make_service, tmp_path)
+    service.submit(lambda job: service.store.let_go("", lambda row: True)).future.result(5)
+    service.close()
     assert not list((tmp_path / "contexts").iterdir())
 
 

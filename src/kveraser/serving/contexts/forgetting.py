@@ -4,7 +4,7 @@ Knows: cached conversations, their texts, the store. Does not know about request
 
 A conversation that says the text is cut off before it: what comes later may have read it. What was taken out of a conversation earlier
 might be the text, or pieces of it: it goes as well, and with it what is not exact. All that was cut off, now or before, is overwritten;
-folders on disk are destroyed.
+folders on disk are let go of at once, and destroyed one after the other.
 It is only a cache: a request that needs what was cut off pays for it again, exactly.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,12 +28,25 @@ def says(said: str, text: str) -> bool:
     return any(form in said for form in _forms(text))
 
 
-def forget(store: ContextStore, tokenizer: PreTrainedTokenizerBase, owner: str, texts: Sequence[str]) -> int:
-    """Purge texts from an owner's cached conversations; how many of these were cut or dropped.
+@dataclass(frozen=True)
+class Forgotten:
+    """What was done: nothing is in memory any more, nor found on disk.
+
+    Attributes:
+        count: conversations that were cut or dropped.
+        destroying: destroys their folders, one after the other. It is done before anything is told, and raises `OSError` where a folder cannot
+            be destroyed: forgetting again goes on with it.
+    """
+
+    count: int
+    destroying: Iterator[None]
+
+
+def forget(store: ContextStore, tokenizer: PreTrainedTokenizerBase, owner: str, texts: Sequence[str]) -> Forgotten:
+    """Purge texts from an owner's cached conversations.
 
     Raises:
         OwnerBusyError: a reply is being made in one of them; nothing was changed.
-        OSError: a folder could not be destroyed; in memory nothing is left, and doing it again goes on with the folder.
     """
     if any(held.busy for held in store.conversations(owner)):
         raise OwnerBusyError(
@@ -44,7 +58,8 @@ def forget(store: ContextStore, tokenizer: PreTrainedTokenizerBase, owner: str, 
         said = decode(tokenizer, row.ids.tolist())
         return row.edited or any(says(said, text) for text in texts)
 
-    return cut + store.destroy_stored(owner, may_say)
+    rows = store.let_go(owner, may_say)
+    return Forgotten(cut + len(rows), store.destroy(rows))
 
 
 def _cut(store: ContextStore, tokenizer: PreTrainedTokenizerBase, held: HeldContext, texts: Sequence[str]) -> bool:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class ContextStore:
         self._disk = temporary_state_dir() if folder is None else StateDir(folder)
         self._held: OrderedDict[str, HeldContext] = OrderedDict()
         self._stored: OrderedDict[str, StoredContext] = OrderedDict((row.id, row) for row in self._disk)
-        self._left: dict[str, StoredContext] = {}  # let go of, but the disk refused to remove them
+        self._left: dict[str, StoredContext] = {}  # let go of, and not removed: not yet, or the disk refused it
 
     # -- finding -------------------------------------------------------------------------------------------------
 
@@ -121,19 +122,27 @@ class ContextStore:
         """The owner's cached conversations that are in memory."""
         return [held for held in self._held.values() if held.owner == owner and not held.is_session]
 
-    def destroy_stored(self, owner: str, which: Callable[[StoredContext], bool]) -> int:
-        """Destroy those of the owner's cached conversations on disk that are meant, also of those that were let go of; how many.
+    def let_go(self, owner: str, which: Callable[[StoredContext], bool]) -> list[StoredContext]:
+        """Let go of those of the owner's cached conversations on disk that are meant: no request finds them any more. They are to be destroyed
+        then; those that could not be removed before are among them."""
+        known = [*self._stored.values(), *self._left.values()]
+        rows = [row for row in known if row.owner == owner and not row.is_session and which(row)]
+        for row in rows:
+            self._stored.pop(row.id, None)
+            self._left[row.id] = row
+        return rows
+
+    def destroy(self, rows: Sequence[StoredContext]) -> Iterator[None]:
+        """Destroy what was let go of, one folder after the other; other work may be done between them.
 
         Raises:
             OSError: the disk refuses; what is left is known still.
         """
-        known = [*self._stored.values(), *self._left.values()]
-        rows = [row for row in known if row.owner == owner and not row.is_session and which(row)]
         for row in rows:
-            self._disk.remove(row.id)
-            self._stored.pop(row.id, None)
-            self._left.pop(row.id, None)
-        return len(rows)
+            if self._left.get(row.id) is row:  # else there is something else of that name by now
+                self._disk.remove(row.id)
+                del self._left[row.id]
+            yield
 
     def to_repair(self) -> HeldContext | None:
         """The most recently used context that waits to be made exact."""
@@ -224,6 +233,9 @@ class ContextStore:
         """Write what is in memory to disk, and let go of the folder."""
         for held in list(self._held.values()):
             self._spill(held)
+        for row in self._left.values():  # else the next start would find them again
+            with suppress(OSError):
+                self._disk.remove(row.id)
         if self._is_temporary:
             self._disk.discard()
         else:

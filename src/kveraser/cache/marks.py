@@ -47,8 +47,11 @@ class EditMark:
         return replace(self, probe=cache.layers[-1].values[:, 0, self.length_after - 1].clone())
 
     def holds(self, cache: Cache) -> bool:
-        """Whether the last slot, which has read all others, is still there: it may have been cropped and filled again since."""
-        return self.probe.numel() == 0 or bool(_among(self.probe, cache.layers[-1].values[0, 0, self.length_after - 1]))
+        """Whether the last slot, which has read all others, is still there: it may have been cropped since, and filled again."""
+        if self.probe.numel() == 0:
+            return True
+        row = cache.layers[-1].values[0, 0]
+        return self.length_after <= len(row) and bool(_among(self.probe, row[self.length_after - 1]))
 
 
 @dataclass(frozen=True)

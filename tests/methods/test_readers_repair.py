@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import kveraser as kv
 from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
-from kveraser.cache import get_marks, transformers
+from kveraser.cache import TransformersBackend, get_marks, transformers
 from kveraser.model.rope import frequencies, rotary_layout, rotate
 from kveraser.readers import Scene, calibrate, remember
 
@@ -87,6 +89,44 @@ def test_kveraser_repairing_everything_is_a_prefill_without_the_span_in_the_old_
             keys = rotate(keys, size, frequencies(model), rotary_layout(model).pairing)
         assert relative([layer.keys[:, :, span.end :]], [keys]) < 1e-4
         assert relative([layer.values[:, :, span.end :]], [other.values[:, :, start:]]) < 1e-4
+
+
+SPANS = [kv.Span(6, 11), kv.Span(19, 24), kv.Span(30, 33)]
+
+
+@pytest.mark.parametrize("kind", ["neutral", "readers"])
+@pytest.mark.parametrize("earlier", [0, 1])
+@given(
+    family=st.sampled_from(FAMILIES), repair=st.integers(1, 40), chunk=st.sampled_from([4, 512]),
+    window=st.sampled_from([None, (0, 3), (2, 12)]), behind=st.integers(1, 12),
+)  # fmt: skip
+def test_the_next_tokens_see_nothing_of_any_span_that_is_hidden_with_theirs_or_was_before(
+    kind, earlier, family, repair, chunk, window, behind
+):
+    model, ids = tiny(family), token_ids(33 + behind)
+    eraser = kv.KVEraser.neutral(model) if kind == "neutral" else kv.KVEraser.new(model, rank=2, acts_on="readers")
+    method = kv.Steering(eraser, repair=repair, choose="next", window=window)
+    other = ids.clone()
+    for span in SPANS:
+        other[:, span.slice] = ids[:, span.slice] % 90 + 3
+    found = []
+    for these in (ids, other):
+        cache = prefill(model, these)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TransformersBackend, "chunk", chunk)
+            for spans in [SPANS[:earlier], SPANS[earlier:]] if earlier else [SPANS]:
+                receipt = kv.erase(model, cache, these, spans, method)
+                these = receipt.token_ids(these)
+        found.append(cache)
+    live = [slot for slot in range(len(ids[0])) if not any(slot in span for span in SPANS)]
+    done = list(  # up to the first that was not recomputed, and has read whatever it has read
+        takewhile(lambda slot: slot < 6 or any(0 <= slot - span.end < repair for span in SPANS), live)
+    )
+    assert relative(*([tensor[:, :, done] for tensor in states(cache)] for cache in found)) < 1e-5
+    if window is None and done == live:
+        fresh = prefill(model, ids[:, live])
+        for layer, exact in zip(found[0].layers, fresh.layers, strict=True):
+            assert relative([layer.values[:, :, live]], [exact.values]) < 1e-4
 
 
 def test_several_spans_share_one_budget_and_every_reader_is_chosen_once():

@@ -14,6 +14,9 @@ from functools import partial
 from itertools import pairwise
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from kveraser.cache import (
     PREFILL_CHUNK,
     Can,
@@ -200,8 +203,9 @@ class Steering(EraseMethod):
         passes = _new_tokens(edit) if edit.fresh and self._joins(edit) else []
         none = (0,) * len(edit.spans)
         behind = edit.neighbors(self._counts(edit) if self.chooses(edit) == "next" else none)
+        shown = None if eraser.steers_spans else edit.after
         for (span, runs), new in zip(behind, edit.new or none, strict=True):
-            for turn in _turns(edit, span, new, runs, window, steers=eraser.steers_spans):
+            for turn in _turns(edit, span, new, runs, window, shown):
                 if passes and window is not None and (both := passes[-1].joined(turn)).worth_it:
                     passes[-1] = both
                 else:
@@ -266,15 +270,24 @@ def _new_tokens(edit: Edit) -> list[SteeringPass]:
 
 
 def _turns(
-    edit: Edit, span: Span, new: int, runs: tuple[Span, ...], window: Window | None, *, steers: bool
+    edit: Edit, span: Span, new: int, runs: tuple[Span, ...], window: Window | None, shown: Tensor | None
 ) -> Iterator[SteeringPass]:
     """What `new` tokens leave of a span, in chunks as a prefill would compute it, the last one together with what is repaired next
-    behind it."""
+    behind it.
+
+    Args:
+        shown: where nothing is steered, the slots that may be seen: all spans are hidden only when everything has run.
+    """
     first, device = span.start + new, edit.tokens.ids.device
     before = window_spans(window, first)
     spare = (Span(first, span.end),) if first < span.end else ()
-    repaired = (Repair(slots_of(runs, device), slots_of((*before, *runs), device), spare),) if runs else ()
-    if not (steers and spare):
+    slots, sees = slots_of(runs, device), slots_of((*before, *runs), device)
+    if shown is not None:
+        repair = Repair(slots, sees[torch.isin(sees, shown)], edit.absent)
+        yield from (SteeringPass(repaired=(part,)) for part in repair.parts(edit.backend.chunk) if runs)
+        return
+    repaired = (Repair(slots, sees, spare),) if runs else ()
+    if not spare:
         if repaired:
             yield SteeringPass(repaired=repaired)
         return

@@ -32,6 +32,7 @@ from kveraser.eraser import KVEraser, default_eraser
 from kveraser.errors import CacheMismatchError, CalibrationError, OptionError, RestoreError
 from kveraser.methods import Edit, EraseMethod, EraseReceipt, as_method, put_back, transact
 from kveraser.methods.choosing import calibration_of
+from kveraser.methods.putting_back import check_put_back
 from kveraser.methods.replacing import Change
 from kveraser.methods.undo import put_back_on_failure
 from kveraser.model.view import as_batch, causal_lm
@@ -302,30 +303,28 @@ def restore(
         How many later tokens were recomputed.
 
     Raises:
-        RestoreError: tokens were appended and no model was given, or the receipt cannot be restored (says why).
+        RestoreError: tokens were appended and no model was given, rows of the batch were moved, or the receipt cannot be restored
+            for another reason (says which).
         CacheMismatchError: ids that do not fit. In every case the cache is left as it was.
     """
     check_cache_or_empty(cache)
     backend = TransformersBackend(model, cache)
-    marks = backend.marks
-    after = next((edit.length_after for edit in marks.edits if edit.id == receipt.id), None)
-    later = 0 if after is None else cache_length(cache) - after
-    if later <= 0 or receipt.undo is None:
+    marks, undo, tokens = backend.marks, check_put_back(backend, receipt), None
+    later = backend.length - next(edit.length_after for edit in marks.edits if edit.id == receipt.id)
+    if later:
+        if model is None or token_ids is None:
+            raise RestoreError(
+                f"{later} token(s) were appended since the erase; give model= and token_ids= to keep and recompute "
+                f"them, or drop them first with cache.crop(-{later})"
+            )
+        tokens = _tokens(cache, token_ids, attention_mask, position_ids, undo.length + later)
+        _check_vocabulary(model, tokens)
+        backend.check_rounding()
+    with put_back_on_failure(backend, marks, undo.layout_from, undo.kept):
         put_back(backend, receipt)
-        return 0
-    if model is None or token_ids is None:
-        raise RestoreError(
-            f"{later} token(s) were appended since the erase; give model= and token_ids= to keep and recompute "
-            f"them, or drop them first with cache.crop(-{later})"
-        )
-    length = receipt.undo.length + later
-    tokens = _tokens(cache, token_ids, attention_mask, position_ids, length)
-    _check_vocabulary(model, tokens)
-    backend.check_rounding()
-    with put_back_on_failure(backend, marks, receipt.undo.layout_from, receipt.undo.kept):
-        put_back(backend, receipt)
-        backend.crop(receipt.undo.length)
-        extend(model, cache, tokens, backend.chunk)
+        if tokens is not None:
+            backend.crop(undo.length)
+            extend(model, cache, tokens, backend.chunk)
     return later
 
 

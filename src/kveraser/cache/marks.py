@@ -30,6 +30,7 @@ class EditMark:
         before, after: the first slot that may not be exact, before and after the edit (None: all are).
         written: slots that it wrote in their place.
         probe: `(batch, head_dim)`, what the last layer's first value in the last slot looks like; empty where nobody looks.
+        rows_moved: whether rows of the batch were reordered, repeated or dropped since: what was kept of it is of the rows as they were.
     """
 
     id: str
@@ -39,6 +40,7 @@ class EditMark:
     after: int | None = None
     written: tuple[Span, ...] = ()
     probe: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
+    rows_moved: bool = False
 
     def marked(self, cache: Cache) -> EditMark:
         """This mark with the last slot as it is now."""
@@ -52,6 +54,13 @@ class EditMark:
             return True
         row = cache.layers[-1].values[0, 0]
         return self.length_after <= len(row) and bool(_among(self.probe, row[self.length_after - 1]))
+
+    def row_by_row(self, cache: Cache) -> bool:
+        """Whether every row of the batch is where it was; asked of the newest edit that `holds`."""
+        if self.probe.numel() == 0:
+            return True
+        rows = cache.layers[-1].values[:, 0, self.length_after - 1]
+        return torch.equal(self.probe.to(rows), rows)
 
 
 @dataclass(frozen=True)
@@ -176,10 +185,11 @@ def get_marks(cache: Cache) -> Marks:
     """The cache's marks; those of an untouched cache when it has none. Slots cropped since are forgotten."""
     marks: Marks = getattr(cache, _ATTRIBUTE, Marks()).truncate(int(cache.get_seq_length()))
     with torch.no_grad():
+        edits = _without_last(marks.edits, lambda edit: edit.holds(cache))
+        if edits and not edits[-1].row_by_row(cache):
+            edits = tuple(replace(edit, rows_moved=True) for edit in edits)
         return replace(
-            marks,
-            steered=tuple(part for entry in marks.steered if (part := entry.held(cache))),
-            edits=_without_last(marks.edits, lambda edit: edit.holds(cache)),
+            marks, steered=tuple(part for entry in marks.steered if (part := entry.held(cache))), edits=edits
         )
 
 

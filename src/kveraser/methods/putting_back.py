@@ -23,8 +23,8 @@ def check_put_back(backend: Backend, receipt: EraseReceipt) -> Undo:
     it kept lies before what the later ones wrote.
 
     Raises:
-        RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped since, or
-            later edits are in the way.
+        RestoreError: no such edit on this cache, restored before, its states were freed, slots were cropped or rows moved
+            since, or later edits are in the way.
     """
     marks, length = backend.marks, backend.length
     ids = [mark.id for mark in marks.edits]
@@ -37,6 +37,11 @@ def check_put_back(backend: Backend, receipt: EraseReceipt) -> Undo:
         raise RestoreError(f"the {receipt.method} edit of {receipt.span} kept no states (undo=False, or purged)")
     index = ids.index(receipt.id)
     mark, later = marks.edits[index], marks.edits[index + 1 :]
+    if mark.rows_moved:
+        raise RestoreError(
+            f"rows of the batch were reordered, repeated or dropped since the {receipt.method} edit of {receipt.span}, whose kept "
+            "states are of the rows as they were; put the rows back first, or fill a cache with all ids again"
+        )
     if later and not (mark.in_place and all(other.in_place for other in later)):
         raise RestoreError(
             f"{len(later)} later edit(s) moved or replaced what the {receipt.method} edit of {receipt.span} kept; "

@@ -19,7 +19,6 @@ import torch
 from kveraser.cache import Can, EditMark, Repair, slots_of
 from kveraser.context.state import PURGED, ContextState, EditRecord
 from kveraser.errors import RestoreError
-from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt, Undo, put_back
 from kveraser.methods.putting_back import check_put_back, stale_from
 from kveraser.methods.undo import put_back_on_failure
@@ -82,14 +81,14 @@ class Restoring(ContextState):
                 recomputed = self._restore_by_recomputing(record)
                 return RestoreReport(False, self.exact, recomputed, self._since(started))
             tail = self._slots.view[mark.length_after :].clone()
-            with put_back_on_failure(backend, marks, undo.layout_from, undo.kept):
+            ledger = self._ledger_without(record)
+            with put_back_on_failure(backend, marks, undo.layout_from, undo.kept) as committing:
                 put_back(backend, whole)
                 if len(tail):
                     backend.crop(undo.length)
-                    backend.extend(self._tokens_of([*self._ids_of_slots_before(record), *tail.tolist()]))
-            with uninterrupted():
-                self._unmark(record)
-                self._rebuild_slots()
+                    backend.extend(self._tokens_of([*self._slot_ids(ledger)[: undo.length], *tail.tolist()]))
+                with committing():
+                    self._enter_undone(record, ledger)
             return RestoreReport(not len(tail), self.exact, len(tail), self._since(started))
 
     def _since(self, started: float) -> float:
@@ -120,19 +119,18 @@ class Restoring(ContextState):
         ]
         touched = union_spans((*undo.kept, *again))
         ledger = self._ledger_without(record)
-        with put_back_on_failure(backend, marks, backend.length, touched):
+        with put_back_on_failure(backend, marks, backend.length, touched) as committing:
             backend.put_all([(part, undo.states_of(part)) for _, part, _ in kept if part is not None])
             if again:
                 slots = slots_of(again, self.device)
                 sees = slots_of(gaps(hidden, backend.length), self.device)
                 backend.rewrite(self._tokens_of(self._slot_ids(ledger)), (), [Repair(slots, sees, hidden)])
-        with uninterrupted():
-            for _, _, part in kept:
-                if part is not None:
-                    self._hand_on(undo, part, later)
-            backend.marks = replace(marks, steered=tuple(others)).without_edits({record.receipt.id})
-            self._unmark(record)
-            self._rebuild_slots()
+            with committing():
+                for _, _, part in kept:
+                    if part is not None:
+                        self._hand_on(undo, part, later)
+                backend.marks = replace(marks, steered=tuple(others)).without_edits({record.receipt.id})
+                self._enter_undone(record, ledger)
         return sum(map(len, again))
 
     def _hand_on(self, undo: Undo, span: Span, later: Sequence[EditMark]) -> None:
@@ -146,10 +144,11 @@ class Restoring(ContextState):
             if part is not None and theirs is not None and not theirs.cleared:
                 theirs.adopt(part, undo.states_of(part))
 
-    def _unmark(self, record: EditRecord) -> None:
-        self._ledger = self._ledger_without(record)
+    def _enter_undone(self, record: EditRecord, ledger: SpanLedger) -> None:
+        """Enter that an edit is undone, with the ledger as it is without it."""
+        slots = self._new_slots(ledger)
+        self._ledger, self._slots, self._repair = ledger, slots, None
         self._forget_record(record)
-        self._repair = None
 
     def _check_stands(self, record: EditRecord) -> None:
         """Raise unless all that a replacement put in is there as it put it in."""
@@ -175,12 +174,6 @@ class Restoring(ContextState):
         for span in record.placed:
             self._ids.view[span.slice] = PURGED
 
-    def _ids_of_slots_before(self, record: EditRecord) -> list[int]:
-        """Ids of the slots that the cache had when the edit was made."""
-        undo = record.undo()
-        assert undo is not None
-        return self._slot_ids(self._ledger_without(record))[: undo.length]
-
     def _restore_by_recomputing(self, record: EditRecord) -> int:
         """Bring a span back from its ids: everything from it on is recomputed exactly; returns the number of tokens."""
         ledger = self._ledger_without(record)
@@ -194,12 +187,12 @@ class Restoring(ContextState):
                 f"the context with {record.receipt.span} in it would have {len(ids)} tokens, and has room for "
                 f"{backend.capacity}; erase something else first"
             )
-        with put_back_on_failure(backend, marks, start):
+        with put_back_on_failure(backend, marks, start) as committing:
             backend.crop(start)
             backend.extend(self._tokens_of(ids))
-        with uninterrupted():
-            self._forget_record(record)
-            self._became_exact(ledger)
+            with committing():
+                self._became_exact(ledger)
+                self._forget_record(record)
         return len(ids) - start
 
 

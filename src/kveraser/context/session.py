@@ -89,7 +89,7 @@ class Session:
             context._records = {entry.receipt.id: entry for entry in map(_record_from_json, index["edits"])}
             steered = tuple(backend.steered(Span(a, b)) for a, b in index["steered"])
             backend.marks = Marks(index["approximate_from"], steered)
-            context._rebuild_slots()
+            context._slots = context._new_slots(context._ledger)
             messages = (Message(**entry) for entry in index.get("messages", ()))  # older ones of engines have none
             return Conversation(messages, (Span(a, b) for a, b in index.get("message_spans", ())))
 

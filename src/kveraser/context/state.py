@@ -213,14 +213,13 @@ class ContextState:
 
     def _became_exact(self, ledger: SpanLedger) -> None:
         """Enter that the cache now holds exactly the live tokens; states kept for undoing older edits are freed."""
+        slots = self._new_slots(ledger)
         self.backend.marks = Marks()
-        self._ledger = ledger
-        self._repair = None
+        self._ledger, self._slots, self._repair = ledger, slots, None
         for record in self._records.values():
             if (undo := record.undo()) is not None:
                 undo.clear()
             record.dropped = ()
-        self._rebuild_slots()
 
     def _slot_ids(self, ledger: SpanLedger) -> list[int]:
         """The id of every slot; steered ones take that of the live token before (or behind) them."""
@@ -236,5 +235,6 @@ class ContextState:
             waiting = 0
         return ids
 
-    def _rebuild_slots(self) -> None:
-        self._slots = IdBuffer(self._slot_ids(self._ledger), self._slots.view.device)
+    def _new_slots(self, ledger: SpanLedger) -> IdBuffer:
+        """What goes into `_slots` with a ledger."""
+        return IdBuffer(self._slot_ids(ledger), self._slots.view.device)

@@ -5,8 +5,8 @@ Knows: backends, slots, marks. Does not know what the edit was, or when undoing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from kveraser.cache import Backend, Kept, Marks
@@ -77,16 +77,29 @@ class Undo:
 @contextmanager
 def put_back_on_failure(
     backend: Backend, marks: Marks, layout_from: int, in_place: Sequence[Span] = ()
-) -> Iterator[None]:
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Bring the cache back to what it was if the block fails or is interrupted.
+
+    The block is given `committing`: what its caller has besides the cache is to be changed at the end of it, within `committing()`,
+    which nothing interrupts and after which nothing is brought back.
 
     Args:
         layout_from, in_place: as of `Undo.take`, what the block may change.
     """
     saved = Undo.take(backend, marks, layout_from, in_place)
-    try:
-        yield
-    except BaseException:
+    committed = False
+
+    @contextmanager
+    def committing() -> Iterator[None]:
+        nonlocal committed
         with uninterrupted():
-            saved.put_back(backend)
+            yield
+            committed = True
+
+    try:
+        yield committing
+    except BaseException:
+        if not committed:
+            with uninterrupted():
+                saved.put_back(backend)
         raise

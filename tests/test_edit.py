@@ -84,6 +84,28 @@ def test_a_span_may_cover_padding_in_some_rows(pad, size):
     assert relative([shifted.layers[0].keys[1:, :, kept]], [fresh.layers[0].keys[1:, :, kept]]) < 1e-4
 
 
+@pytest.mark.parametrize("method", [name for name in kv.methods() if name != "no-erase"])
+@pytest.mark.parametrize("pads", [(4, 4), (4, 6)])
+def test_the_last_text_of_rows_that_are_all_padded_behind_it_is_erased_and_replaced(method, pads):
+    model, ids, mask = tiny(), token_ids(40, 2), torch.ones(2, 40, dtype=torch.long)
+    for row, pad in enumerate(pads):
+        mask[row, 40 - pad :] = 0
+    cache = prefill(model, ids, mask=mask)
+    before, end = states(cache), 40 - max(pads)
+    receipt = kv.erase(model, cache, ids, kv.Span(28, end), method, mask, eraser=random_eraser(model))
+    assert receipt.residual in (None, 0.0)
+    assert receipt.token_ids(ids).shape[1] == cache.get_seq_length() == receipt.attention_mask(mask).shape[1]
+    assert same([tensor[:, :, :28] for tensor in states(cache)], [tensor[:, :, :28] for tensor in before])
+    kv.restore(cache, receipt)
+    assert same(states(cache), before)
+    if kv.methods()[method].replaces:
+        new = kv.replace(model, cache, ids, kv.Span(28, end), [5, 6, 7], method, mask, eraser=random_eraser(model))
+        fresh = prefill(model, new.token_ids(ids)[:, :31], mask=new.attention_mask(mask)[:, :31])
+        assert relative([t[:, :, :31] for t in states(cache)], states(fresh)) < 1e-4
+        kv.restore(cache, new)
+        assert same(states(cache), before)
+
+
 def test_position_ids_of_the_callers_own_are_respected():
     model, ids = tiny(), token_ids(20)
     positions = torch.arange(100, 120)[None]

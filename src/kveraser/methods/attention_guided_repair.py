@@ -51,10 +51,13 @@ class AttentionGuidedRepair(MovingRepair):
 
     def apply(self, edit: Edit, plan: Plan) -> Outcome:
         choice, start = plan.choice, plan.layout_from
-        assert choice is not None  # there are tokens behind the spans, or they would have been cropped
         tokens, written = self.moved(edit)
         left = edit.marks.cut(edit.spare)
         marks = left.contaminated(start)
+        if choice is None:  # nothing but padding is behind the spans
+            return Outcome(
+                marks, removed=edit.spare, tokens_recomputed=sum(edit.new), bytes_written=written, residual=0.0
+            )
         suffix = Span(edit.spans[0].start, tokens.length)
         if len(choice.slots) + sum(edit.new) == len(suffix) and len(choice.sees) == len(
             edit.after

@@ -15,6 +15,7 @@ from conftest import CACHES, FAMILIES, next_logits, prefill, random_eraser, rela
 from kveraser.cache import Marks, Tokens
 from kveraser.methods import Edit, Outcome, Plan
 from kveraser.methods.cost_model import CostModel, PassCost
+from kveraser.model.rope import frequencies, rotate
 from kveraser.readers import calibrate, remember
 
 REPLACING = [name for name, method in kv.methods().items() if method.replaces and method.compared]
@@ -62,6 +63,26 @@ def test_what_is_replaced_comes_back_bit_for_bit_and_the_ids_go_with_the_cache(m
     assert not gone & set(now.flatten().tolist())  # nothing shows an id that is said no more
     kv.restore(cache, receipt)
     assert same(states(cache), before)
+
+
+@pytest.mark.parametrize("method", [name for name in REPLACING if kv.methods()[name].moves_keys])
+@given(count=st.integers(5, 14))
+@settings(max_examples=4)
+def test_slots_hidden_earlier_stay_hidden_when_one_edit_puts_in_a_longer_text_and_takes_another_out(method, count):
+    context = kv.ErasableContext(tiny(), eraser=kv.KVEraser.neutral(tiny()))
+    context.append_ids(token_ids(120)[0])
+    for span in (kv.Span(90, 96), kv.Span(35, 38)):
+        context.erase_spans(span, kv.Steering(repair=2))
+    before, keys, old = states(context.cache), context.cache.layers[0].keys.clone(), context.backend.marks.steered_spans
+    receipt = context.replace_spans([kv.Span(20, 24), kv.Span(50, 58)], token_ids(count, seed=5)[0], method)
+    new = context.backend.marks.steered_spans
+    assert [len(span) for span in new] == [len(span) for span in old] == [3, 6]
+    for was, now in zip(old, new, strict=True):
+        back = rotate(context.cache.layers[0].keys[:, :, now.slice], was.start - now.start, frequencies(tiny()))
+        assert relative([back], [keys[:, :, was.slice]]) < 1e-5
+    context.restore(receipt)
+    assert same(states(context.cache), before)
+    assert context.backend.marks.steered_spans == old
 
 
 @given(cases())

@@ -73,6 +73,7 @@ def transact(
         with backend.writing():
             if opens:
                 backend.open(inner.tokens, inner.blank, inner.marks.steered_spans)
+                backend.marks = inner.marks  # those that fit the slots as they are from now on
             step = method.plan(inner) if opens else plan
             outcome = method.apply(inner, step) if busy else Outcome(inner.marks)
             outcome = _followed(inner, outcome, last)

@@ -102,3 +102,17 @@ def test_a_restore_that_fails_while_it_recomputes_changes_nothing(kind, error):
     assert same(kind.states(context), before)
     assert (context.live_ids, context.erased) == (live, erased)
     assert context.restore(receipts[0]).tokens_recomputed
+
+
+@pytest.mark.parametrize("later", [None, "in place", "moved", "appended"])
+def test_a_receipt_keeps_no_state_of_what_is_back_in_the_context(kind, later):
+    """However it is undone: what is purged afterwards is not in it either."""
+    context, _, (receipt,) = erased_context(kind, token_ids(LENGTH), SPANS[:1], kind.steering(6))
+    if later == "appended":
+        context.append_ids([5, 6])
+    elif later is not None:
+        context.erase_spans(SPANS[1], kind.steering(6) if later == "in place" else "delete-and-shift")
+    assert receipt.undo.nbytes
+    context.restore(receipt)
+    assert receipt.undo.cleared
+    assert receipt.undo.nbytes == 0

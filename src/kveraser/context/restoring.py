@@ -169,8 +169,10 @@ class Restoring(ContextState):
         return ledger
 
     def _forget_record(self, record: EditRecord) -> None:
-        """Drop the record of an edit that is undone, and the ids that it had put in: they were never said."""
+        """Drop the record of an edit that is undone, what it had kept, and the ids that it had put in: they were never said."""
         self._drop_record(record)
+        if (undo := record.undo()) is not None:
+            undo.clear()
         for span in record.placed:
             self._ids.view[span.slice] = PURGED
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kveraser as kv
-from kveraser.spans import Span, SpanLedger, gaps, merge_spans, remap, union_spans
+from kveraser.spans import Erased, Placed, Span, SpanLedger, gaps, merge_spans, remap, union_spans
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,15 @@ def test_a_union_has_every_position_once_and_in_order(bounds):
     assert all(left.end < right.start for left, right in pairwise(joined))
 
 
+def standing(ledger, span, place):
+    """What stands where a span stood, as it is defined: by what stands where the text that replaced it stood."""
+    inside = [entry.span for entry in ledger.placed if entry.before in span]
+    if not inside:
+        return (span,)
+    found = [*ledger.live(span), *(run for new in inside for run in standing(ledger, new, place))]
+    return tuple(sorted(found, key=lambda run: place[run.start]))
+
+
 @given(
     st.integers(4, 20),
     st.lists(
@@ -139,7 +148,7 @@ def test_a_union_has_every_position_once_and_in_order(bounds):
 def test_a_ledger_with_replaced_spans_is_in_the_order_of_the_cache(length, operations):
     """A plain list of `[position, slot?, live?]` in the order of the cache says what is right."""
     ledger, plain = SpanLedger(length), [[position, True, True] for position in range(length)]
-    undo = []
+    undo, parts = [], []
     for start, size, new, stays, back in operations:
         if back and undo:
             ledger, plain = undo.pop()
@@ -169,6 +178,36 @@ def test_a_ledger_with_replaced_spans_is_in_the_order_of_the_cache(length, opera
         assert [p for run in ledger.from_cache(Span(0, len(slots))) for p in run] == [p for p, _, _ in slots]
         for slot, (position, _, live) in enumerate(slots):
             assert not live or ledger.to_cache(position) == slot
+        parts.append(part)
+        place = {position: index for index, (position, _, _) in enumerate(plain)}
+        for known in parts:
+            if known.end <= ledger.length:
+                assert ledger.standing(known) == standing(ledger, known, place)
+        cuts = [Span(start, start + 1), Span(start + 2, start + 2 + size)]
+        first = {entry.span: next(s for s, (p, _, _) in enumerate(slots) if p in entry.span) for entry in ledger.erased
+                 if entry.in_cache}  # fmt: skip
+        dropped = tuple(span for span, slot in first.items() if any(slot in cut for cut in cuts))
+        left = ledger.copy()
+        assert left.drop_slots(cuts) == dropped
+        assert {entry.span for entry in left.erased if entry.in_cache} == first.keys() - set(dropped)
+        assert left.drop_slots(()) == ()
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_what_stands_where_something_stood_is_told_after_thousands_of_replacements(stays):
+    count = 2000
+    erased, placed = [], []
+    for number in range(count):  # of six tokens by five, then of those by five others, and so on
+        old = Span(20, 26) if not number else placed[-1].span
+        erased.append(Erased(old, stays and not number, 5 if stays and not number else 0))
+        placed.append(Placed(Span(46 + 5 * number, 51 + 5 * number), old.start))
+    ledger = SpanLedger(46 + 5 * count, erased, placed)
+    last = placed[-1].span
+    assert ledger.standing(Span(20, 26)) == ledger.standing(placed[count // 2].span) == (last,)
+    assert ledger.live() == (Span(0, 20), last, Span(26, 46))
+    assert ledger.span_to_cache(last) == Span(20, 25)
+    assert ledger.to_cache(26) == 25 + stays
+    assert ledger.cache_length == 45 + stays
 
 
 def test_what_was_put_in_and_withdrawn_leaves_the_order_as_it_was():

@@ -161,16 +161,92 @@ class Placed:
     before: int
 
 
+Parts = tuple[tuple[Erased, ...], tuple[Placed, ...]]
+
+
+class _Layout:
+    """All positions of a ledger in the order of the cache, worked out once.
+
+    Attributes:
+        parts, length: what of a ledger this is about.
+        pieces: as runs whose positions follow each other.
+        runs: these cut into live and erased runs, each with its entry where it is erased.
+        slots: the slot that each of the runs begins at, and behind the last one how many there are.
+    """
+
+    def __init__(self, parts: Parts, length: int) -> None:
+        self.parts, self.length = parts, length
+        erased, placed = parts
+        self.pieces = _in_order(placed, length)
+        self.runs = tuple(run for piece in self.pieces for run in _cut(piece, erased))
+        self.slots = [0]
+        for run, entry in self.runs:
+            start, end = (run.start, run.end) if entry is None else entry.held
+            self.slots.append(self.slots[-1] + end - start)
+        self._places = sorted((run.start, place) for place, (run, _) in enumerate(self.runs))
+
+    def place(self, position: int) -> int:
+        """Which of the runs holds a position; how many there are, where none does."""
+        index = bisect_right(self._places, position, key=lambda known: known[0]) - 1
+        place = self._places[index][1] if index >= 0 else len(self.runs)
+        return place if place < len(self.runs) and position in self.runs[place][0] else len(self.runs)
+
+    def slot(self, position: int) -> int:
+        """As `SpanLedger.to_cache`."""
+        place = self.place(position)
+        if place == len(self.runs):
+            return self.slots[-1]
+        run, entry = self.runs[place]
+        start, end = (run.start, run.end) if entry is None else entry.held
+        return self.slots[place] + max(min(position, end) - start, 0)
+
+
+def _in_order(placed: tuple[Placed, ...], length: int) -> list[Span]:
+    """All positions as runs in the order of the cache."""
+    standing: dict[int, list[Span]] = {}
+    for entry in placed:
+        standing.setdefault(entry.before, []).append(entry.span)
+    places = sorted(standing)
+    found: list[Span] = []
+    waiting = [(span, 0) for span in reversed(gaps((entry.span for entry in placed), length))]
+    while waiting:
+        piece, done = waiting.pop()  # what stands before positions below `done` was found
+        index = bisect_left(places, max(piece.start, done))
+        before = places[index] if index < len(places) else piece.end
+        if before >= piece.end:
+            found.append(piece)
+            continue
+        if before > piece.start:
+            found.append(Span(piece.start, before))
+        waiting.append((Span(before, piece.end), before + 1))
+        waiting += [(span, 0) for span in reversed(standing[before])]
+    return found
+
+
+def _cut(piece: Span, erased: tuple[Erased, ...]) -> Iterator[tuple[Span, Erased | None]]:
+    """A piece as live and erased runs."""
+    at, index = piece.start, bisect_left(erased, piece.start, key=lambda known: known.span.start)
+    while index < len(erased) and (entry := erased[index]).span.start < piece.end:
+        if entry.span.start > at:
+            yield Span(at, entry.span.start), None
+        yield entry.span, entry
+        at, index = entry.span.end, index + 1
+    if at < piece.end:
+        yield Span(at, piece.end), None
+
+
 class SpanLedger:
     """Which ledger positions are erased, and where the others are in the cache.
 
-    Cost of every operation grows with the number of erased spans, never with the number of tokens. What is erased, and what was
-    placed elsewhere, is replaced and never changed in place, so that another thread which looks sees one state of it.
+    Cost of every operation grows with the number of erased spans, never with the number of tokens; where all of them lie is worked out
+    once for many questions. What is erased, and what was placed elsewhere, is replaced and never changed in place, so that another
+    thread which looks sees one state of it.
     """
 
     def __init__(self, length: int = 0, erased: Iterable[Erased] = (), placed: Iterable[Placed] = ()) -> None:
         self.length = length
-        self._parts = (tuple(sorted(erased)), tuple(sorted(placed)))
+        self._parts: Parts = (tuple(sorted(erased)), tuple(sorted(placed)))
+        self._known: _Layout | None = None
 
     def copy(self) -> SpanLedger:
         """An independent copy."""
@@ -227,10 +303,15 @@ class SpanLedger:
             The erased spans that had steering states there and now have none.
         """
         cuts = list(removed)
-        slots = {entry.span: self.to_cache(entry.span.start) for entry in self.erased if entry.in_cache}
-        dropped = tuple(span for span, slot in slots.items() if any(slot in cut for cut in cuts))
+        if not cuts:
+            return ()
+        layout, dropped = self._layout, []
+        for (span, entry), slot in zip(layout.runs, layout.slots, strict=False):
+            if entry is not None and entry.in_cache:
+                index = bisect_right(cuts, slot, key=lambda cut: cut.start) - 1
+                dropped += [span] if index >= 0 and slot in cuts[index] else []
         self.set_in_cache(dropped, False)
-        return dropped
+        return tuple(sorted(dropped))
 
     def set_in_cache(self, spans: Iterable[Span], in_cache: bool) -> None:
         """Record whether the given erased spans have slots."""
@@ -244,15 +325,25 @@ class SpanLedger:
 
     def parts(self, span: Span) -> tuple[Span, ...]:
         """A span cut where its positions do not follow each other in the cache; in the order of the cache."""
-        return tuple(found for run in self._order() if (found := common(run, span)))
+        return tuple(found for run in self._layout.pieces if (found := common(run, span)))
 
     def standing(self, span: Span) -> tuple[Span, ...]:
         """What stands where a span stood: the span itself, or, where it was replaced, the runs that are live there now."""
-        inside = [entry for entry in self.placed if entry.before in span]
-        if not inside:
-            return (span,)
-        found = [*self.live(span), *(run for entry in inside for run in self.standing(entry.span))]
-        return tuple(sorted(found, key=lambda run: self.to_cache(run.start)))
+        placed = sorted(self.placed, key=lambda entry: entry.before)
+        live, found, waiting = sorted(self.live()), [], [span]
+        while waiting:
+            here = waiting.pop()
+            first, last = (bisect_left(placed, at, key=lambda entry: entry.before) for at in (here.start, here.end))
+            if first == last:
+                found.append(here)
+                continue
+            waiting += [entry.span for entry in placed[first:last]]
+            index = max(bisect_right(live, here.start, key=lambda run: run.start) - 1, 0)
+            while index < len(live) and live[index].start < here.end:
+                found += [part] if (part := common(live[index], here)) else []
+                index += 1
+        layout = self._layout
+        return tuple(sorted(found, key=lambda run: (layout.place(run.start), run.start)))
 
     def check_live(self, span: Span) -> None:
         """Raise `SpanError` unless every position of `span` is in the ledger and not erased."""
@@ -269,13 +360,7 @@ class SpanLedger:
 
     def to_cache(self, position: int) -> int:
         """The slot of a ledger position (of the next slot, when its own was removed)."""
-        slot = 0
-        for run, entry in self.runs():
-            start, end = (run.start, run.end) if entry is None else entry.held
-            if position in run:
-                return slot + max(min(position, end) - start, 0)
-            slot += end - start
-        return slot
+        return self._layout.slot(position)
 
     def span_to_cache(self, span: Span) -> Span:
         """The slots of a live span (one run: nothing inside it is erased or stands elsewhere)."""
@@ -285,8 +370,11 @@ class SpanLedger:
     def from_cache(self, slots: Span) -> tuple[Span, ...]:
         """The ledger positions of some slots, in the order of the cache."""
         found: list[Span] = []
-        at = 0
-        for run, entry in self.runs():
+        layout = self._layout
+        index = max(bisect_right(layout.slots, slots.start) - 1, 0)
+        for (run, entry), at in zip(layout.runs[index:], layout.slots[index:], strict=False):
+            if at >= slots.end:
+                break
             first, last = (run.start, run.end) if entry is None else entry.held
             start, end = max(slots.start, at), min(slots.end, at + last - first)
             if start < end:
@@ -294,34 +382,18 @@ class SpanLedger:
                 if found and found[-1].end == here.start:
                     here = Span(found.pop().start, here.end)
                 found.append(here)
-            at += last - first
         return tuple(found)
 
     def runs(self) -> Iterator[tuple[Span, Erased | None]]:
         """All positions as runs in the order of the cache, each with its entry where it is erased."""
-        erased = self.erased
-        for piece in self._order():
-            at = piece.start
-            for entry in erased[bisect_left(erased, piece.start, key=lambda known: known.span.start) :]:
-                if entry.span.start >= piece.end:
-                    break
-                if entry.span.start > at:
-                    yield Span(at, entry.span.start), None
-                yield entry.span, entry
-                at = entry.span.end
-            if at < piece.end:
-                yield Span(at, piece.end), None
+        return iter(self._layout.runs)
 
-    def _order(self) -> list[Span]:
-        """All positions as runs in the order of the cache."""
-        placed = self.placed
-        pieces = list(gaps((entry.span for entry in placed), self.length))
-        for span, before in ((entry.span, entry.before) for entry in placed):
-            index = next(number for number, piece in enumerate(pieces) if before in piece)
-            piece = pieces[index]
-            left = [Span(piece.start, before)] if before > piece.start else []
-            pieces[index : index + 1] = [*left, span, Span(before, piece.end)]
-        return pieces
+    @property
+    def _layout(self) -> _Layout:
+        parts, length, known = self._parts, self.length, self._known
+        if known is None or known.parts is not parts or known.length != length:
+            self._known = known = _Layout(parts, length)
+        return known
 
     def _set_erased(self, entries: Iterable[Erased]) -> None:
         self._parts = (tuple(sorted(entries)), self._parts[1])

@@ -228,7 +228,10 @@ class ContextState:
         for run, entry in ledger.runs():
             if entry is not None:
                 held = entry.held[1] - entry.held[0]
-                waiting, ids = (waiting, ids + [ids[-1]] * held) if ids else (waiting + held, ids)
+                if ids:
+                    ids += [ids[-1]] * held
+                else:
+                    waiting += held
                 continue
             tokens = self._ids.view[run.slice].tolist()
             ids += [tokens[0]] * waiting + tokens

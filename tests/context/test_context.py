@@ -243,6 +243,20 @@ def test_repair_goes_on_in_slices_while_the_context_is_used(kind):
     assert kind.off(context) < kind.tolerance / 10
 
 
+@pytest.mark.parametrize("chunk", [-3, -1, 0])
+def test_a_chunk_without_tokens_is_refused_also_where_there_is_nothing_to_repair(kind, chunk):
+    context, spans = filled(kind, 10, 6, 40)
+    with pytest.raises(kv.OptionError, match=f"chunk={chunk} must be at least 1"):
+        context.repair(chunk=chunk)
+    context.erase_spans(spans[1])
+    before = kind.states(context)
+    assert not context.repair(chunk=8, max_chunks=2).finished
+    with pytest.raises(kv.OptionError, match=f"chunk={chunk} must be at least 1"):
+        context.repair(chunk=chunk)
+    assert same(kind.states(context), before)
+    assert context.repair(chunk=8, max_chunks=1).done == 24  # what was done stays
+
+
 def test_an_interrupted_repair_loses_nothing(kind):
     context, spans = filled(kind, 10, 6, 40)
     context.erase_spans(spans[1])

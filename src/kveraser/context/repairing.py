@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kveraser.context.state import PURGED, ContextState, Repair
-from kveraser.errors import RestoreError
+from kveraser.errors import OptionError, RestoreError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseReceipt
 from kveraser.spans import Span
@@ -50,7 +50,12 @@ class Repairing(ContextState):
             chunk: tokens per forward; None for as many as pay where the model is.
             max_chunks: forwards to run now; None runs to the end.
             progress: called after every chunk.
+
+        Raises:
+            OptionError: an impossible chunk; nothing was changed.
         """
+        if chunk is not None and chunk < 1:
+            raise OptionError(f"chunk={chunk} must be at least 1 token; None for as many as pay where the model is")
         with self._lock:
             return self._repair_now(chunk, max_chunks, progress)
 

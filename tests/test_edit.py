@@ -182,6 +182,17 @@ def test_a_span_that_is_steered_already_is_refused():
     assert same(states(cache), before)
 
 
+def test_readers_of_a_span_that_is_erased_already_are_refused():
+    model, ids = tiny(), token_ids(300)
+    cache = prefill(model, ids)
+    receipt = kv.erase(model, cache, ids, kv.Span(10, 16), eraser=random_eraser(model))
+    before, ids = states(cache), receipt.token_ids(ids)
+    for span in (kv.Span(10, 16), kv.Span(8, 11), [kv.Span(2, 4), kv.Span(15, 20)]):
+        with pytest.raises(kv.SpanError, match=r"overlaps \[10, 16\), which is erased already"):
+            kv.readers(model, cache, ids, span)
+    assert same(states(cache), before)
+
+
 def test_exactness_is_that_of_the_whole_cache():
     model, ids = tiny(), token_ids(40)
     eraser = random_eraser(model)

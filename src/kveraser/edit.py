@@ -34,6 +34,7 @@ from kveraser.methods import Edit, EraseMethod, EraseReceipt, as_method, put_bac
 from kveraser.methods.choosing import calibration_of
 from kveraser.methods.putting_back import check_put_back
 from kveraser.methods.replacing import Change
+from kveraser.methods.transaction import check_live
 from kveraser.methods.undo import put_back_on_failure
 from kveraser.model.view import as_batch, causal_lm
 from kveraser.readers import Scene, Text, source_of
@@ -265,12 +266,14 @@ def run_readers(
     """`readers` of checked arguments, `(batch, slots)`: also of the slots before the spans, where it is 0.
 
     Raises:
+        SpanError: a span holds slots that are erased already.
         OptionError: a backend that does not show its states.
     """
     if Can.TELL not in backend.can:
         raise OptionError(f"{backend.name} does not show its states, so who has read a span cannot be told there")
     backend.check_rounding()
     edit = Edit(backend, tokens, spans, backend.marks, find_eraser, text)
+    check_live(edit)
     calibration = calibration_of(edit, find_eraser().calibration)
     if not calibration.tells:
         raise CalibrationError(

@@ -122,6 +122,11 @@ def _check(method: EraseMethod, edit: Edit, changes: tuple[Change, ...]) -> None
             f"{method.name} cannot be done in {edit.backend.name}'s cache, which cannot {which}; full-recompute can"
         )
     check_changes(changes, edit.tokens)
+    check_live(edit)
+
+
+def check_live(edit: Edit) -> None:
+    """Raise `SpanError` where a span holds slots that are erased already."""
     for span in edit.spans:
         for steered in edit.marks.steered_spans:
             if span.overlaps(steered):

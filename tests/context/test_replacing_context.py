@@ -114,6 +114,30 @@ def test_a_message_is_replaced_again_and_again_by_its_id(kind):
     assert first.tokens_removed
 
 
+def test_of_a_message_whose_replacement_was_erased_there_is_nothing_left_to_erase_or_replace(kind):
+    context = kind.text_context()
+    context.append_message("user", "what is the code of the door?", id="q")
+    context.append_message("user", "the code is 1234.", id="a")
+    context.append_message("user", "the car is blue.")
+    context.replace("a", "the code is 5.")
+    context.replace("a", "the code is 67.")
+    gone = context.erase("a")
+    before, live = kind.states(context), context.live_ids
+    for call in (
+        lambda: context.erase("a"),
+        lambda: context.replace("a", "the code is 8."),
+        lambda: context.readers("a"),
+    ):
+        with pytest.raises(kv.SpanError, match="nothing is left of 'a': what had replaced it is erased"):
+            call()
+    assert same(kind.states(context), before)
+    assert context.live_ids == live
+    context.restore(gone)
+    assert "the code is 67." in context.text
+    context.erase("a")
+    assert context.live_ids == live
+
+
 def test_equal_text_changes_nothing_and_an_empty_one_erases(kind):
     context, old, _ = said(kind)
     before = kind.states(context)

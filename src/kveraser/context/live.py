@@ -24,7 +24,7 @@ from kveraser.context.talking import Talking
 from kveraser.context.text import any_text, decode, find_text, several
 from kveraser.context.token_context import TokenContext
 from kveraser.eraser import KVEraser
-from kveraser.errors import ContextError, OptionError
+from kveraser.errors import ContextError, OptionError, SpanError
 from kveraser.interrupts import uninterrupted
 from kveraser.methods import EraseMethod, EraseReceipt
 from kveraser.readers import Text
@@ -145,7 +145,14 @@ class LiveContext(Talking, TokenContext):
     def _standing(self, what: Span | str) -> tuple[Span, ...]:
         """What `erase` takes as ledger spans; a message is what is said in its place now."""
         span = self.locate(what)
-        return (span,) if isinstance(what, Span) else self._ledger.standing(span)
+        if isinstance(what, Span):
+            return (span,)
+        found = self._ledger.standing(span)
+        if found != (span,) and not any(map(self._ledger.live, found)):
+            raise SpanError(
+                f"nothing is left of {what!r}: what had replaced it is erased, too; restore that erase first"
+            )
+        return found
 
     def readers(self, what: What) -> Tensor:
         """How much each token has attended to something: who would have to be recomputed to erase it.

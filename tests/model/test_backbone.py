@@ -82,6 +82,15 @@ def test_a_local_folder_is_loaded(tmp_path):
     assert model.dtype == torch.bfloat16
 
 
+def test_a_folder_whose_weights_end_too_early_is_refused_by_its_name(tmp_path):
+    text_model().save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(kv.BackboneError, match=f"cannot load '{tmp_path}'"):
+        kv.load_backbone(tmp_path)
+
+
 def test_what_cannot_be_loaded_is_refused_with_what_to_do(tmp_path, monkeypatch):
     for name, words in ((tmp_path / "no.gguf", "no GGUF file"), (tmp_path / "nothing", "hub id, a folder")):
         with pytest.raises(kv.BackboneError, match=words):

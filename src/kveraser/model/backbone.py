@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -70,7 +71,7 @@ def load_backbone(
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
             tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise BackboneError(
             f"cannot load {label!r}: {error}\n"
             f"Give {', '.join(map(repr, BACKBONES))}, a hub id, a folder with config.json, or a .gguf file"

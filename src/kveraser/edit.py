@@ -327,7 +327,7 @@ def restore(
         put_back(backend, receipt)
         if tokens is not None:
             backend.crop(undo.length)
-            extend(model, cache, tokens, backend.chunk)
+            extend(backend.model, cache, tokens, backend.chunk)
     return later
 
 

@@ -21,11 +21,18 @@ def run(*arguments, **options):
     return runner.invoke(app, [str(each) for each in arguments], **options)
 
 
+class Said(str):
+    """A message as it was shown; `in` asks for words wherever the lines were broken, also within a long path."""
+
+    def __contains__(self, words):
+        return "".join(words.split()) in "".join(self.split())
+
+
 def said(result):
     """The message of a command that refused its input."""
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
-    return " ".join(result.output.split())
+    return Said(result.output)
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(folder):
 @pytest.mark.parametrize("kind", ["gguf", "peft"])
 def test_an_export_writes_a_file_where_a_file_belongs_and_a_folder_where_a_folder_does(folder, kind):
     wrong = folder / {"gguf": "folder", "peft": "file"}[kind]
-    assert f"{wrong.name} is a" in said(run("export", kind, wrong)).replace("- ", "-")
+    assert f"{wrong.name} is a" in said(run("export", kind, wrong))
     assert (folder / "file").read_text() == "mine"
     assert not list((folder / "folder").iterdir())
 

@@ -116,3 +116,16 @@ def test_a_receipt_keeps_no_state_of_what_is_back_in_the_context(kind, later):
     context.restore(receipt)
     assert receipt.undo.cleared
     assert receipt.undo.nbytes == 0
+
+
+def test_what_is_recomputed_under_a_later_edit_ends_the_same_in_several_passes(kind, monkeypatch):
+    found = []
+    for chunk in (None, 8):
+        context, _, receipts = erased_context(kind, token_ids(LENGTH), SPANS[:2], kind.steering(20, neutral=True))
+        if chunk:
+            monkeypatch.setattr(type(context.backend), "chunk", chunk)
+        report = context.restore(receipts[0])
+        assert not report.bit_exact
+        found.append((report.tokens_recomputed, kind.states(context)))
+    assert found[0][0] == found[1][0] > 8
+    assert relative(found[0][1], found[1][1]) < kind.tolerance

@@ -184,19 +184,31 @@ def test_a_block_that_is_longer_than_what_a_short_span_gets_is_refused_and_nothi
     assert same(before, states(cache))
 
 
-@pytest.mark.parametrize("method", [kv.Steering(), kv.AttentionGuidedRepair()], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [kv.Steering(), kv.AttentionGuidedRepair(), kv.SelectiveRecompute(tokens=120)],
+    ids=lambda method: method.name,
+)
 @pytest.mark.parametrize("padded", [False, True])
-def test_readers_in_several_passes_end_as_in_one(method, padded, monkeypatch):
+def test_tokens_in_several_passes_end_as_in_one(method, padded, monkeypatch):
     model, ids, span = tiny("llama"), token_ids(400, rows=2), kv.Span(40, 100)
     mask = torch.ones_like(ids)
     mask[1, : 9 * padded] = 0
     eraser = kv.KVEraser.neutral(model, ids=token_ids(300)[0])
-    found = []
+    found, repair_slots, sizes = [], transformers.repair_slots, []
+
+    def watched(model, cache, tokens, repairs, *args):
+        sizes.extend(map(len, repairs))
+        return repair_slots(model, cache, tokens, repairs, *args)
+
+    monkeypatch.setattr(transformers, "repair_slots", watched)
     for chunk in (512, 32):
+        sizes.clear()
         monkeypatch.setattr("kveraser.cache.transformers.TransformersBackend.chunk", chunk)
         cache = prefill(model, ids, mask=mask)
         kv.erase(model, cache, ids, span, method=method, eraser=eraser, attention_mask=mask)
         found.append([tensor[:1] for tensor in states(cache)])
+        assert 0 < max(sizes) <= chunk
     assert relative(*found) < 1e-5
 
 

@@ -124,7 +124,9 @@ class Restoring(ContextState):
             if again:
                 slots = slots_of(again, self.device)
                 sees = slots_of(gaps(hidden, backend.length), self.device)
-                backend.rewrite(self._tokens_of(self._slot_ids(ledger)), (), [Repair(slots, sees, hidden)])
+                tokens = self._tokens_of(self._slot_ids(ledger))
+                for part in Repair(slots, sees, hidden).parts(backend.chunk):
+                    backend.rewrite(tokens, (), [part])
             with committing():
                 for _, _, part in kept:
                     if part is not None:

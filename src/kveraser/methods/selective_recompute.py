@@ -63,7 +63,8 @@ class SelectiveRecompute(MovingRepair):
             chosen = self._choose(edit, tokens, suffix, live, count).to(tokens.ids.device)
             seen = [torch.arange(run.start, run.end) for run in gaps(left.steered_spans, suffix.end)]
             repair = Repair(chosen, torch.cat(seen).to(chosen), left.steered_spans)
-            written += edit.backend.rewrite(tokens, (), [repair])
+            for part in repair.parts(edit.backend.chunk):
+                written += edit.backend.rewrite(tokens, (), [part])
         return Outcome(marks, removed=edit.spare, tokens_recomputed=count + sum(edit.new), bytes_written=written)
 
     @staticmethod

@@ -10,10 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kveraser as kv
-from conftest import CACHES, FAMILIES, prefill, random_eraser, relative, same, states, tiny, token_ids
+from conftest import (
+    CACHES,
+    FAMILIES,
+    build,
+    make_config,
+    prefill,
+    random_eraser,
+    relative,
+    same,
+    states,
+    tiny,
+    token_ids,
+)
 from kveraser.cache import TransformersBackend, get_marks, transformers
 from kveraser.model.rope import frequencies, rotary_layout, rotate
-from kveraser.readers import Scene, calibrate, remember
+from kveraser.readers import Scene, calibrate, known, remember
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -290,6 +302,21 @@ def test_where_readers_cannot_be_told_the_next_tokens_are_recomputed_and_the_rec
     assert receipt.recomputed == (kv.Span(20, 36),)
     assert receipt.residual is None
     assert "could not be told" in receipt.notes[0]
+
+
+@pytest.mark.parametrize("method", ["kveraser", "attention-guided-repair", "auto"])
+def test_an_erase_calibrates_once_on_what_is_too_little_to_be_kept(method, monkeypatch):
+    model, ids = build(make_config("llama", 1)), token_ids(400)  # nothing is known of it
+    made, really = [], known.calibrate
+
+    def watched(*arguments):
+        made.append(arguments)
+        return really(*arguments)
+
+    monkeypatch.setattr(known, "calibrate", watched)
+    for count in (1, 2):
+        kv.erase(model, prefill(model, ids), ids, kv.Span(10, 20), method=method)
+        assert len(made) == count
 
 
 def test_an_erase_that_is_interrupted_while_readers_are_told_changes_nothing(monkeypatch):

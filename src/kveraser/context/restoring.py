@@ -125,8 +125,8 @@ class Restoring(ContextState):
                 slots = slots_of(again, self.device)
                 sees = slots_of(gaps(hidden, backend.length), self.device)
                 tokens = self._tokens_of(self._slot_ids(ledger))
-                for part in Repair(slots, sees, hidden).parts(backend.chunk):
-                    backend.rewrite(tokens, (), [part])
+                for repair in Repair(slots, sees, hidden).parts(backend.chunk):
+                    backend.rewrite(tokens, (), [repair])
             with committing():
                 for _, _, part in kept:
                     if part is not None:

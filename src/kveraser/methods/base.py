@@ -10,14 +10,14 @@ is in `lying.py`, what tables and plots want to know of a method in `comparing.p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kveraser.cache import Backend, Can, Eraser, Marks, Tokens
 from kveraser.methods.choice import Choice
 from kveraser.methods.comparing import Compared
 from kveraser.methods.lying import Lying
-from kveraser.readers import Text
+from kveraser.readers import Calibration, Text
 from kveraser.spans import Span
 
 
@@ -36,6 +36,7 @@ class Edit(Lying):
         new: for each of the spans how many new tokens are to stand in its first slots; () for an erase. A method that plans finds
             their ids in `tokens`, and as many slots as they need.
         blank: slots that were added for them and hold nothing yet, each at the end of a span.
+        calibrated: the calibration that was made for this edit, if one was: of little text, it is kept nowhere else.
     """
 
     backend: Backend
@@ -46,6 +47,7 @@ class Edit(Lying):
     text: Text | None = None
     new: tuple[int, ...] = ()
     blank: tuple[Span, ...] = ()
+    calibrated: list[Calibration] = field(default_factory=list, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,9 @@ def calibration_of(edit: Edit, given: Calibration | None) -> Calibration:
         kept = edit.kept if edit.tokens.mask is None else edit.kept[edit.tokens.mask[0, edit.kept] != 0]
         return row[kept]
 
-    return calibration_for(source, edit.text or own)
+    if not edit.calibrated:
+        edit.calibrated.append(calibration_for(source, edit.text or own))
+    return edit.calibrated[0]
 
 
 def choose_readers(edit: Edit, wish: Wish, given: Calibration | None = None) -> Choice | None:

@@ -55,9 +55,9 @@ def test_an_export_writes_a_file_where_a_file_belongs_and_a_folder_where_a_folde
     assert not list((folder / "folder").iterdir())
 
 
-def test_a_text_that_is_given_in_place_of_its_source_is_refused(tmp_path):
+def test_a_text_that_is_given_in_place_of_its_source_is_refused():
     pasted = "Some words of my own, pasted here. " * 20
-    result = run("train", "pretrain", "-o", tmp_path / "out", "--text", pasted, "--json")
+    result = run("eval", "--text", pasted, "--json")
     said(result)
     assert json.loads(result.stdout)["error"]["type"] == "OptionError"
     assert "no text source 'Some words of my own" in json.loads(result.stdout)["error"]["message"]

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measuring import READERS, report_table, table_of, write_json
+from measuring import report_table, table_of, write_json
 
 from kveraser.evaluation.runner import Drawn
+from kveraser.methods.choosing import CHOSEN
 
 Record = Mapping[str, Any]
 """`environment`, and `rows`, one for each context and protocol: `task`, `length`, `index`, `protocol`, `tokens`, and `methods` with `kl` and `ms`
@@ -33,9 +34,9 @@ def earlier(output: Path | None, name: str) -> list[dict[str, Any]]:
         return []
     file = output / f"{name}.json"
     document = json.loads(file.read_text(encoding="utf-8"))
-    if (before := document.get("readers")) != READERS:
+    if (before := document.get("readers")) != CHOSEN:
         raise SystemExit(
-            f"{file} was measured with readers chosen otherwise ({before}, now {READERS}); give another --output, or delete it"
+            f"{file} was measured with readers chosen otherwise ({before}, now {CHOSEN}); give another --output, or delete it"
         )
     rows: list[dict[str, Any]] = document["rows"]
     return rows
@@ -49,7 +50,7 @@ def of_context(rows: Sequence[dict[str, Any]], drawn: Drawn, protocol: str) -> d
 
 def record(name: str, rows: Sequence[Record], environment: Mapping[str, Any], output: Path | None) -> None:
     """Keep what the contexts have given so far."""
-    write_json(name, {"rows": list(rows), "environment": dict(environment), "readers": READERS}, output)
+    write_json(name, {"rows": list(rows), "environment": dict(environment), "readers": CHOSEN}, output)
 
 
 def summary(rows: Sequence[Record]) -> list[dict[str, Any]]:

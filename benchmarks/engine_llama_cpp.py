@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from distances import earlier, of_context, record, summarise
-from measuring import READERS, at_one_budget, engine_environment, report_table, table_of, write_json
+from measuring import at_one_budget, engine_environment, report_table, table_of, write_json
 
 import kveraser as kv
 from kveraser.engines.llama_cpp import LlamaCppContext, LlamaCppModel
@@ -32,6 +32,7 @@ from kveraser.evaluation.metrics import leaks
 from kveraser.evaluation.runner import EvalOptions, draw
 from kveraser.export import write_gguf_backbone
 from kveraser.methods import as_method, method_label
+from kveraser.methods.choosing import CHOSEN
 from kveraser.model.backbone import embedded_gguf
 from kveraser.tasks import Filler, tasks
 from kveraser.tasks.sources import read_passages
@@ -83,7 +84,7 @@ def choice(
     )
     filler = Filler(read_passages(), lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     rows = earlier(output, "llama_cpp_choice")
-    document = {"benchmark": "llama_cpp_choice", "environment": facts(loaded, "f32"), "readers": READERS, "rows": rows}
+    document = {"benchmark": "llama_cpp_choice", "environment": facts(loaded, "f32"), "readers": CHOSEN, "rows": rows}
     for drawn in draw(options, filler):
         key = {"task": drawn.task, "length": drawn.length, "index": drawn.index}
         if any(key.items() <= row.items() for row in rows):

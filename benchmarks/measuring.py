@@ -30,15 +30,9 @@ from kveraser.evaluation.provenance import commit, environment, placement
 from kveraser.evaluation.report import markdown_table
 from kveraser.evaluation.runner import DEFAULT_BUDGET
 from kveraser.methods import EraseMethod, as_method
-from kveraser.methods.choosing import SIGHT
 from kveraser.model.view import decoder, finish, kv_shape, model_device, model_dtype, text_config
-from kveraser.readers import HOW_MANY, RULE
 
 Result = TypeVar("Result")
-
-
-READERS = f"{HOW_MANY}; {RULE}; {SIGHT}"
-"""How readers are chosen; what was measured with another choice is not gone on with."""
 
 
 def at_one_budget(name: str) -> EraseMethod:

@@ -259,7 +259,7 @@ def test_what_contexts_gave_is_summed_up_by_length_protocol_and_method(serving_b
     distances.record("engine_quality_some", rows, {"model": "a", "threads": 1}, tmp_path)
     assert distances.earlier(tmp_path, "engine_quality_some") == rows
     kept = tmp_path / "engine_quality_some.json"
-    kept.write_text(kept.read_text().replace(distances.READERS, "some other way"))
+    kept.write_text(kept.read_text().replace(distances.CHOSEN, "some other way"))
     with pytest.raises(SystemExit, match="chosen otherwise .some other way.*another --output"):
         distances.earlier(tmp_path, "engine_quality_some")
     distances.main(tmp_path)

@@ -22,8 +22,7 @@ from kveraser.evaluation.report import results, tables, write_report
 from kveraser.evaluation.runner import DEFAULT_BUDGET, EvalOptions, default_methods, draw, evaluate
 from kveraser.evaluation.summary import ASKED, OVERALL, task_names
 from kveraser.files import digest
-from kveraser.methods.choosing import SIGHT
-from kveraser.readers import HOW_MANY, RULE
+from kveraser.methods.choosing import CHOSEN
 from kveraser.tasks import ChatForm, Filler, read_passages
 from kveraser.tasks import tasks as all_tasks
 from kveraser.tasks.document_qa import DocumentQA
@@ -170,7 +169,7 @@ def _header(
             "model": name,
             **placement(model),
             "eraser": facts and {name: facts[name] for name in ("sha256", "window", "repair")},
-            "readers": f"{HOW_MANY}; {RULE}; {SIGHT}",
+            "readers": CHOSEN,
             "text": text_digest(passages),
             "files": {file.name: digest(file) for file in files},
         },

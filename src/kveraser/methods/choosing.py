@@ -17,7 +17,9 @@ from kveraser.methods.base import Edit
 from kveraser.methods.choice import Choice
 from kveraser.methods.slots import with_slots
 from kveraser.readers import (
+    HOW_MANY,
     LEAST_READERS,
+    RULE,
     Calibration,
     Scene,
     calibration_for,
@@ -47,7 +49,9 @@ SIGHT = (
     f"a close look at {CLOSER} for each, {CANDIDATES} at least; seen: all up to {ALL} times the keys, else the first {SINK}, "
     f"{NEAREST} before each, {SHARED} times shared, {SAMPLED} times sampled"
 )
-"""How readers are looked at and what they see; what was chosen otherwise must not be taken for it (see also `readers.RULE`)."""
+"""How readers are looked at and what they see."""
+CHOSEN = f"{HOW_MANY}; {RULE}; {SIGHT}"
+"""How readers are chosen where nobody says otherwise; what was chosen otherwise must not be taken for it."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 from kveraser.errors import OptionError
 from kveraser.tasks.answers import normalise, says
 from kveraser.tasks.base import EraseExample, Filler, Sizes, Split, Task, ask, halves
+from kveraser.tasks.sources import json_lines
 
 _VALUE = re.compile(r"(?<=[a-z,] )(\d{2,4}|(?!The |An? )(?:[A-Z][a-z]+ ?){1,3}(?<! ))(?=[ ,.])")
 _YES_OR_NO = "yes or no"
@@ -49,8 +50,7 @@ def read_documents(path: Path) -> list[Document]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]
-        entries = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+        entries = json.loads(text) if text.lstrip().startswith("[") else json_lines(text)
         documents = [_document(entry) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise OptionError(

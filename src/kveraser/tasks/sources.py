@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from kveraser.errors import OptionError
 
@@ -62,10 +63,15 @@ def _file(file: Path) -> list[str]:
         if file.suffix == ".json":
             return [_text(entry) for entry in json.loads(text)]
         if file.suffix == ".jsonl":
-            return [_text(json.loads(line)) for line in text.split("\n") if line.strip()]
+            return [_text(entry) for entry in json_lines(text)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"cannot read {file}: {type(error).__name__}: {error}") from error
     return _BLANK_LINE.split(text)
+
+
+def json_lines(text: str) -> list[Any]:
+    """The documents of JSON lines; only a line feed ends one, whatever separators its texts have."""
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _text(entry: object) -> str:

@@ -75,14 +75,17 @@ def full(rows: Sequence[Row], length: int) -> str:
 
 
 def by_length(rows: Sequence[Row]) -> str:
-    """KL and milliseconds of every method at every length, after / cached."""
+    """KL and, where there are any, milliseconds of every method at every length, after / cached."""
     lengths = sorted({row.length for row in rows})
     names = list(dict.fromkeys(name for length in lengths for name in methods(rows, length)))
+    shown = [(KL.name, "KL", 3)]
+    if any(row.values["milliseconds"] for row in rows):
+        shown.append(("milliseconds", "ms", 0))
     body = [
-        [f"`{name}`", *(both(rows, OVERALL, n, name, metric, digits) for metric, digits in (("kl", 3), ("milliseconds", 0)) for n in lengths)]
+        [f"`{name}`", *(both(rows, OVERALL, n, name, metric, digits) for metric, _, digits in shown for n in lengths)]
         for name in names
-    ]  # fmt: skip
-    return markdown_table(["after / cached", *(f"KL at {n}" for n in lengths), *(f"ms at {n}" for n in lengths)], body)
+    ]
+    return markdown_table(["after / cached", *(f"{title} at {n}" for _, title, _ in shown for n in lengths)], body)
 
 
 def latency(rows: Sequence[dict[str, Any]]) -> str:

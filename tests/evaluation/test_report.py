@@ -95,6 +95,13 @@ def test_a_metric_that_one_method_does_not_have_is_there_for_the_others():
     assert {one(summarise(made), name).values["residual"].count for name in METHODS[2:]} == {7}
 
 
+def test_a_method_that_seldom_knows_a_metric_has_none_of_it_and_takes_no_examples_from_the_others():
+    made = [replace(r, residual=None) if r.method == "delete-and-shift" and r.index else r for r in records()]
+    rows = summarise(made)
+    assert one(rows, "delete-and-shift").values["residual"] is None
+    assert one(rows, "kveraser").values["residual"] == one(summarise(records()), "kveraser").values["residual"]
+
+
 def test_a_share_of_none_or_all_answers_has_the_exact_bound():
     def share(metric, of, task):
         return one(summarise([r for r in records((256,), of) if r.task == task]), "kveraser", task).values[metric]

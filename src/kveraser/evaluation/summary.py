@@ -141,7 +141,7 @@ def _columns(groups: list[list[Example]], methods: list[str], seed: int) -> list
     for metric in METRICS:
         if metric in (RATIO, DIFFERENCE):
             continue
-        having = [m for m in methods if any(_value(e, m, metric) is not None for group in groups for e in group)]
+        having = _knowing(groups, methods, metric)
         tables = [table for group in groups if having and len(table := _table(group, having, metric))]
         if not tables:
             continue
@@ -171,6 +171,13 @@ def _compare(
         if reference is not None and takes_back and not method.exact and name != reference:
             own = methods.index(reference)
             column[DIFFERENCE.name] = interval(means[own] - means[index], draws[:, own] - draws[:, index], count)
+
+
+def _knowing(groups: list[list[Example]], methods: list[str], metric: Metric) -> list[str]:
+    """The methods that have a metric: all must have it for an example to count, so who seldom knows it has none of it."""
+    known = [{m for m in methods if _value(example, m, metric) is not None} for group in groups for example in group]
+    count = sum(map(bool, known))
+    return [method for method in methods if count and 2 * sum(method in found for found in known) >= count]
 
 
 def _table(group: list[Example], methods: list[str], metric: Metric) -> Values:

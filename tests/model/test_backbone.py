@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -60,6 +62,18 @@ def test_a_damaged_or_partial_folder_is_noticed_and_built_again(gguf, damage):
     model, _ = kv.load_backbone(file, dtype=torch.float32)
     assert len(calls) == 2
     assert torch.equal(model.lm_head.weight, text_model().lm_head.weight)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
+def test_converted_weights_in_a_shared_folder_can_be_read_by_whom_the_umask_says(gguf):
+    before = os.umask(0o027)
+    try:
+        kv.load_backbone(gguf[0])
+    finally:
+        os.umask(before)
+    folder = only_folder()
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
 
 
 def test_a_conversion_that_fails_leaves_nothing_behind(gguf, monkeypatch):

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from kveraser.errors import BackboneError
 from kveraser.files import cache_folder, digest, write_atomically
+from kveraser.files.disk import make_folder
+from kveraser.files.writing import partial_name
 from kveraser.model.backbone_files import find_gguf, remedies
 from kveraser.model.names import BACKBONES, EMBEDDED, NamedBackbone
 
@@ -135,11 +136,13 @@ def named_folder(known: NamedBackbone) -> Path:
 def _build(gguf: Path, folder: Path, source: str, problem: str) -> Path:
     if folder.exists():
         log.warning("the converted weights in %s are unusable (%s); building them again", folder, problem)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial = partial_name(folder)
+    make_folder(partial)
     try:
         _convert(gguf, partial)
         files = sorted(partial.iterdir())
+        for file in files:  # not all writers ask the umask, and the cache folder may be shared
+            file.chmod(partial.stat().st_mode & 0o666)
         manifest = {
             "format": _FORMAT,
             "source": source,

@@ -13,6 +13,7 @@ import pytest
 import kveraser as kv
 from conftest import make_tokenizer, random_eraser, text_model
 from kveraser.evaluation import Erratum
+from kveraser.evaluation.erratum import as_compared
 from kveraser.evaluation.record import RECORDS, RESULTS, Part, Record, RecordLog
 from kveraser.evaluation.report import results
 from kveraser.evaluation.runner import EvalOptions, default_methods, draw, evaluate, task_label
@@ -64,6 +65,13 @@ def test_every_method_is_run_on_every_example_in_both_protocols(uninterrupted):
         if record.method == "full-recompute":
             assert record.kl == record.leak_margin == 0
     assert any(record.kl > 0 for record in uninterrupted)
+
+
+def test_a_method_that_says_what_holds_instead_is_refused_before_anything_is_run_where_nothing_does():
+    says = replace(OPTIONS, methods=(*OPTIONS.methods, as_compared("delete-and-erratum")))
+    with pytest.raises(kv.OptionError, match="-t replaced"):
+        examples(replace(says, tasks=("replaced", "needle")))
+    assert examples(replace(says, tasks=("replaced",)))
 
 
 def test_the_same_seed_draws_the_same_examples_and_tasks_come_in_turns():

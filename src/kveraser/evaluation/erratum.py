@@ -66,7 +66,9 @@ class DeleteAndErratum(Said, DeleteAndShift):
             OptionError: nothing is replaced.
         """
         if new is None:
-            raise OptionError(f"{self.name} compares replacements; there is no new text to append")
+            raise OptionError(
+                f"{self.name} compares replacements; there is no new text to append. Give it tasks that replace something, such as -t replaced"
+            )
         return _NOW.format(text=" ".join(new.split()))
 
 
@@ -100,7 +102,11 @@ class Errata:
 
     @classmethod
     def of(cls, example: EraseExample, methods: Iterable[EraseMethod], *, cached: bool) -> Errata | None:
-        """For an example; None where no method adds a line. `cached`: its question is in the context."""
+        """For an example; None where no method adds a line. `cached`: its question is in the context.
+
+        Raises:
+            OptionError: a method has nothing to say about it.
+        """
         texts = [text for text, erased in example.parts if erased]
         lines = {}
         for method in methods:

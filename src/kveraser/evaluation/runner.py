@@ -123,11 +123,17 @@ class Drawn:
 
 def draw(options: EvalOptions, filler: Filler) -> list[Drawn]:
     """The held-out examples of a run, the same for every method. All tasks and lengths come in turns, so that an
-    interrupted run has some of each."""
+    interrupted run has some of each.
+
+    Raises:
+        OptionError: a method has nothing to say about the examples of a task.
+    """
 
     def one_task(name: str, length: int) -> Iterator[Drawn]:
         examples = as_task(name).examples(filler, Sizes.context(length), "eval", options.seed)
         for index, example in enumerate(itertools.islice(examples, options.limit)):
+            if not index:
+                Errata.of(example, options.methods, cached=False)
             yield Drawn(task_label(name), length, index, example)
 
     columns = [one_task(name, length) for length in options.lengths for name in options.tasks]

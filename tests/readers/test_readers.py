@@ -66,6 +66,25 @@ def test_a_row_that_is_padded_behind_a_span_has_read_nothing_of_it():
     assert torch.allclose(both.everywhere()[:1], alone.everywhere(), atol=1e-4)
 
 
+def test_a_thin_look_behind_a_long_span_holds_no_more_scores_at_a_time_and_sees_the_same(monkeypatch):
+    model, ids = tiny("llama", 4), token_ids(300)
+    calibration = calibrate(model, token_ids(600, seed=3)[0])
+    scene = Scene.of(ModelSource(model, prefill(model, ids)), Tokens(ids), (kv.Span(30, 90),), (), calibration)
+    at_once, looked = scene.thin(), []
+    module = sys.modules[Scene.__module__]
+
+    def counted(queries, slots, *others, **options):
+        looked.append(len(slots))
+        return span_mass(queries, slots, *others, **options)
+
+    monkeypatch.setattr(module, "MOST_SCORES", 1 << 12)
+    monkeypatch.setattr(module, "span_mass", counted)
+    assert torch.allclose(at_once, scene.thin(), atol=1e-6)
+    heads = scene.calibration.scan.heads
+    assert heads * max(looked) * len(scene.lands[0].span) <= 1 << 12
+    assert sum(looked) == 270
+
+
 def test_a_close_look_at_more_than_fits_into_memory_sees_what_it_would_see_at_once(monkeypatch):
     model, ids = tiny("llama", 4), token_ids(300)
     calibration = calibrate(model, token_ids(600, seed=3)[0])

@@ -44,6 +44,11 @@ class Landscape:
     between: Tensor
     near: int = NEAR
 
+    @property
+    def columns(self) -> int:
+        """How many scores a token gets."""
+        return len(self.span) + len(self.sink) + len(self.samples) + self.near
+
     def thinned(self) -> Landscape:
         """With fewer samples and fewer near slots, for a look at many tokens."""
         return replace(self, samples=self.samples[:: SAMPLES // FEW_SAMPLES], near=FEW_NEAR)

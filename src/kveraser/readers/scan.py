@@ -26,7 +26,7 @@ from kveraser.spans import Span
 CHUNK = 2048
 """Tokens that the thin look takes at a time, and slots that chosen tokens are asked for."""
 MOST_SCORES = 1 << 26
-"""Attention scores of the close look that are held at a time."""
+"""Attention scores that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,12 @@ class Scene:
         probe = self.calibration.scan
         first, last = self.spans[0].start, self.tokens.length
         found = torch.zeros(self.tokens.ids.shape, device=self.tokens.ids.device)
-        for row, land in enumerate(land.thinned() for land in self.lands):
+        lands = [land.thinned() for land in self.lands]
+        step = min(_fitting(probe.heads, max(land.columns for land in lands)), CHUNK)
+        for row, land in enumerate(lands):
             keys = self.source.layers[probe.layer].keys[row]
-            for start in range(first, last, CHUNK):
-                slots = torch.arange(start, min(start + CHUNK, last), device=keys.device)
+            for start in range(first, last, step):
+                slots = torch.arange(start, min(start + step, last), device=keys.device)
                 told = self.queries(probe, row, slots, run=True)
                 mass, _ = span_mass(told, slots, keys, probe.scaling, land, run=True, key_heads=probe.key_heads)
                 found[row, slots] = mass.amax(0)
@@ -117,9 +119,8 @@ class Scene:
 
     def _parts(self, slots: Tensor) -> tuple[Tensor, ...]:
         """Some tokens, no more at a time than can be looked at closely in little memory, however long the spans are."""
-        columns = max(len(land.span) + len(land.sink) + len(land.samples) + land.near for land in self.lands)
         heads = max(probe.heads for probe in self.calibration.probes)
-        parts: tuple[Tensor, ...] = slots.split(max(MOST_SCORES // (heads * max(columns, CHUNK)), 1))
+        parts: tuple[Tensor, ...] = slots.split(_fitting(heads, max(CHUNK, *(land.columns for land in self.lands))))
         return parts
 
     def needed(self, chosen: Tensor, count: int) -> Tensor:
@@ -167,3 +168,8 @@ class Scene:
         for probe in self.calibration.probes:
             for row in range(len(self.lands)):
                 yield row, probe
+
+
+def _fitting(heads: int, columns: int) -> int:
+    """Of how many tokens the scores are held at a time; one is looked at in any case."""
+    return max(MOST_SCORES // (heads * columns), 1)

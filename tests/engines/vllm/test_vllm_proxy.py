@@ -31,7 +31,7 @@ from kveraser.engines.vllm.proxy.editing import Sessions
 from kveraser.engines.vllm.proxy.front import Front, ProxyOptions
 from kveraser.engines.vllm.proxy.passing import Attempt, open_first
 from kveraser.engines.vllm.proxy.replicas import Replicas
-from kveraser.engines.vllm.proxy.replies import Events, begins
+from kveraser.engines.vllm.proxy.replies import EditReport, Events, Told, begins
 from kveraser.errors import EngineError, OptionError
 from kveraser.spans import Span
 
@@ -889,3 +889,10 @@ def test_a_request_uses_what_is_left_of_a_conversation_when_runs_are_taken_out()
     assert unedited(np.array(have), np.array([*have[:9], *have[12:]])) == Use((), 9, 9)
     assert compare(have, [*have[:9], 7, 7, 7, *rest]) == Use((), 9, 9)
     assert compare(have, rest) == Use((), 0, 0)
+
+
+@pytest.mark.parametrize("text", [b"<html>busy</html>", b"[1, 2]", b"", b"\xff"])
+def test_a_reply_that_is_no_object_of_json_is_passed_on_as_it_came(text):
+    told = Told(EditReport("kveraser", False, (), 0, 0, 0.0), prompt_tokens=3)
+    assert told.whole(text) == text
+    assert json.loads(told.whole(b'{"usage": {"completion_tokens": 2}}'))["usage"]["total_tokens"] == 5

@@ -277,6 +277,8 @@ def otherwise(call, path, change):
         ("/v1/completions", lambda answer: answer.pop("choices")),
         ("/v1/completions", lambda answer: said_of(answer).get("about", {}).pop("window", None)),
         ("/v1/completions", lambda answer: said_of(answer).get("about", {}).pop("repair", None)),
+        ("/v1/completions", lambda answer: said_of(answer).update(about=7)),
+        ("/v1/completions", lambda answer: said_of(answer).update(about="ready")),
     ],
 )
 def test_a_server_of_another_version_is_named_when_a_session_begins(connect, monkeypatch, path, change):

@@ -329,11 +329,14 @@ class VLLMSession(Talking):
         )
 
     def _about(self) -> dict[str, Any] | None:
-        """How the server is set up; None without our connector."""
-        found: dict[str, Any] | None = self._client.complete(
-            self.model, [0], max_tokens=1, demand=Demand(about=True)
-        ).said.get("about")
-        return found
+        """How the server is set up; None without our connector.
+
+        Raises:
+            EngineError: it says something else there than is read.
+        """
+        found = self._client.complete(self.model, [0], max_tokens=1, demand=Demand(about=True)).said.get("about")
+        with reading("the server"):
+            return None if found is None else dict(found)
 
     def _encode(self, text: str, first: bool = False) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=first))

@@ -47,8 +47,14 @@ class Told:
     prompt_tokens: int
 
     def whole(self, text: bytes) -> bytes:
-        """A reply that is not streamed."""
-        return json.dumps(self._changed(json.loads(text), last=True), ensure_ascii=False).encode()
+        """A reply that is not streamed; as it came if it is no object of JSON, which tells nothing of the prompt."""
+        try:
+            body = json.loads(text)
+        except ValueError:
+            return text
+        return (
+            json.dumps(self._changed(body, last=True), ensure_ascii=False).encode() if isinstance(body, dict) else text
+        )
 
     def event(self, event: bytes) -> bytes:
         """One event of a stream, without the empty line behind it; as it came where it tells nothing of the prompt."""

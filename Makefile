@@ -146,10 +146,13 @@ BESIDE = no-erase full-recompute erratum delete-and-shift local-suffix-repair:to
 TASKS ?= span-neighbor needle tool-observation preference injection in-context coreference tool-selection document-qa
 EVAL = $(BIN)/kveraser eval --max-new-tokens 12 $(if $(FRESH),--fresh) $(if $(PART),--part $(PART))
 
+# Tables that need DATA.
+OF_DATA = documents $(DOCUMENTS)-documents $(DOCUMENTS)-documents-chat $(DOCUMENTS)-documents-chat-rivals
+
 # What follows it is run only where that backbone was got.
 WHERE_THERE_IS = test ! -d "$${KVERASER_CACHE:-$(HOME)/.cache/kveraser}/backbones/$(1)" ||
 FILL_RESULTS = $(if $(PART),,$(if $(PAGES),$(BIN)/python docs/draw_overview.py $(RESULTS) docs/images/overview.png tasks $(LARGER) \
-	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,--kept documents --kept $(DOCUMENTS)-documents --kept $(DOCUMENTS)-documents-chat --kept $(DOCUMENTS)-documents-chat-rivals) $(RESULTS) $(PAGES)))
+	&& $(BIN)/python docs/fill_results.py $(if $(DATA),,$(OF_DATA:%=--kept %)) $(RESULTS) $(PAGES)))
 
 results: $(STAMP)
 	$(EVAL) --limit $(LIMIT) --lengths 256 $(TASKS:%=-t %) --output $(RESULTS)/short

@@ -393,14 +393,16 @@ def test_text_comes_from_hugging_face_data_sets(monkeypatch):
 
     asked = []
 
-    def load_dataset(name, split, streaming):
-        asked.append((name, split, streaming))
+    def load_dataset(name, configuration, split, streaming):
+        asked.append((name, configuration, split, streaming))
         return Rows([{"text": "One.", "body": "Two."}])
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert read_passages("hf:some/set") == ["One."]
     assert read_passages("hf:some/set:test:body") == ["Two."]
-    assert asked == [("some/set", "train", True), ("some/set", "test", True)]
+    assert read_passages("hf:some/set@raw-v1") == ["One."]
+    assert read_passages("hf:some/set@raw-v1:test:body") == ["Two."]
+    assert asked == [("some/set", name, split, True) for name in (None, "raw-v1") for split in ("train", "test")]
     with pytest.raises(kv.OptionError, match="cannot read hf:some/set"):
         read_passages("hf:some/set:train:nothing")
     monkeypatch.setitem(sys.modules, "datasets", None)

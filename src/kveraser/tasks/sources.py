@@ -22,7 +22,7 @@ def read_passages(source: str | Path | None = None) -> list[str]:
 
     Args:
         source: a `.txt` or `.md` file (blank lines between passages); a `.json` list or `.jsonl` file of strings or of
-            `{"text": ...}`; a folder of such files; or `hf:DATASET[:SPLIT[:COLUMN]]`, a Hugging Face data set (needs
+            `{"text": ...}`; a folder of such files; or `hf:DATASET[@CONFIGURATION][:SPLIT[:COLUMN]]`, a Hugging Face data set (needs
             the package `datasets`; its first 20,000 rows). None: the documentation text of Python's own standard
             library, which every installation has.
 
@@ -83,17 +83,18 @@ def _text(entry: object) -> str:
 
 
 def _data_set(source: str) -> list[str]:
-    _, name, *rest = source.split(":")
+    _, named, *rest = source.split(":")
+    name, _, configuration = named.partition("@")
     split, column = [*rest, *("train", "text")[len(rest) :]][:2]
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise OptionError(f"{source} needs the package datasets; install it with: pip install datasets") from error
     try:
-        rows = load_dataset(name, split=split, streaming=True).take(_HUB_PASSAGES)
+        rows = load_dataset(name, configuration or None, split=split, streaming=True).take(_HUB_PASSAGES)
         return [str(row[column]) for row in rows]
     except Exception as error:  # the package raises many kinds: no such name, no network, no such column
-        raise OptionError(f"cannot read {source} (hf:DATASET[:SPLIT[:COLUMN]]): {error}") from error
+        raise OptionError(f"cannot read {source} (hf:DATASET[@CONFIGURATION][:SPLIT[:COLUMN]]): {error}") from error
 
 
 def _standard_library() -> list[str]:

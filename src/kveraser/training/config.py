@@ -165,7 +165,7 @@ class TrainConfig:
     """A whole run.
 
     Attributes:
-        text: a file, a folder or `hf:DATASET[:SPLIT[:COLUMN]]` to surround the spans with; None for the documentation
+        text: a file, a folder or `hf:DATASET[@CONFIGURATION][:SPLIT[:COLUMN]]` to surround the spans with; None for the documentation
             of Python's standard library.
         seed: of the LoRA's start and of all data.
     """

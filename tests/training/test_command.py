@@ -44,10 +44,11 @@ def test_every_stage_has_a_help_with_an_example(command):
 
 
 def test_all_trains_both_stages_and_says_where_the_eraser_is(tmp_path, small, corpus):
-    result = run("all", "-o", tmp_path / "out", "--config", small, "--text", corpus, "--seed", 7)
+    result = run("all", "-o", tmp_path / "out", "--config", small, "--text", corpus, "--seed", 7, "--model", "my/model")
     assert result.exit_code == 0, result.output
     assert "pretrain: best validation KL" in result.output
     assert "finetune: best validation KL" in result.output
+    assert f"kveraser eval --model my/model --eraser {tmp_path / 'out' / 'eraser'}" in result.output
     assert kv.KVEraser.from_pretrained(tmp_path / "out" / "eraser", text_model()).window == (2, 8)
     kept = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert (kept["seed"], kept["finetune"]["steps"]) == (7, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,8 @@ def _train(
         for name, step in history.items():
             stdout.print(f"{name}: best validation KL {step.best:.4f} nats per answer token")
         stdout.print(f"the eraser is in {folder}" + (f" and at {url}" if url else ""))
-        stderr.print(f"[dim]judge it: kveraser eval --eraser {folder}[/]")
+        command = shlex.join(["kveraser", "eval", "--model", model, "--eraser", str(folder)])
+        stderr.print(f"judge it: {command}", style="dim", markup=False, soft_wrap=True)
 
 
 def _check_token(repo: str) -> None:

@@ -53,7 +53,7 @@ def create_app(service: Service, options: AppOptions) -> FastAPI:
         yield
         service.close()
 
-    app = FastAPI(title="kveraser", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="kveraser", version=__version__, lifespan=lifespan, redoc_url=None)
     guard(
         app, metrics.registry, api_keys=options.api_keys, body_limit=options.body_limit, body_seconds=options.body_seconds,
         hosts=options.hosts,

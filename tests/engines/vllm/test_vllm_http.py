@@ -16,7 +16,7 @@ from kveraser.engines.vllm.client.http import VLLMClient, client_id
 from kveraser.engines.vllm.protocol import KEY, Demand
 from kveraser.engines.vllm.server import launch
 from kveraser.engines.vllm.server.launch import running_server, server_arguments, shipped_folder
-from kveraser.errors import EngineError, OptionError
+from kveraser.errors import EngineError, EraserMismatchError, OptionError
 
 
 @pytest.fixture
@@ -143,6 +143,11 @@ def test_a_folder_without_an_eraser_is_named(tmp_path):
         server_arguments("some/model", tmp_path, "/edits")
     with pytest.raises(OptionError, match="no eraser ships for 'some/model'"):
         shipped_folder("some/model")
+
+
+def test_an_eraser_that_engines_cannot_run_is_refused_before_a_server_is_started():
+    with pytest.raises(EraserMismatchError, match="values=learned, which works in transformers only"):
+        server_arguments("some/model", shipped_folder("qwen2.5-coder-0.5b-instruct"), "/edits")
 
 
 def test_a_server_that_ends_at_once_is_an_error_that_names_its_log(tmp_path):

@@ -279,6 +279,15 @@ def test_a_policy_of_a_request_goes_before_the_proxys_and_is_not_passed_on(proxy
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "kveraser")
 
 
+@pytest.mark.parametrize("wish", [{"must_forget": ["1234"]}, {"max_residual": 0.0}])
+def test_a_wish_that_only_the_server_of_its_own_meets_is_refused_by_its_name(proxy, wish):
+    reply = ask(proxy, TALK, kveraser={"policy": "auto", **wish})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "kveraser")
+    assert next(iter(wish)) in reply.json()["error"]["message"]
+    assert not any(up.chats for up in proxy.ups)
+    assert ask(proxy, TALK, kveraser={"max_residual": None, "must_forget": []}).status_code == 200
+
+
 def test_auto_replaces_the_edited_context_by_an_exact_one_in_the_background(proxy):
     ask(proxy, TALK)
     assert report_of(ask(proxy, without(MORE, 2), kveraser={"policy": "auto"}))["method"] == "kveraser"

@@ -104,15 +104,21 @@ def read_chat(raw: bytes) -> Asked:
     """A chat completion.
 
     Raises:
-        ApiError: as `read_body`, or a field `kveraser` that is not right.
+        ApiError: as `read_body`, or a field `kveraser` that is not right, or asks for more than a policy.
     """
     body = read_body(raw)
     policy = None
     if "kveraser" in body:
         try:
-            policy = Options.model_validate(body.pop("kveraser") or {}).policy
+            wishes = Options.model_validate(body.pop("kveraser") or {})
         except ValidationError as error:
             raise ApiError(400, f"kveraser: {error.errors()[0]['msg']}", param="kveraser") from None
+        policy = wishes.policy
+        for name, value in wishes.model_dump(exclude={"policy"}, exclude_none=True).items():
+            if value != []:
+                raise ApiError(
+                    400, f"kveraser.{name}: `kveraser serve` does this, a proxy only has a policy", param="kveraser"
+                )
         raw = json.dumps(body).encode()
     shown = any(_says(body.get(name)) for name in _LEFT_ALONE)
     one = body.get("n") in (None, 1)

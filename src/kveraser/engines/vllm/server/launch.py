@@ -20,6 +20,7 @@ from typing import Any
 
 from kveraser.engines.vllm.client.http import VLLMClient
 from kveraser.eraser.adapter_files import CONFIG
+from kveraser.eraser.config import FILE_NAME, EraserConfig
 from kveraser.eraser.shipped import shipped_erasers
 from kveraser.errors import EngineError, OptionError
 from kveraser.files import cache_folder
@@ -60,10 +61,12 @@ def server_arguments(
 
     Raises:
         OptionError: no such eraser.
+        EraserMismatchError: one that does more than engines can.
     """
     config = Path(eraser) / CONFIG
     if not config.is_file():
         raise OptionError(f"{eraser} is no eraser's folder: there is no {config.name} in it")
+    EraserConfig.read(Path(eraser) / FILE_NAME).check_plain(Path(eraser))
     rank = int(json.loads(config.read_text(encoding="utf-8"))["r"])
     name = DEFAULT_BACKBONE if model == DEFAULT_BACKBONE else model
     place = str(converted(embedded_gguf(), DEFAULT_BACKBONE)) if model == DEFAULT_BACKBONE else model

@@ -10,8 +10,8 @@
 # What is known of the three runs that made it, on 2026-11-24: all options of the third are in its kveraser.json (of 150 steps, the
 # best was the 100th, where it was stopped); steps, contexts, lengths and learning rates of the first two are in docs/log.md
 # ("Training in two stages from a fresh LoRA"), and what is not said there stands here as the third has it. The trainer is not what it
-# was then (readers are repaired now, then it was the next tokens), so this makes an eraser of the same kind, not the same bits. The last
-# two lines of its kveraser.json, `choose: readers` and `preferred: false`, were set when readers were introduced.
+# was then (readers are repaired now, then it was the next tokens), so this makes an eraser of the same kind, not the same bits. What its
+# kveraser.json says of `choose`, `preferred` and `repair` (readers, false, 64) was set when readers were introduced.
 set -eu
 
 . "$(dirname "$0")/common.sh"

@@ -70,8 +70,8 @@ def eval_command(
 ) -> None:
     """Compare methods on the same held-out examples, asked after the erase and with the question cached.
 
-    Without --methods every registered method is compared, all at the same number of recomputed tokens (several of them give curves).
-    The baselines among them: no-erase; erratum (the cache is kept, and a line that takes the spans back is appended); delete-and-erratum (on the task replaced only: deleted, and the new text appended); kveraser:repair=0,
+    Without --methods every registered method but auto is compared, all at the same number of recomputed tokens (several of them give curves).
+    The baselines among them: no-erase; erratum (the cache is kept, and a line that takes the spans back is appended); delete-and-erratum (by -M alone, on the task replaced: deleted, and the new text appended); kveraser:repair=0,
     which without a trained eraser is "hidden in place" (nothing sees the spans, nothing is recomputed); attention-guided-repair,
     "readers without steering" (the spans are cut out, their readers recomputed).
 

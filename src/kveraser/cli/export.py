@@ -29,7 +29,8 @@ class Float(StrEnum):
 
 
 EraserFolder = Annotated[
-    Path | None, typer.Option("--eraser", "-e", help="Folder of an eraser; default the one that ships.")
+    Path | None,
+    typer.Option("--eraser", "-e", help="Folder of an eraser; default the one that ships for the embedded model."),
 ]
 
 

@@ -18,7 +18,12 @@ DEFAULT_READERS = str(LEAST_READERS)
 Model = Annotated[str, typer.Option("--model", "-m", help="Embedded default, hub id, folder or .gguf file.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default CUDA where there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default bf16 where the device computes in it.")]
-Eraser = Annotated[str | None, typer.Option(help="Folder or hub id of an eraser; default the one that ships.")]
+Eraser = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub id of an eraser; default the one that ships where it is better, else a neutral one."
+    ),
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option("--methods", "-M", help="Method, or NAME:OPTION=VALUE,...; repeatable; see `kveraser methods`."),

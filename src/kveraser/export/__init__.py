@@ -1,7 +1,7 @@
 """An eraser in other programs' formats: a GGUF LoRA adapter, a plain PEFT folder; and its backbone as GGUF.
 
 All are made from the eraser's own folder, so that one file serves every engine: what is written names its source by
-checksum, and is read back and compared before it appears under its name.
+checksum; an adapter is read back and compared before it appears under its name, a folder once it is written.
 
 Knows: an eraser's folder, GGUF, PEFT. Does not know about caches, or who will read what it writes.
 """

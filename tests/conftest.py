@@ -201,6 +201,14 @@ def text_model(dtype=torch.float32):
 
 
 @pytest.fixture
+def umask():
+    """Sets the umask for the time of the test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.fixture
 def tokenizer():
     return make_tokenizer()
 

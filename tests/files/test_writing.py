@@ -12,14 +12,6 @@ from kveraser.files import write_atomically
 from kveraser.readers import calibrate
 
 
-@pytest.fixture
-def umask():
-    """Sets the umask for the time of the test."""
-    before = os.umask(0o022)
-    yield os.umask
-    os.umask(before)
-
-
 def mode(file):
     return file.stat().st_mode & 0o777
 

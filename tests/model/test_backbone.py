@@ -65,12 +65,9 @@ def test_a_damaged_or_partial_folder_is_noticed_and_built_again(gguf, damage):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no umask")
-def test_converted_weights_in_a_shared_folder_can_be_read_by_whom_the_umask_says(gguf):
-    before = os.umask(0o027)
-    try:
-        kv.load_backbone(gguf[0])
-    finally:
-        os.umask(before)
+def test_converted_weights_in_a_shared_folder_can_be_read_by_whom_the_umask_says(gguf, umask):
+    umask(0o027)
+    kv.load_backbone(gguf[0])
     folder = only_folder()
     assert folder.stat().st_mode & 0o777 == 0o750
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}

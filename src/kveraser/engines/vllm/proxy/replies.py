@@ -6,6 +6,7 @@ Knows: OpenAI's JSON, server-sent events. Does not know how the context was edit
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,13 +49,11 @@ class Told:
 
     def whole(self, text: bytes) -> bytes:
         """A reply that is not streamed; as it came if it is no object of JSON, which tells nothing of the prompt."""
-        try:
+        with suppress(ValueError):
             body = json.loads(text)
-        except ValueError:
-            return text
-        return (
-            json.dumps(self._changed(body, last=True), ensure_ascii=False).encode() if isinstance(body, dict) else text
-        )
+            if isinstance(body, dict):
+                return json.dumps(self._changed(body, last=True), ensure_ascii=False).encode()
+        return text
 
     def event(self, event: bytes) -> bytes:
         """One event of a stream, without the empty line behind it; as it came where it tells nothing of the prompt."""
